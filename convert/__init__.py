@@ -1,0 +1,1 @@
+"""The door between the published PyTorch checkpoint and this implementation."""

@@ -1,0 +1,130 @@
+"""The table of names: every tensor of the published checkpoint and where it stands here.
+
+One row a tensor (or a tensor a layer, where the name has `{i}`). `ours` is the path in
+`nnx.state(VideoXL)`; rows with `{i}` are stacked there along a new first axis. All directions of
+conversion read this table and nothing else.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from vxl_jax.config import VideoXLConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor is laid out there and here; `to_ours` and `to_theirs` are inverses."""
+
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_theirs: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Layout(lambda x: x, lambda x: x)
+LINEAR = Layout(np.transpose, np.transpose)  # torch (out, in), here (in, out)
+
+
+def patch_layout(patch: int) -> Layout:
+    """torch's patch convolution (out, in, p, q) and our linear map (p q in, out)."""
+    return Layout(
+        lambda x: rearrange(x, "D C p q -> (p q C) D"),
+        lambda x: rearrange(x, "(p q C) D -> D C p q", p=patch, q=patch),
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    layout: Layout
+    layers: int = 0  # 0: a single tensor
+
+    def names(self) -> list[str]:
+        """Published names that this row covers, in layer order."""
+        return [self.theirs.format(i=i) for i in range(self.layers)] or [self.theirs]
+
+
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
+
+def table(config: VideoXLConfig) -> list[Row]:
+    """All rows for a model of this configuration."""
+    return list(_rows(config))
+
+
+def _rows(config: VideoXLConfig) -> Iterator[Row]:
+    def linear(theirs: str, ours: str, layers: int = 0, bias: bool = True) -> Iterator[Row]:
+        path = tuple(ours.split("."))
+        yield Row(f"{theirs}.weight", (*path, "kernel"), LINEAR, layers)
+        if bias:
+            yield Row(f"{theirs}.bias", (*path, "bias"), SAME, layers)
+
+    def one(theirs: str, ours: str, layers: int = 0) -> Row:
+        return Row(theirs, tuple(ours.split(".")), SAME, layers)
+
+    yield one("model.embed_tokens.weight", "language.embed.embedding")
+    yield one("model.beacon_embed_tokens.weight", "language.beacon_embed")
+    there, here, n = "model.layers.{i}.", "language.layers.", config.language.layers
+    for name in ("q", "k", "v", "beacon_q", "beacon_k", "beacon_v"):
+        yield from linear(f"{there}self_attn.{name}_proj", f"{here}attention.{name}", n)
+    yield from linear(f"{there}self_attn.o_proj", f"{here}attention.o", n, bias=False)
+    for name in ("gate", "up", "down"):
+        yield from linear(f"{there}mlp.{name}_proj", f"{here}mlp.{name}", n, bias=False)
+    yield one(f"{there}input_layernorm.weight", f"{here}attention_norm.scale", n)
+    yield one(f"{there}post_attention_layernorm.weight", f"{here}mlp_norm.scale", n)
+    yield one("model.norm.weight", "language.norm.scale")
+    if not config.language.tie_embeddings:
+        yield from linear("lm_head", "language.head", bias=False)
+
+    yield from linear("model.mm_projector.0", "projector.up")
+    yield from linear("model.mm_projector.2", "projector.down")
+
+    yield one(f"{TOWER}embeddings.class_embedding", "vision.class_embed")
+    yield one(f"{TOWER}embeddings.position_embedding.weight", "vision.position_embed")
+    yield Row(
+        f"{TOWER}embeddings.patch_embedding.weight",
+        ("vision", "patch_embed", "kernel"),
+        patch_layout(config.vision.patch_size),
+    )
+    yield one(f"{TOWER}pre_layrnorm.weight", "vision.pre_norm.scale")
+    yield one(f"{TOWER}pre_layrnorm.bias", "vision.pre_norm.bias")
+    there, here, n = f"{TOWER}encoder.layers.{{i}}.", "vision.layers.", config.vision.layers_used
+    for theirs, ours in (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("out_proj", "o")):
+        yield from linear(f"{there}self_attn.{theirs}", f"{here}{ours}", n)
+    for theirs, ours in (("fc1", "up"), ("fc2", "down")):
+        yield from linear(f"{there}mlp.{theirs}", f"{here}{ours}", n)
+    for theirs, ours in (("layer_norm1", "attention_norm"), ("layer_norm2", "mlp_norm")):
+        yield one(f"{there}{theirs}.weight", f"{here}{ours}.scale", n)
+        yield one(f"{there}{theirs}.bias", f"{here}{ours}.bias", n)
+
+
+def is_unused(name: str, config: VideoXLConfig) -> bool:
+    """Whether a published tensor is one that the network never reads.
+
+    They are the tower's layers above the features, its last norm, position ids that old releases of
+    transformers wrote, and the head of a model with tied embeddings.
+    """
+    if name.startswith(f"{TOWER}post_layernorm.") or name.endswith("embeddings.position_ids"):
+        return True
+    if name == "lm_head.weight":
+        return config.language.tie_embeddings
+    layer = re.match(re.escape(f"{TOWER}encoder.layers.") + r"(\d+)\.", name)
+    return bool(layer) and config.vision.layers_used <= int(layer[1]) < config.vision.layers
+
+
+def to_published(params: Any, config: VideoXLConfig) -> dict[str, np.ndarray]:
+    """A pytree shaped like `nnx.state(VideoXL)` (parameters or gradients) under published names."""
+    flat = {path: np.asarray(leaf.get_value()) for path, leaf in params.flat_state()}
+    named = {}
+    for row in table(config):
+        value = flat[row.ours]
+        layers = value if row.layers else value[None]
+        for name, layer in zip(row.names(), layers, strict=True):
+            named[name] = row.layout.to_theirs(layer)
+    return named

@@ -1,0 +1,243 @@
+"""Check the Flax model against golden numbers of the published PyTorch implementation.
+
+    python -m convert.parity HF_DIR GOLDEN_DIR
+
+HF_DIR is a checkpoint in the published layout. GOLDEN_DIR holds `golden.json` (the cases) and
+`golden.safetensors` (their inputs and outputs); `docs/parity.md` describes the format. Prints a row
+a tensor, and exits 1 if a relative error ‖ours − golden‖ / ‖golden‖ is over 1e-4 or ids differ.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from convert.names import to_published
+from convert.published import CheckpointError, load_published, read_json
+from vxl_jax.attention import rope_angles, rotate
+from vxl_jax.config import ConfigError
+from vxl_jax.generate import generate
+from vxl_jax.model import VideoXL, loss_and_metrics, prefill
+from vxl_jax.stream import BEACON, IMAGE_TOKEN, Stream, batch_streams, plan_stream
+
+TOLERANCE = 1e-4
+
+GRADIENT_FLOOR = 1e-6
+"""Part of the norm of all gradients under which one is rounding: the bias of CLIP's keys shifts all
+scores of a softmax alike, so its gradient is zero, and what is published is 1e-11 of the rest."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compared tensor: its relative error, and a note such as the agreement of argmax."""
+
+    name: str
+    error: float
+    note: str = ""
+    agrees: bool = True
+
+    @property
+    def passed(self) -> bool:
+        """Within tolerance (a NaN is not) and agreeing where agreement is asked for."""
+        return self.error <= TOLERANCE and self.agrees
+
+
+def compare(
+    name: str, ours: np.ndarray, golden: np.ndarray, note: str = "", floor: float = 0.0
+) -> Row:
+    """Relative error in the 2-norm, infinite where the shapes differ.
+
+    floor: the least that the error is divided by.
+    """
+    ours, golden = np.asarray(ours, np.float64), np.asarray(golden, np.float64)
+    if ours.shape != golden.shape:
+        return Row(name, np.inf, f"shape {ours.shape}, golden {golden.shape}")
+    scale = max(np.linalg.norm(golden), floor)
+    return Row(name, float(np.linalg.norm(ours - golden) / (scale if scale > 0 else 1.0)), note)
+
+
+def every(rows: int, kept: int) -> int:
+    """The step n with which `kept` of `rows` rows were kept (`x[::n]`)."""
+    steps = [step for step in range(1, rows + 1) if -(-rows // step) == kept]
+    if not steps:
+        raise CheckpointError(f"golden tensor has {kept} rows, no even part of {rows}")
+    return steps[0]
+
+
+class Golden:
+    """A golden directory: cases, inputs and expected tensors."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.meta = read_json(directory / "golden.json")
+        path = directory / "golden.safetensors"
+        try:
+            self.tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
+        for name in ("cases", "prefix", "suffix"):
+            if name not in self.meta:
+                raise CheckpointError(f"{directory / 'golden.json'}: has no field {name!r}")
+
+    @cached_property
+    def drawn_frames(self) -> np.ndarray:
+        """Frames made from the stated seed, [F, 3, S, S] float32; the draws before them are checked."""
+        frames = self.meta["frames"]
+        draw = np.random.RandomState(frames["seed"])
+        highest = self.vocabulary - 12
+        for name in ("prefix", "suffix"):
+            if draw.randint(0, highest, len(self.meta[name])).tolist() != self.meta[name]:
+                raise CheckpointError(f"{self.directory}: the seed does not give the stated {name}")
+        size = frames["size"]
+        return (draw.randint(-128, 128, (frames["n"], 3, size, size)) / 64).astype(np.float32)
+
+    vocabulary = 0  # set from the model's configuration before drawn_frames is read
+
+    def pixels(self, case: dict[str, Any]) -> np.ndarray:
+        """Normalised pixel values of a case, [1, F, S, S, 3]; an image's squashed copy is left out."""
+        if "frames" in case:
+            frames = self.tensors[f"input/{case['frames']}"]
+        else:
+            frames = self.drawn_frames
+        if case.get("modality") == "image":
+            frames = frames[1:]
+        return np.ascontiguousarray(frames.transpose(0, 2, 3, 1))[None]
+
+    def expected(self, case: dict[str, Any], name: str) -> np.ndarray | None:
+        """A tensor of the case, or None where the set does not hold it."""
+        return self.tensors.get(f"{case['name']}/{name}")
+
+
+def check(model: VideoXL, golden: Golden) -> Iterator[Row]:
+    """Compare all cases, a row at a time."""
+    golden.vocabulary = model.config.language.vocab_size
+    for case in golden.meta["cases"]:
+        checker = _check_training if "window_ratios" in case else _check_inference
+        yield from checker(model, golden, case)
+
+
+def _check_inference(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Iterator[Row]:
+    name, pixels = case["name"], golden.pixels(case)
+    suffix = golden.meta["long_suffix" if case.get("suffix") == "long" else "suffix"]
+    ids = [*golden.meta["prefix"], IMAGE_TOKEN, *suffix]
+    visual_tokens = pixels.shape[1] * model.config.tokens_per_frame
+    stream = plan_stream(ids, [visual_tokens], window=model.config.window, ratio=case["ratio"])
+
+    visual = nnx.jit(VideoXL.encode)(model, pixels)
+    if (features := golden.expected(case, "visual_features")) is not None:
+        ours = visual[0, :: every(visual.shape[1], len(features))]
+        yield compare(f"{name}/visual_features", ours, features)
+
+    if (logits := golden.expected(case, "logits")) is not None:
+        ours = np.asarray(nnx.jit(_all_logits)(model, batch_streams([stream]), visual))[0]
+        ours = ours[stream.length - len(logits) : stream.length]
+        same = (ours.argmax(-1) == logits.argmax(-1)).mean()
+        yield compare(f"{name}/logits", ours, logits, f"argmax agrees {same:.0%}")
+
+    # A window at a time, as a film is watched; the logits above came from all windows at once.
+    streams = batch_streams([stream], windows_per_group=1)
+    _, memory = prefill(*nnx.split(model), streams, pixels, streams.memory)
+    if (length := golden.expected(case, "memory_len")) is not None:
+        ours_length = int(memory.length[0]) - len(suffix)
+        note = f"{ours_length}, golden {int(length[0])}"
+        yield Row(f"{name}/memory_len", 0.0, note, agrees=ours_length == int(length[0]))
+    yield from _check_beacons(model, golden, case, stream, memory)
+
+    if (generated := golden.expected(case, "generated")) is not None:
+        ours_ids = generate(model, streams, pixels, max_new_tokens=len(generated))[0]
+        same = np.mean(np.equal(ours_ids, generated))
+        yield Row(f"{name}/generated", 0.0, f"ids agree {same:.0%}", agrees=same == 1)
+
+
+def _all_logits(model: VideoXL, streams: Any, visual: jax.Array) -> jax.Array:
+    return model.logits(model(streams, visual))
+
+
+def _check_beacons(
+    model: VideoXL, golden: Golden, case: dict[str, Any], stream: Stream, memory: Any
+) -> Iterator[Row]:
+    """Beacon keys of layer 0 (before RoPE) and values of the last layer, read from the memory."""
+    language = model.config.language
+    slots = stream.rank[stream.kind == BEACON]
+    if (keys := golden.expected(case, "beacon_keys_layer0")) is not None:
+        cos, sin = rope_angles(slots, language.head_size, language.rope_theta)
+        ours = np.moveaxis(rotate(memory.keys[0, 0, slots], (cos, -sin)), 1, 0)
+        yield compare(
+            f"{case['name']}/beacon_keys_layer0", ours[:, :: every(len(slots), keys.shape[1])], keys
+        )
+    if (values := golden.expected(case, "beacon_values_last")) is not None:
+        ours = np.moveaxis(np.asarray(memory.values[-1, 0, slots]), 1, 0)
+        yield compare(
+            f"{case['name']}/beacon_values_last",
+            ours[:, :: every(len(slots), values.shape[1])],
+            values,
+        )
+
+
+def _check_training(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Iterator[Row]:
+    name, pixels = case["name"], golden.pixels(case)
+    stream = plan_stream(
+        [*golden.meta["prefix"], IMAGE_TOKEN, *golden.meta["suffix"]],
+        [pixels.shape[1] * model.config.tokens_per_frame],
+        window=model.config.window,
+        ratio=case["window_ratios"],
+        labels=case["labels"],
+    )
+    graph, params = nnx.split(model)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss_and_gradients(params: Any) -> jax.Array:
+        total, metrics = loss_and_metrics(nnx.merge(graph, params), batch_streams([stream]), pixels)
+        return total / metrics["tokens"]
+
+    loss, gradients = loss_and_gradients(params)
+    if (expected := golden.expected(case, "loss")) is not None:
+        yield compare(f"{name}/loss", np.asarray(loss).reshape(expected.shape), expected)
+    ours = to_published(gradients, model.config)
+    norms = {key: np.linalg.norm(gradient) for key, gradient in ours.items()}
+    floor = GRADIENT_FLOOR * float(np.linalg.norm(list(norms.values())))
+    start = f"{name}/grad/"
+    for key in sorted(golden.tensors):
+        if key.startswith(start):
+            gradient = ours.get(key.removeprefix(start), np.empty(0))
+            yield compare(key, gradient, golden.tensors[key], floor=floor)
+    for key, norm in case.get("grad_norms", {}).items():
+        note = "zero but for rounding" if norm < floor else ""
+        ours_norm = norms.get(key, np.float64(np.nan))
+        yield compare(f"{name}/grad_norm/{key}", ours_norm, np.asarray(norm), note, floor)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("hf_dir", type=Path, help="checkpoint in the published layout")
+    parser.add_argument("golden_dir", type=Path, help="directory with golden.json")
+    options = parser.parse_args(arguments)
+    rows = []
+    try:
+        with jax.default_matmul_precision("highest"):
+            for row in check(load_published(options.hf_dir), Golden(options.golden_dir)):
+                rows.append(row)
+                mark = "ok  " if row.passed else "FAIL"
+                print(f"{mark} {row.error:9.2e}  {row.name}  {row.note}".rstrip(), flush=True)
+    except (CheckpointError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    failed = sum(not row.passed for row in rows)
+    worst = max((row.error for row in rows), default=np.inf)
+    print(f"{len(rows)} tensors, {failed} failed, largest relative error {worst:.2e}")
+    return int(failed > 0 or not rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

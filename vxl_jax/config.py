@@ -1,0 +1,221 @@
+"""Model configuration: frozen dataclasses and named presets.
+
+Every field is read by the network. Combinations that cannot work are refused when the dataclass is
+made, with the name of the field.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message names the field and what to do."""
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(
+                f"{type(config).__name__}.{name} is {getattr(config, name)}; it must be at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """CLIP vision tower (Radford et al. 2021). Defaults: ViT-L/14 at 336 px."""
+
+    image_size: int = 336
+    """Side of the square input, in pixels."""
+    patch_size: int = 14
+    """Side of a patch, in pixels."""
+    width: int = 1024
+    layers: int = 24
+    """Layers of the published tower; only those below `feature_layer` are built and run."""
+    feature_layer: int = -2
+    """Hidden state used as features, counted as Hugging Face does: -1 is the last layer's output."""
+    heads: int = 16
+    mlp_width: int = 4096
+    norm_eps: float = 1e-5
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Mean subtracted from RGB in [0, 1]."""
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation that RGB in [0, 1] is divided by."""
+
+    def __post_init__(self):
+        _positive(self, "image_size", "patch_size", "width", "layers", "heads", "mlp_width")
+        if self.width % self.heads:
+            raise ConfigError(
+                f"VisionConfig.width {self.width} is not a multiple of heads {self.heads}"
+            )
+        if not -self.layers - 1 <= self.feature_layer < 0:
+            raise ConfigError(
+                f"VisionConfig.feature_layer {self.feature_layer} must be between "
+                f"-{self.layers + 1} and -1"
+            )
+
+    @property
+    def layers_used(self) -> int:
+        """Number of layers that have to run for the chosen hidden state."""
+        return self.layers + 1 + self.feature_layer
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a frame; a remainder of pixels is dropped as a strided
+        convolution drops it."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Qwen2 (Yang et al. 2024) with beacon projections. Defaults: Qwen2-7B-Instruct."""
+
+    vocab_size: int = 152064
+    width: int = 3584
+    layers: int = 28
+    heads: int = 28
+    kv_heads: int = 4
+    mlp_width: int = 18944
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    """Read the logits with the transposed token embedding instead of a separate head."""
+
+    def __post_init__(self):
+        _positive(self, "vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width")
+        if self.width % self.heads:
+            raise ConfigError(
+                f"LanguageConfig.width {self.width} is not a multiple of heads {self.heads}"
+            )
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"LanguageConfig.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}"
+            )
+        if self.head_size % 2:
+            raise ConfigError(
+                f"LanguageConfig: head size {self.head_size} (width / heads) must be even for RoPE"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head (H)."""
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class VideoXLConfig:
+    """The whole model. Defaults: Video-XL-7B (arXiv 2409.14485)."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    pool_stride: int = 2
+    """Projected patches are averaged over pool_stride × pool_stride; 1 leaves them as they are."""
+    window: int = 1440
+    """Visual tokens in one compression window (10 frames of 144)."""
+    ratios: tuple[int, ...] = (2, 4, 8, 12, 16)
+    """Compression ratios that training draws from; () keeps visual tokens uncompressed."""
+    param_dtype: str = "float32"
+    """Dtype in which parameters are stored: float32 or bfloat16."""
+    dtype: str = "float32"
+    """Dtype of activations and matrix products. Norms, softmax, RoPE angles and loss are float32."""
+    remat: bool = True
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+    def __post_init__(self):
+        _positive(self, "pool_stride", "window")
+        for name in ("param_dtype", "dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ConfigError(
+                    f"VideoXLConfig.{name} is {getattr(self, name)!r}; use one of {sorted(DTYPES)}"
+                )
+        if self.pool_stride > self.vision.grid:
+            raise ConfigError(
+                f"VideoXLConfig.pool_stride {self.pool_stride} is larger than the tower's grid of "
+                f"{self.vision.grid} patches"
+            )
+        bad = [ratio for ratio in self.ratios if not 1 <= ratio <= self.window]
+        if bad:
+            raise ConfigError(
+                f"VideoXLConfig.ratios {bad} must be between 1 and the window {self.window}"
+            )
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Visual tokens that one frame or tile gives to the language model."""
+        return (self.vision.grid // self.pool_stride) ** 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict (JSON-serialisable); the inverse is `from_dict`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "VideoXLConfig":
+        """Inverse of `to_dict`; tuples may have become lists on the way through JSON.
+
+        Raises: ConfigError on an unknown field.
+        """
+        values = dict(values)
+        values["vision"] = _from_dict(VisionConfig, values.get("vision", {}))
+        values["language"] = _from_dict(LanguageConfig, values.get("language", {}))
+        return _from_dict(cls, values)
+
+
+def _from_dict(cls: type, values: dict[str, Any]) -> Any:
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ConfigError(f"{cls.__name__} has no field {unknown}; it has {sorted(known)}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def video_xl_7b(**changes: Any) -> VideoXLConfig:
+    """The published Video-XL-7B: CLIP ViT-L/14-336 and Qwen2-7B, windows of 10 frames."""
+    return dataclasses.replace(VideoXLConfig(), **changes)
+
+
+def tiny(**changes: Any) -> VideoXLConfig:
+    """A model of some thousand parameters for tests: 56 px frames of 4 tokens, windows of 4 frames."""
+    base = VideoXLConfig(
+        vision=VisionConfig(
+            image_size=56, patch_size=14, width=16, layers=3, heads=2, mlp_width=32
+        ),
+        language=LanguageConfig(
+            vocab_size=96, width=32, layers=3, heads=4, kv_heads=2, mlp_width=48, rope_theta=1e4
+        ),
+        window=16,
+        ratios=(2, 4, 8),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def demo(**changes: Any) -> VideoXLConfig:
+    """The model of the embedded demo: learns to read coloured shapes in minutes on two cores."""
+    base = VideoXLConfig(
+        vision=VisionConfig(
+            image_size=56, patch_size=14, width=64, layers=3, heads=4, mlp_width=256
+        ),
+        language=LanguageConfig(
+            vocab_size=512, width=64, layers=4, heads=4, kv_heads=2, mlp_width=160, rope_theta=1e4
+        ),
+        window=16,
+        ratios=(4, 8),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+PRESETS = {"video_xl_7b": video_xl_7b, "tiny": tiny, "demo": demo}
+
+
+def cross_check_vocabulary(config: LanguageConfig, tokens: int, source: str) -> None:
+    """Refuse a tokenizer with more ids than the embedding has rows.
+
+    Raises: ConfigError naming `source`.
+    """
+    if tokens > config.vocab_size:
+        raise ConfigError(
+            f"{source} has {tokens} tokens but LanguageConfig.vocab_size is {config.vocab_size}; "
+            "use the tokenizer that belongs to the model, or a larger vocabulary"
+        )

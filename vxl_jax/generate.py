@@ -1,0 +1,117 @@
+"""Text generation: prefill a memory, then one jitted step a token."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from vxl_jax.model import VideoXL, decode_step, prefill
+from vxl_jax.stream import StreamBatch, round_up
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy and ignores the rest.
+
+    top_k: only the k most likely tokens (0: all). top_p: only the most likely tokens that together
+    reach this probability (1: all). seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1]")
+
+
+GREEDY = Sampling()
+
+
+@partial(jax.jit, static_argnums=1)
+def choose(logits: Array, greedy: bool, key: Array, temperature: Any, top_k: Any, top_p: Any) -> Array:
+    """Next token [B] int32 from logits [B, V]; see `Sampling`."""
+    if greedy:
+        return logits.argmax(-1).astype(jnp.int32)
+    order = jnp.argsort(-logits, axis=-1)
+    scaled = jnp.take_along_axis(logits, order, axis=-1) / temperature
+    likelihood = jax.nn.softmax(scaled, axis=-1)
+    above = jnp.cumsum(likelihood, axis=-1) - likelihood  # probability of all better tokens
+    rank = jnp.arange(logits.shape[-1])
+    allowed = (above < top_p) & ((top_k == 0) | (rank < top_k))
+    drawn = jax.random.categorical(key, jnp.where(allowed, scaled, -jnp.inf), axis=-1)
+    return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def stream_tokens(
+    model: VideoXL,
+    streams: StreamBatch,
+    pixels: Any | None = None,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+) -> Iterator[np.ndarray]:
+    """Yield the next token of every sample, [B] int32, `max_new_tokens` times.
+
+    streams: from `batch_streams`, each ending where the answer is to begin. pixels as for
+    `VideoXL.encode`. Nothing is recompiled from token to token, nor between calls whose shapes are
+    on the same steps of the ladder.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    graph, params = nnx.split(model)
+    capacity = round_up(streams.memory + max_new_tokens, steps=4)
+    logits, memory = prefill(graph, params, streams, pixels, capacity)
+    key = jax.random.key(sampling.seed)
+    for step in range(max_new_tokens):
+        token = choose(
+            logits,
+            sampling.temperature == 0,
+            jax.random.fold_in(key, step),
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+        )
+        yield np.asarray(token)
+        if step + 1 < max_new_tokens:
+            logits, memory = decode_step(graph, params, memory, token)
+
+
+def generate(
+    model: VideoXL,
+    streams: StreamBatch,
+    pixels: Any | None = None,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    stop_ids: tuple[int, ...] = (),
+) -> list[list[int]]:
+    """Answer every sample of a batch.
+
+    Returns the new token ids of each sample, up to and without its first stop id. Ends early when
+    all samples have stopped. See `stream_tokens`.
+    """
+    answers: list[list[int]] = [[] for _ in range(len(streams.last))]
+    stopped = np.zeros(len(answers), bool)
+    for tokens in stream_tokens(
+        model, streams, pixels, max_new_tokens=max_new_tokens, sampling=sampling
+    ):
+        stopped |= np.isin(tokens, stop_ids)
+        if stopped.all():
+            break
+        for answer, token, done in zip(answers, tokens, stopped, strict=True):
+            if not done:
+                answer.append(int(token))
+    return answers

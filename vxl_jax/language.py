@@ -1,0 +1,268 @@
+"""Qwen2 over a stream of text, visual and beacon tokens (one group of windows at a time).
+
+Shapes follow the axis legend of `vxl_jax`. Source: Qwen2 (arXiv 2407.10671) for the plain network,
+Video-XL (arXiv 2409.14485, section 3.2) for beacon tokens and what they keep.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from vxl_jax.attention import rope_angles, rotate, window_attention
+from vxl_jax.config import DTYPES, LanguageConfig, VideoXLConfig
+from vxl_jax.memory import Memory
+from vxl_jax.stream import BEACON, TEXT, VISUAL, StreamBatch
+
+Angles = tuple[Array, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Group:
+    """One group of windows on the device: a `StreamBatch` without its group axis."""
+
+    is_beacon: Array | None  # [B, T], None where the stream has no beacon
+    rank: Array  # [B, T]
+    place: Array  # [B, T]
+    window_index: Array | None  # [B, W * Q] flat token at each place; None if the layouts agree
+    window_memory: Array  # [B, W]
+    own_angles: Angles  # [B, T, 1, H/2] at the position in the own window
+    memory_angles: Angles  # [B, T, 1, H/2] at the rank
+
+
+def make_group(config: LanguageConfig, streams: StreamBatch) -> Group:
+    """Device arrays that all layers share, from a batch whose group axis is taken off."""
+    batch, tokens = streams.kind.shape
+    windows, queries = streams.window_start.shape[1], streams.window_tokens
+    index = None
+    if (windows, queries) != (1, tokens):
+        index = streams.window_start[:, :, None] + jnp.arange(queries)
+        index = jnp.minimum(index.reshape(batch, windows * queries), tokens - 1)
+    angles = partial(rope_angles, head_size=config.head_size, theta=config.rope_theta)
+    return Group(
+        is_beacon=streams.kind == BEACON if streams.has_beacons else None,
+        rank=streams.rank,
+        place=streams.place,
+        window_index=index,
+        window_memory=streams.window_memory,
+        own_angles=angles(streams.position),
+        memory_angles=angles(streams.rank),
+    )
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm, computed in float32."""
+
+    def __init__(self, width: int, eps: float, param_dtype: Any):
+        self.scale = nnx.Param(jnp.ones(width, param_dtype))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        """[..., D] -> [..., D]."""
+        y = x.astype(jnp.float32)
+        y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over memory and own window; beacons have q, k, v of their own."""
+
+    def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
+        c = config.language
+        linear = partial(_linear, config, rngs)
+        kv_width = c.kv_heads * c.head_size
+        self.q = linear(c.width, c.width, use_bias=True)
+        self.k = linear(c.width, kv_width, use_bias=True)
+        self.v = linear(c.width, kv_width, use_bias=True)
+        self.o = linear(c.width, c.width)
+        self.beacon_q = linear(c.width, c.width, use_bias=True)
+        self.beacon_k = linear(c.width, kv_width, use_bias=True)
+        self.beacon_v = linear(c.width, kv_width, use_bias=True)
+        self.head_size = c.head_size
+
+    def project(self, x: Array, is_beacon: Array | None) -> tuple[Array, Array, Array]:
+        """x [B, T, D] -> q [B, T, N, H], k and v [B, T, K, H], before RoPE."""
+
+        def heads(own: nnx.Linear, beacon: nnx.Linear) -> Array:
+            y = own(x)
+            if is_beacon is not None:
+                y = jnp.where(is_beacon[..., None], beacon(x), y)
+            return y.reshape(*y.shape[:-1], -1, self.head_size)
+
+        return heads(self.q, self.beacon_q), heads(self.k, self.beacon_k), heads(self.v, self.beacon_v)
+
+    def __call__(
+        self, x: Array, group: Group, keys: Array, values: Array, layer: Array | int
+    ) -> tuple[Array, Array, Array]:
+        """Write the group's persistent tokens into `layer` of the memory, then attend.
+
+        x [B, T, D]; keys and values [L, B, M, K, H]. Returns the output [B, T, D] and the updated
+        memory. The group's own entries are in the memory before anyone reads it: a window sees only
+        the slots before its start.
+        """
+        q, k, v = self.project(x, group.is_beacon)
+        sample = jnp.arange(x.shape[0])[:, None]
+        slot = (layer, sample, group.rank)
+        keys = keys.at[slot].set(rotate(k, group.memory_angles), mode="drop")
+        values = values.at[slot].set(v, mode="drop")
+        q, k = rotate(q, group.own_angles), rotate(k, group.own_angles)
+        windows = group.window_memory.shape[1]
+        out = window_attention(
+            *(_to_windows(y, group.window_index, windows) for y in (q, k, v)),
+            lax.dynamic_index_in_dim(keys, layer, keepdims=False),
+            lax.dynamic_index_in_dim(values, layer, keepdims=False),
+            group.window_memory,
+        )
+        out = out.reshape(x.shape[0], -1, x.shape[-1])
+        if group.window_index is not None:
+            out = _take(out, group.place)
+        return self.o(out), keys, values
+
+
+def _to_windows(x: Array, index: Array | None, windows: int) -> Array:
+    """[B, T, heads, H] -> [B, W, Q, heads, H]."""
+    if index is not None:
+        x = _take(x, index)
+    return x.reshape(x.shape[0], windows, -1, *x.shape[2:])
+
+
+def _take(x: Array, index: Array) -> Array:
+    """Rows `index` [B, I] of x [B, T, ...] -> [B, I, ...]; the indices are in bounds."""
+    return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
+
+
+class MLP(nnx.Module):
+    """SiLU-gated feed-forward network."""
+
+    def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
+        c = config.language
+        self.gate = _linear(config, rngs, c.width, c.mlp_width)
+        self.up = _linear(config, rngs, c.width, c.mlp_width)
+        self.down = _linear(config, rngs, c.mlp_width, c.width)
+
+    def __call__(self, x: Array) -> Array:
+        """[B, T, D] -> [B, T, D]."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(nnx.Module):
+    """One pre-norm layer."""
+
+    def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
+        norm = partial(
+            RMSNorm,
+            config.language.width,
+            config.language.norm_eps,
+            param_dtype=DTYPES[config.param_dtype],
+        )
+        self.attention_norm = norm()
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = norm()
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(
+        self, x: Array, group: Group, keys: Array, values: Array, layer: Array | int
+    ) -> tuple[Array, Array, Array]:
+        """See `Attention.__call__`."""
+        y, keys, values = self.attention(self.attention_norm(x), group, keys, values, layer)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), keys, values
+
+
+class LanguageModel(nnx.Module):
+    """Token and beacon embeddings, stacked layers, final norm and head."""
+
+    def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
+        c = config.language
+        self.config = config
+        param_dtype, dtype = DTYPES[config.param_dtype], DTYPES[config.dtype]
+        self.embed = nnx.Embed(
+            c.vocab_size, c.width, param_dtype=param_dtype, dtype=dtype, rngs=rngs
+        )
+        self.beacon_embed = nnx.Param(jnp.zeros((1, c.width), param_dtype))
+        self.layers = stacked(partial(DecoderLayer, config), c.layers, rngs)
+        self.norm = RMSNorm(c.width, c.norm_eps, param_dtype)
+        if not c.tie_embeddings:
+            self.head = _linear(config, rngs, c.width, c.vocab_size)
+
+    def embed_group(self, streams: StreamBatch, visual: Array | None) -> Array:
+        """Input of the first layer, [B, T, D].
+
+        streams: without its group axis. visual [B, V, D], or None where no sample has any.
+        """
+        kind = streams.kind[..., None]
+        x = self.embed(jnp.where(streams.kind == TEXT, streams.source, 0))
+        if visual is not None:
+            index = jnp.where(streams.kind == VISUAL, streams.source, 0)
+            x = jnp.where(kind == VISUAL, _take(visual.astype(x.dtype), index), x)
+        return jnp.where(kind == BEACON, self.beacon_embed[0].astype(x.dtype), x)
+
+    def run_group(self, x: Array, group: Group, memory: Memory) -> tuple[Array, Memory]:
+        """All layers over one group, writing its persistent tokens into the memory in place.
+
+        x [B, T, D] -> hidden states after the last layer [B, T, D]. `memory.length` is left to the
+        caller.
+        """
+        graph, params = nnx.split(self.layers)
+
+        def body(carry: tuple[Array, Array, Array], scanned: tuple[Any, Array]) -> tuple[Any, None]:
+            layer_params, layer = scanned
+            return nnx.merge(graph, layer_params)(carry[0], group, *carry[1:], layer), None
+
+        layers = jnp.arange(self.config.language.layers)
+        (x, keys, values), _ = lax.scan(body, (x, memory.keys, memory.values), (params, layers))
+        return x, replace(memory, keys=keys, values=values)
+
+    def run_group_alone(self, x: Array, group: Group, capacity: int) -> Array:
+        """All layers over a group that has all windows of its samples, keeping no memory.
+
+        The form for training: each layer's memory lives only inside the layer, and `remat` makes
+        the backward pass linear in the length of the stream. x [B, T, D] -> [B, T, D].
+        """
+        c = self.config.language
+        graph, params = nnx.split(self.layers)
+        shape = (1, x.shape[0], capacity, c.kv_heads, c.head_size)
+
+        def body(x: Array, layer_params: Any) -> tuple[Array, None]:
+            empty = jnp.zeros(shape, x.dtype)
+            return nnx.merge(graph, layer_params)(x, group, empty, empty, 0)[0], None
+
+        if self.config.remat:
+            body = jax.checkpoint(body, prevent_cse=False)
+        return lax.scan(body, x, params)[0]
+
+    def logits(self, hidden: Array) -> Array:
+        """Hidden states [..., D] after the last layer -> logits [..., V] float32."""
+        hidden = self.norm(hidden)
+        if self.config.language.tie_embeddings:
+            return self.embed.attend(hidden).astype(jnp.float32)
+        return self.head(hidden).astype(jnp.float32)
+
+
+def stacked(make: Any, layers: int, rngs: nnx.Rngs) -> Any:
+    """`layers` modules with their own random weights as one module with a leading layer axis."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def build(rngs: nnx.Rngs) -> Any:
+        return make(rngs=rngs)
+
+    return build(rngs)
+
+
+def _linear(
+    config: VideoXLConfig, rngs: nnx.Rngs, inputs: int, outputs: int, use_bias: bool = False
+) -> nnx.Linear:
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=use_bias,
+        dtype=DTYPES[config.dtype],
+        param_dtype=DTYPES[config.param_dtype],
+        rngs=rngs,
+    )

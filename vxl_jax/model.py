@@ -1,0 +1,170 @@
+"""Video-XL: vision tower, projector and language model, and the pure functions over them."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array, lax
+
+from vxl_jax.config import VideoXLConfig
+from vxl_jax.language import LanguageModel, make_group
+from vxl_jax.memory import Memory, empty_memory
+from vxl_jax.stream import IGNORE, StreamBatch
+from vxl_jax.vision import Projector, VisionTower
+
+GROUP_FIELDS = ("kind", "source", "position", "rank", "place", "window_start", "window_memory")
+
+
+class VideoXL(nnx.Module):
+    """Parameters of the whole model; random until a checkpoint is loaded into it."""
+
+    def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.vision = VisionTower(config, rngs=rngs)
+        self.projector = Projector(config, rngs=rngs)
+        self.language = LanguageModel(config, rngs=rngs)
+        start_beacons(self.language, rngs.params())
+
+    def encode(self, pixels: Array) -> Array:
+        """Frames or tiles [B, F, S, S, 3] -> visual tokens [B, F * tokens_per_frame, D].
+
+        uint8 RGB, or floats that are normalised already.
+        """
+        frames = rearrange(pixels, "B F S T C -> (B F) S T C")
+        tokens = self.projector(self.vision(frames))
+        return rearrange(tokens, "(B F) P D -> B (F P) D", B=pixels.shape[0])
+
+    def __call__(self, streams: StreamBatch, visual: Array | None = None) -> Array:
+        """Hidden states after the last layer of all tokens, [B, G * T, D], for `logits`.
+
+        visual [B, V, D] from `encode`; None for streams of text alone.
+        """
+        if streams.kind.shape[0] == 1:
+            group = take_group(streams, 0)
+            x = self.language.embed_group(group, visual)
+            device_group = make_group(self.config.language, group)
+            return self.language.run_group_alone(x, device_group, streams.memory)
+        memory = empty_memory(self.config, streams.kind.shape[1], streams.memory)
+        hidden, _ = scan_groups(self, streams, visual, memory, keep_hidden=True)
+        return rearrange(hidden, "G B T D -> B (G T) D")
+
+    def logits(self, hidden: Array) -> Array:
+        """Hidden states [..., D] -> logits [..., V] float32."""
+        return self.language.logits(hidden)
+
+
+def start_beacons(language: LanguageModel, key: Array) -> None:
+    """Start the beacon projections as copies of q, k and v, and the beacon embedding as a token's."""
+    attention = language.layers.attention
+    for name in ("q", "k", "v"):
+        nnx.update(getattr(attention, f"beacon_{name}"), nnx.state(getattr(attention, name)))
+    row = jax.random.randint(key, (1,), 0, language.embed.num_embeddings)
+    language.beacon_embed[...] = language.embed.embedding[row]
+
+
+def take_group(streams: StreamBatch, index: Any) -> StreamBatch:
+    """The batch with its group axis taken off at `index`."""
+    return replace(streams, **{name: getattr(streams, name)[index] for name in GROUP_FIELDS})
+
+
+def scan_groups(
+    model: VideoXL, streams: StreamBatch, visual: Array | None, memory: Memory, keep_hidden: bool
+) -> tuple[Array, Memory]:
+    """Run the groups one after another, the memory carried from each to the next.
+
+    Returns hidden states, [G, B, T, D] if `keep_hidden`, else [B, T, D] of the last group alone;
+    and the memory with the persistent tokens of all groups.
+    """
+    language_config = model.config.language
+    graph, params = nnx.split(model.language)
+
+    def step(carry: tuple[Memory, Array], arrays: dict[str, Array]) -> tuple[Any, Array | None]:
+        language = nnx.merge(graph, params)
+        group = replace(streams, **arrays)
+        x = language.embed_group(group, visual)
+        x, memory = language.run_group(x, make_group(language_config, group), carry[0])
+        return (memory, x), x if keep_hidden else None
+
+    arrays = {name: getattr(streams, name) for name in GROUP_FIELDS}
+    shape = (*streams.kind.shape[1:], language_config.width)
+    last = jnp.zeros(shape, memory.keys.dtype)
+    (memory, last), hidden = lax.scan(step, (memory, last), arrays)
+    memory = replace(memory, length=memory.length + streams.length)
+    return (hidden if keep_hidden else last), memory
+
+
+def loss_and_metrics(
+    model: VideoXL, streams: StreamBatch, pixels: Array | None
+) -> tuple[Array, dict[str, Array]]:
+    """Summed next-token cross-entropy in float32, with `tokens` (labelled) and `correct` beside it.
+
+    Divide by `tokens` for the loss of the published code; a sum lets accumulated batches weigh
+    every labelled token alike. pixels as for `VideoXL.encode`, or None.
+    """
+    visual = None if pixels is None else model.encode(pixels)
+    hidden = model(streams, visual)
+    picked = jax.vmap(lambda rows, index: rows[index])(hidden, streams.label_index)
+    logits = model.logits(picked)
+    counted = streams.label != IGNORE
+    label = jnp.where(counted, streams.label, 0)
+    scores = jnp.take_along_axis(logits, label[..., None], axis=-1)[..., 0]
+    losses = jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - scores, 0.0)
+    correct = counted & (logits.argmax(-1) == label)
+    return losses.sum(), {"tokens": counted.sum(), "correct": correct.sum()}
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def prefill(
+    graph: Any, params: Any, streams: StreamBatch, pixels: Array | None, capacity: int
+) -> tuple[Array, Memory]:
+    """Compress the streams into a new memory and read the logits after each sample's last token.
+
+    graph, params: `nnx.split(model)`. capacity: memory slots for a sample, `streams.memory` at
+    least. Returns logits [B, V] float32 and the memory.
+    """
+    model = nnx.merge(graph, params)
+    visual = None if pixels is None else model.encode(pixels)
+    memory = empty_memory(model.config, streams.kind.shape[1], capacity)
+    hidden, memory = scan_groups(model, streams, visual, memory, keep_hidden=False)
+    last = jax.vmap(lambda rows, index: rows[index])(hidden, streams.last)
+    return model.logits(last), memory
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def decode_step(graph: Any, params: Any, memory: Memory, token: Array) -> tuple[Array, Memory]:
+    """One more text token for every sample: a group of one window of one token.
+
+    token [B] int32. Returns logits [B, V] float32 and the memory, one entry longer; the memory
+    passed in is given up (donated).
+    """
+    model = nnx.merge(graph, params)
+    one = memory.length[None, :, None]  # [G, B, T] and [G, B, W] alike
+    zero = jnp.zeros_like(one)
+    streams = StreamBatch(
+        kind=zero,
+        source=token[None, :, None],
+        position=one,
+        rank=one,
+        place=zero,
+        window_start=zero,
+        window_memory=one,
+        last=zero[0, :, 0],
+        length=jnp.ones_like(token),
+        label_index=zero[0],
+        label=zero[0],
+        window_tokens=1,
+        memory=memory.capacity,
+        has_beacons=False,
+    )
+    hidden, memory = scan_groups(model, streams, None, memory, keep_hidden=False)
+    return model.logits(hidden[:, 0]), memory
+
+
+def parameter_count(params: Any) -> int:
+    """Number of scalars in a pytree of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+

@@ -1,0 +1,385 @@
+"""The stream plan: what Video-XL's compression does to a sequence, as a few arrays (host, NumPy).
+
+A sample is a stream of tokens of three kinds. *Text* and *beacon* tokens are persistent, *visual*
+tokens are transient. The stream is cut into windows: at most `window` visual tokens with their
+interleaved beacons are one, a run of text is one (or several: cutting it changes nothing). The one
+rule of the model (arXiv 2409.14485, section 3.2, as the published code computes it):
+
+    A query sees a key if the key is not later in the stream, belongs to the same sample, and is
+    persistent or in the query's own window.
+
+In its own window a token stands at (persistent tokens before the window) + (offset in the window);
+a persistent key seen from a later window stands at its rank among the sample's persistent tokens.
+Everything the network needs to apply the rule is in `Stream`, and, padded and cut into groups of
+windows, in `StreamBatch`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import numpy as np
+
+TEXT, VISUAL, BEACON, PAD = 0, 1, 2, 3
+"""Kinds of token."""
+
+IGNORE = -100
+"""Label of a token that carries no loss."""
+
+IMAGE_TOKEN = -200
+"""Stands in token ids for one visual block, as in the published data format."""
+
+NO_SLOT = np.int32(2**30)
+"""Memory slot of a token that is not kept: past the end of any memory, where writes are dropped."""
+
+Ratio = int | None | Sequence[int | None] | Callable[[int], int | None]
+"""How visual tokens are compressed: one ratio for all windows, one per visual window in order, or a
+function from the number of visual tokens in a window to its ratio. None keeps them uncompressed."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One sample's tokens in stream order. T tokens, W windows.
+
+    kind:          [T] TEXT, VISUAL or BEACON
+    source:        [T] token id (text), index among the sample's visual features (visual), 0 (beacon)
+    position:      [T] RoPE position in the own window
+    rank:          [T] position among the persistent tokens, which is also the token's memory slot;
+                   NO_SLOT for transient tokens
+    target:        [T] id that the token should predict, or IGNORE
+    window_start:  [W] index of each window's first token
+    window_memory: [W] persistent tokens before each window
+    """
+
+    kind: np.ndarray
+    source: np.ndarray
+    position: np.ndarray
+    rank: np.ndarray
+    target: np.ndarray
+    window_start: np.ndarray
+    window_memory: np.ndarray
+
+    @property
+    def length(self) -> int:
+        """Tokens of all kinds (T)."""
+        return len(self.kind)
+
+    @property
+    def persistent(self) -> int:
+        """Entries that the whole stream leaves in the memory."""
+        return int((self.rank != NO_SLOT).sum())
+
+    @property
+    def window_lengths(self) -> np.ndarray:
+        """[W] tokens in each window."""
+        return np.diff(self.window_start, append=self.length)
+
+
+def plan_stream(
+    ids: Sequence[int] | np.ndarray,
+    visual_tokens: Sequence[int],
+    *,
+    window: int,
+    ratio: Ratio,
+    labels: Sequence[int] | np.ndarray | None = None,
+) -> Stream:
+    """Plan one sample.
+
+    Args:
+        ids: token ids of the sample with one `IMAGE_TOKEN` for every visual block.
+        visual_tokens: number of visual tokens of each block, in order.
+        window: visual tokens in one compression window.
+        ratio: see `Ratio`.
+        labels: aligned with `ids`, not shifted; `IGNORE` where there is no loss. The target of a
+            token is the label of the next token that is not a beacon.
+
+    Raises:
+        ValueError: blocks and marks differ in number, an empty block, an unusable ratio, or too few
+            ratios.
+    """
+    ids = np.asarray(ids, np.int32)
+    labels = np.full(len(ids), IGNORE, np.int32) if labels is None else np.asarray(labels, np.int32)
+    marks = np.flatnonzero(ids == IMAGE_TOKEN)
+    if len(marks) != len(visual_tokens):
+        raise ValueError(
+            f"{len(marks)} image marks in the token ids, {len(visual_tokens)} visual blocks given"
+        )
+    if len(labels) != len(ids):
+        raise ValueError(f"{len(ids)} token ids but {len(labels)} labels")
+    if len(ids) == 0:
+        raise ValueError("a stream needs at least one token")
+
+    builder = _Builder(_ratio_function(ratio))
+    next_label = np.append(labels[1:], IGNORE)
+    start = 0
+    for mark, tokens in zip(marks, visual_tokens, strict=True):
+        builder.text(ids[start:mark], next_label[start:mark], window)
+        builder.visual(int(tokens), window, int(next_label[mark]))
+        start = int(mark) + 1
+    builder.text(ids[start:], next_label[start:], window)
+    return builder.stream()
+
+
+class _Builder:
+    """Appends windows one after another, keeping count of what is persistent."""
+
+    def __init__(self, ratio: Callable[[int], int | None]):
+        self.ratio = ratio
+        self.parts: list[tuple[np.ndarray, ...]] = []
+        self.starts: list[int] = []
+        self.memory: list[int] = []
+        self.tokens = self.kept = self.visual_seen = 0
+
+    def text(self, ids: np.ndarray, targets: np.ndarray, window: int) -> None:
+        for i in range(0, len(ids), window):
+            piece = ids[i : i + window]
+            self._append(np.full(len(piece), TEXT), piece, targets[i : i + window])
+
+    def visual(self, tokens: int, window: int, last_target: int) -> None:
+        if tokens < 1:
+            raise ValueError("a visual block needs at least one token")
+        for i in range(0, tokens, window):
+            count = min(window, tokens - i)
+            ratio = self.ratio(count)
+            if ratio is not None and ratio < 1:
+                raise ValueError(f"compression ratio {ratio} of a window must be at least 1")
+            # One beacon after every `ratio` raw tokens; those left over have none.
+            beacons = 0 if ratio is None else count // ratio
+            raw = np.ones(count + beacons, bool)
+            if ratio is not None:
+                raw[ratio :: ratio + 1] = False
+            source = np.where(raw, self.visual_seen + np.cumsum(raw) - 1, 0)
+            target = np.full(len(raw), IGNORE)
+            if i + count == tokens:
+                target[np.flatnonzero(raw)[-1]] = last_target
+            self._append(np.where(raw, VISUAL, BEACON), source, target, keep_all=ratio is None)
+            self.visual_seen += count
+
+    def _append(
+        self, kind: np.ndarray, source: np.ndarray, target: np.ndarray, keep_all: bool = False
+    ) -> None:
+        self.starts.append(self.tokens)
+        self.memory.append(self.kept)
+        position = self.kept + np.arange(len(kind))
+        persistent = (kind != VISUAL) | keep_all
+        rank = np.where(persistent, self.kept + np.cumsum(persistent) - 1, NO_SLOT)
+        self.parts.append((kind, source, position, rank, target))
+        self.tokens += len(kind)
+        self.kept += int(persistent.sum())
+
+    def stream(self) -> Stream:
+        columns = (np.concatenate(column).astype(np.int32) for column in zip(*self.parts, strict=True))
+        return Stream(*columns, np.array(self.starts, np.int32), np.array(self.memory, np.int32))
+
+
+def _ratio_function(ratio: Ratio) -> Callable[[int], int | None]:
+    if callable(ratio):
+        return ratio
+    if ratio is None or isinstance(ratio, int):
+        return lambda count: ratio
+    remaining = list(ratio)
+
+    def take(count: int) -> int | None:
+        if not remaining:
+            raise ValueError(f"only {len(ratio)} ratios given for more visual windows than that")
+        return remaining.pop(0)
+
+    return take
+
+
+def draw_ratio(ratios: Sequence[int], rng: np.random.Generator) -> Callable[[int], int | None]:
+    """Random ratio per window, as in training (`step-random`).
+
+    Drawn uniformly from those `ratios` that divide the window's number of visual tokens. Where none
+    does (the published code stops there), from those that do not exceed it, and where none of these
+    is left, the window keeps one beacon. No ratios at all: no compression.
+    """
+
+    def draw(count: int) -> int | None:
+        if not ratios:
+            return None
+        usable = [r for r in ratios if count % r == 0] or [r for r in ratios if r <= count]
+        return int(rng.choice(usable)) if usable else count
+
+    return draw
+
+
+@dataclass(frozen=True)
+class StreamShape:
+    """Padded sizes of a `StreamBatch`: one compilation for each that occurs.
+
+    groups: G; tokens: T of one group; windows: W of one group; window_tokens: Q, the longest
+    window; memory: M, slots for persistent tokens; labels: loss positions of a sample.
+    """
+
+    groups: int
+    tokens: int
+    windows: int
+    window_tokens: int
+    memory: int
+    labels: int
+
+    @classmethod
+    def of(cls, stream: Stream, windows_per_group: int | None = None) -> "StreamShape":
+        """Smallest shape that holds one stream; all windows form one group unless told."""
+        groups = _groups(stream, windows_per_group)
+        return cls(
+            groups=len(groups),
+            tokens=max(stop - start for start, stop in map(_span(stream), groups)),
+            windows=max(last - first for first, last in groups),
+            window_tokens=int(stream.window_lengths.max()),
+            memory=stream.persistent,
+            labels=max(1, int((stream.target != IGNORE).sum())),
+        )
+
+    def union(self, other: "StreamShape") -> "StreamShape":
+        """Smallest shape that holds both."""
+        return StreamShape(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+    def padded(self, steps: int) -> "StreamShape":
+        """Every size rounded up to the ladder of `steps` sizes per doubling."""
+        return StreamShape(*(round_up(getattr(self, f.name), steps) for f in fields(self)))
+
+
+def round_up(count: int, steps: int) -> int:
+    """Next size of a ladder with `steps` sizes per doubling (2: 1, 2, 3, 4, 6, 8, 12, 16, 24 …).
+
+    Padding to a ladder bounds the number of compilations by its few sizes, and the padding by
+    1/steps of the size below.
+    """
+    if count <= steps:
+        return count
+    unit = 2 ** max(0, math.ceil(math.log2(count)) - 1 - int(math.log2(steps)))
+    return -(-count // unit) * unit
+
+
+@dataclass(frozen=True)
+class StreamBatch:
+    """A batch of streams cut into groups of windows and padded (G groups, B samples).
+
+    Streams are aligned at their last group, so that the last token of every sample is in group
+    G - 1. Padding tokens have kind PAD; nothing that is not padding ever sees them.
+
+    kind, source, position, rank: [G, B, T] int32, see `Stream`
+    place:         [G, B, T] w * Q + offset: where a token stands in the window layout [W, Q]
+    window_start:  [G, B, W] index in the group of each window's first token
+    window_memory: [G, B, W] persistent tokens before each window
+    last:          [B] index in the last group of each sample's last token
+    length:        [B] persistent tokens of each sample
+    label_index:   [B, N] index into the flattened [G * T] tokens of those with a target
+    label:         [B, N] their targets; IGNORE for padding
+    window_tokens, memory, has_beacons: static (Q, M, whether beacon projections are needed)
+    """
+
+    kind: Any
+    source: Any
+    position: Any
+    rank: Any
+    place: Any
+    window_start: Any
+    window_memory: Any
+    last: Any
+    length: Any
+    label_index: Any
+    label: Any
+    window_tokens: int
+    memory: int
+    has_beacons: bool
+
+
+jax.tree_util.register_dataclass(
+    StreamBatch,
+    data_fields=[f.name for f in fields(StreamBatch) if f.type is Any],
+    meta_fields=["window_tokens", "memory", "has_beacons"],
+)
+
+
+def batch_streams(
+    streams: Sequence[Stream | None],
+    shape: StreamShape | None = None,
+    windows_per_group: int | None = None,
+) -> StreamBatch:
+    """Pad streams of any kinds and lengths into one batch.
+
+    Args:
+        streams: one per sample; None for a sample that is left out (all padding, no loss).
+        shape: padded sizes; the smallest that fits if None.
+        windows_per_group: windows in a group; all of a stream if None. The result of the network
+            does not depend on it.
+
+    Raises:
+        ValueError: no stream at all, or `shape` is too small for a stream.
+    """
+    present = [stream for stream in streams if stream is not None]
+    if not present:
+        raise ValueError("a batch needs at least one sample")
+    needed = _union(StreamShape.of(stream, windows_per_group) for stream in present)
+    shape = shape or needed
+    if shape.union(needed) != shape:
+        raise ValueError(f"streams need {needed}, more than the batch's {shape}")
+
+    g, b, t, w = shape.groups, len(streams), shape.tokens, shape.windows
+    token_fields = {name: np.zeros((g, b, t), np.int32) for name in ("source", "position", "place")}
+    token_fields["kind"] = np.full((g, b, t), PAD, np.int32)
+    token_fields["rank"] = np.full((g, b, t), NO_SLOT, np.int32)
+    window_start, window_memory = np.zeros((2, g, b, w), np.int32)
+    last, length = np.zeros((2, b), np.int32)
+    label_index = np.zeros((b, shape.labels), np.int32)
+    label = np.full((b, shape.labels), IGNORE, np.int32)
+    for i, stream in enumerate(streams):
+        if stream is None:
+            continue
+        groups = _groups(stream, windows_per_group)
+        flat_index = np.zeros(stream.length, np.int32)
+        for group, (first, final) in enumerate(groups, start=g - len(groups)):
+            start, stop = _span(stream)((first, final))
+            for name in ("kind", "source", "position", "rank"):
+                token_fields[name][group, i, : stop - start] = getattr(stream, name)[start:stop]
+            starts = stream.window_start[first:final] - start
+            lengths = stream.window_lengths[first:final]
+            window_start[group, i, : final - first] = starts
+            window_memory[group, i, : final - first] = stream.window_memory[first:final]
+            offset = np.arange(stop - start) - np.repeat(starts, lengths)
+            place = np.repeat(np.arange(final - first) * shape.window_tokens, lengths) + offset
+            token_fields["place"][group, i, : stop - start] = place
+            flat_index[start:stop] = group * t + np.arange(stop - start)
+            last[i] = stop - start - 1
+        length[i] = stream.persistent
+        labelled = np.flatnonzero(stream.target != IGNORE)
+        label_index[i, : len(labelled)] = flat_index[labelled]
+        label[i, : len(labelled)] = stream.target[labelled]
+    return StreamBatch(
+        **token_fields,
+        window_start=window_start,
+        window_memory=window_memory,
+        last=last,
+        length=length,
+        label_index=label_index,
+        label=label,
+        window_tokens=shape.window_tokens,
+        memory=shape.memory,
+        has_beacons=any((stream.kind == BEACON).any() for stream in present),
+    )
+
+
+def _groups(stream: Stream, windows_per_group: int | None) -> list[tuple[int, int]]:
+    """(first window, one past the last) of each group."""
+    count = len(stream.window_start)
+    step = windows_per_group or count
+    return [(i, min(i + step, count)) for i in range(0, count, step)]
+
+
+def _span(stream: Stream) -> Callable[[tuple[int, int]], tuple[int, int]]:
+    """Function from a range of windows to its range of tokens."""
+    ends = np.append(stream.window_start, stream.length)
+    return lambda group: (int(ends[group[0]]), int(ends[group[1]]))
+
+
+def _union(shapes: Iterable[StreamShape]) -> StreamShape:
+    shapes = iter(shapes)
+    union = next(shapes)
+    for shape in shapes:
+        union = union.union(shape)
+    return union

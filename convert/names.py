@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from einops import rearrange
+from flax.traverse_util import flatten_dict
 
 from vxl_jax.config import VideoXLConfig
 
@@ -118,9 +119,9 @@ def is_unused(name: str, config: VideoXLConfig) -> bool:
     return bool(layer) and config.vision.layers_used <= int(layer[1]) < config.vision.layers
 
 
-def to_published(params: Any, config: VideoXLConfig) -> dict[str, np.ndarray]:
-    """A pytree shaped like `nnx.state(VideoXL)` (parameters or gradients) under published names."""
-    flat = {path: np.asarray(leaf.get_value()) for path, leaf in params.flat_state()}
+def to_published(params: dict[str, Any], config: VideoXLConfig) -> dict[str, np.ndarray]:
+    """Parameters (`nnx.to_pure_dict(nnx.state(model))`), or gradients, under published names."""
+    flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(params).items()}
     named = {}
     for row in table(config):
         value = flat[row.ours]

@@ -203,7 +203,7 @@ def _check_training(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Ite
     loss, gradients = loss_and_gradients(params)
     if (expected := golden.expected(case, "loss")) is not None:
         yield compare(f"{name}/loss", np.asarray(loss).reshape(expected.shape), expected)
-    ours = to_published(gradients, model.config)
+    ours = to_published(nnx.to_pure_dict(gradients), model.config)
     norms = {key: np.linalg.norm(gradient) for key, gradient in ours.items()}
     floor = GRADIENT_FLOOR * float(np.linalg.norm(list(norms.values())))
     start = f"{name}/grad/"

@@ -41,7 +41,9 @@ GREEDY = Sampling()
 
 
 @partial(jax.jit, static_argnums=1)
-def choose(logits: Array, greedy: bool, key: Array, temperature: Any, top_k: Any, top_p: Any) -> Array:
+def choose(
+    logits: Array, greedy: bool, key: Array, temperature: Any, top_k: Any, top_p: Any
+) -> Array:
     """Next token [B] int32 from logits [B, V]; see `Sampling`."""
     if greedy:
         return logits.argmax(-1).astype(jnp.int32)

@@ -94,7 +94,11 @@ class Attention(nnx.Module):
                 y = jnp.where(is_beacon[..., None], beacon(x), y)
             return y.reshape(*y.shape[:-1], -1, self.head_size)
 
-        return heads(self.q, self.beacon_q), heads(self.k, self.beacon_k), heads(self.v, self.beacon_v)
+        return (
+            heads(self.q, self.beacon_q),
+            heads(self.k, self.beacon_k),
+            heads(self.v, self.beacon_v),
+        )
 
     def __call__(
         self, x: Array, group: Group, keys: Array, values: Array, layer: Array | int

@@ -37,6 +37,4 @@ def empty_memory(config: VideoXLConfig, batch: int, capacity: int) -> Memory:
     language = config.language
     shape = (language.layers, batch, capacity, language.kv_heads, language.head_size)
     dtype = DTYPES[config.dtype]
-    return Memory(
-        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32)
-    )
+    return Memory(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))

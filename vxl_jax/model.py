@@ -167,4 +167,3 @@ def decode_step(graph: Any, params: Any, memory: Memory, token: Array) -> tuple[
 def parameter_count(params: Any) -> int:
     """Number of scalars in a pytree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-

@@ -15,21 +15,18 @@ windows, in `StreamBatch`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 from typing import Any
 
 import jax
 import numpy as np
 
+from vxl_jax.chat import IGNORE, IMAGE_TOKEN
+
 TEXT, VISUAL, BEACON, PAD = 0, 1, 2, 3
 """Kinds of token."""
-
-IGNORE = -100
-"""Label of a token that carries no loss."""
-
-IMAGE_TOKEN = -200
-"""Stands in token ids for one visual block, as in the published data format."""
 
 NO_SLOT = np.int32(2**30)
 """Memory slot of a token that is not kept: past the end of any memory, where writes are dropped."""
@@ -170,7 +167,9 @@ class _Builder:
         self.kept += int(persistent.sum())
 
     def stream(self) -> Stream:
-        columns = (np.concatenate(column).astype(np.int32) for column in zip(*self.parts, strict=True))
+        columns = (
+            np.concatenate(column).astype(np.int32) for column in zip(*self.parts, strict=True)
+        )
         return Stream(*columns, np.array(self.starts, np.int32), np.array(self.memory, np.int32))
 
 
@@ -211,7 +210,8 @@ class StreamShape:
     """Padded sizes of a `StreamBatch`: one compilation for each that occurs.
 
     groups: G; tokens: T of one group; windows: W of one group; window_tokens: Q, the longest
-    window; memory: M, slots for persistent tokens; labels: loss positions of a sample.
+    window; memory: M, slots for persistent tokens; labels: loss positions of a sample; beacons: 1
+    if there may be beacons, whose projections text alone does not need, else 0.
     """
 
     groups: int
@@ -220,6 +220,7 @@ class StreamShape:
     window_tokens: int
     memory: int
     labels: int
+    beacons: int
 
     @classmethod
     def of(cls, stream: Stream, windows_per_group: int | None = None) -> "StreamShape":
@@ -232,11 +233,14 @@ class StreamShape:
             window_tokens=int(stream.window_lengths.max()),
             memory=stream.persistent,
             labels=max(1, int((stream.target != IGNORE).sum())),
+            beacons=int((stream.kind == BEACON).any()),
         )
 
     def union(self, other: "StreamShape") -> "StreamShape":
         """Smallest shape that holds both."""
-        return StreamShape(*(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+        return StreamShape(
+            *(max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        )
 
     def padded(self, steps: int) -> "StreamShape":
         """Every size rounded up to the ladder of `steps` sizes per doubling."""
@@ -312,13 +316,14 @@ def batch_streams(
     Raises:
         ValueError: no stream at all, or `shape` is too small for a stream.
     """
-    present = [stream for stream in streams if stream is not None]
-    if not present:
-        raise ValueError("a batch needs at least one sample")
-    needed = _union(StreamShape.of(stream, windows_per_group) for stream in present)
-    shape = shape or needed
-    if shape.union(needed) != shape:
-        raise ValueError(f"streams need {needed}, more than the batch's {shape}")
+    needed = [StreamShape.of(s, windows_per_group) for s in streams if s is not None]
+    if shape is None:
+        if not needed:
+            raise ValueError("a batch without a shape needs at least one sample")
+        shape = reduce(StreamShape.union, needed)
+    for small in needed:
+        if shape.union(small) != shape:
+            raise ValueError(f"a stream needs {small}, more than the batch's {shape}")
 
     g, b, t, w = shape.groups, len(streams), shape.tokens, shape.windows
     token_fields = {name: np.zeros((g, b, t), np.int32) for name in ("source", "position", "place")}
@@ -360,7 +365,7 @@ def batch_streams(
         label=label,
         window_tokens=shape.window_tokens,
         memory=shape.memory,
-        has_beacons=any((stream.kind == BEACON).any() for stream in present),
+        has_beacons=bool(shape.beacons),
     )
 
 
@@ -375,11 +380,3 @@ def _span(stream: Stream) -> Callable[[tuple[int, int]], tuple[int, int]]:
     """Function from a range of windows to its range of tokens."""
     ends = np.append(stream.window_start, stream.length)
     return lambda group: (int(ends[group[0]]), int(ends[group[1]]))
-
-
-def _union(shapes: Iterable[StreamShape]) -> StreamShape:
-    shapes = iter(shapes)
-    union = next(shapes)
-    for shape in shapes:
-        union = union.union(shape)
-    return union

@@ -61,9 +61,7 @@ class VisionTower(nnx.Module):
         self.patch_embed = _linear(config, rngs)(c.patch_size**2 * 3, c.width, use_bias=False)
         init = nnx.initializers.normal(0.02)
         self.class_embed = nnx.Param(init(rngs.params(), (c.width,), param_dtype))
-        self.position_embed = nnx.Param(
-            init(rngs.params(), (c.grid**2 + 1, c.width), param_dtype)
-        )
+        self.position_embed = nnx.Param(init(rngs.params(), (c.grid**2 + 1, c.width), param_dtype))
         self.pre_norm = _layer_norm(config, rngs)()
         self.layers = stacked(partial(VisionLayer, config), c.layers_used, rngs)
 

@@ -1,0 +1,1 @@
+"""Training: configurations, data, and the one training program `python -m train.finetune`."""

@@ -1,0 +1,406 @@
+"""Training configuration: frozen dataclasses, the command line over them, and resume checks.
+
+A configuration is a Python module with `CONFIG: TrainConfig`, in `configs/` or any `.py` file. It
+may define `prepare(config) -> None`, which is called before training to make or fetch its data.
+
+Paths in `model` and `data` may contain the literal `{run_dir}`; `TrainConfig.resolved` replaces it
+with `run.run_dir`. A run keeps the unresolved form in its `config.json`, so it can be moved.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import json
+import pkgutil
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+
+import tyro
+
+from vxl_jax.config import PRESETS, ConfigError
+
+Part = Literal["vision", "projector", "language", "beacon"]
+"""A part of the model whose parameters are trained or frozen together."""
+
+
+def _check(ok: bool, field: str, value: Any, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"{field} is {value!r}; it must be {rule}")
+
+
+def _check_least(section: str, config: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(value is None or value >= least, f"{section}.{name}", value, f"at least {least}")
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The network and where its weights and tokenizer come from."""
+
+    preset: str = "video_xl_7b"
+    """Named sizes in vxl_jax.config.PRESETS; a checkpoint's own sizes take their place."""
+    checkpoint: str | None = None
+    """Directory in the published Hugging Face layout to start from; None: random weights."""
+    tokenizer: str | None = None
+    """Directory with the tokenizer's files; None: that of the checkpoint."""
+    ratios: tuple[int, ...] | None = None
+    """Compression ratios drawn for each window in training; none given after the option: no
+    compression; None: the preset's."""
+    pool_stride: int | None = None
+    """Patches of a frame are averaged over this many squared; None: the preset's."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the stored parameters."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of activations and matrix products."""
+    remat: bool = True
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        _check(self.preset in PRESETS, "model.preset", self.preset, f"one of {', '.join(PRESETS)}")
+        _check(
+            self.checkpoint is not None or self.tokenizer is not None,
+            "model.tokenizer",
+            self.tokenizer,
+            "a directory when there is no model.checkpoint",
+        )
+        _check_least("model", self, 1, "pool_stride")
+        _check(min(self.ratios or (1,)) >= 1, "model.ratios", self.ratios, "at least 1 each")
+        if self.checkpoint is not None:
+            return
+        try:
+            PRESETS[self.preset](**self.changes())
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("VideoXLConfig.", "model.")) from None
+
+    def changes(self) -> dict[str, Any]:
+        """Fields of `VideoXLConfig` that differ from the preset or the checkpoint, by name."""
+        names = ("ratios", "pool_stride", "param_dtype", "dtype", "remat")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Samples in LLaVA's JSON format and how they become batches."""
+
+    train_json: tuple[str, ...]
+    """Files of training samples."""
+    media_root: str
+    """Directory below which the JSON files' image and video paths start."""
+    epochs: tuple[int, ...] = (1,)
+    """Passes over the training files: one number for all of them, or one for each."""
+    sequential: bool = False
+    """Train on one file after the other (a curriculum) instead of on all of them mixed."""
+    eval_json: tuple[str, ...] = ()
+    """Files of held-out questions that are answered after training; their records may have a
+    question_type."""
+    template: Literal["chat", "caption"] = "chat"
+    """Text around a sample: the chat template, or the plain picture and caption of pre-training."""
+    image_mode: Literal["anyres", "square"] = "anyres"
+    """An image becomes the tiles that suit its size, or is squashed into one square."""
+    min_tiles: int = 2
+    """Tiles of one image at least; the published model gives even a small image two."""
+    max_tiles: int = 49
+    """Tiles of one image at most."""
+    max_frames: int = 128
+    """Frames of one video at most; a longer one is sampled uniformly."""
+    video_fps: float = 1.0
+    """Frames taken from one second of video."""
+    max_length: int = 32768
+    """Tokens of a sample at most, its visual tokens included; a longer one is skipped as bad."""
+    batch_size: int = 1
+    """Samples in one forward and backward pass."""
+    bucket_steps: int = 4
+    """Padded lengths per doubling of length, a power of two: fewer compile fewer programs, more pad
+    less."""
+    workers: int = 2
+    """Processes that read and prepare samples; 0: the training process itself."""
+    cache_mb: int = 0
+    """Prepared media that each worker keeps in memory, in MB."""
+    max_bad_share: float = 0.1
+    """Training stops when more than this share of its samples is bad."""
+
+    def __post_init__(self) -> None:
+        _check(len(self.train_json) > 0, "data.train_json", self.train_json, "at least one file")
+        _check(
+            len(self.epochs) in {1, len(self.train_json)} and min(self.epochs) >= 1,
+            "data.epochs",
+            self.epochs,
+            "one number, or one for each file of data.train_json; each at least 1",
+        )
+        _check_least("data", self, 1, "max_frames", "max_length", "batch_size", "min_tiles")
+        _check(
+            self.max_tiles >= self.min_tiles,
+            "data.max_tiles",
+            self.max_tiles,
+            f"at least data.min_tiles ({self.min_tiles})",
+        )
+        _check(
+            self.bucket_steps in {1, 2, 4, 8, 16},
+            "data.bucket_steps",
+            self.bucket_steps,
+            "1, 2, 4, 8 or 16",
+        )
+        _check_least("data", self, 0, "workers", "cache_mb")
+        _check(self.video_fps > 0, "data.video_fps", self.video_fps, "more than 0")
+        _check(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "in [0, 1]")
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """AdamW with linear warm-up and cosine decay to 0."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    warmup_share: float = 0.03
+    """Share of all optimizer steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the weight matrices."""
+    b1: float = 0.9
+    """Decay of the mean of gradients."""
+    b2: float = 0.999
+    """Decay of the mean of squared gradients."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged for one optimizer step."""
+    train: tuple[Part, ...] = ("vision", "projector", "language", "beacon")
+    """Parts of the model that are trained; the others are frozen."""
+
+    def __post_init__(self) -> None:
+        _check(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "more than 0")
+        _check(0 <= self.warmup_share < 1, "optim.warmup_share", self.warmup_share, "in [0, 1)")
+        _check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "at least 0")
+        _check(0 <= self.b1 < 1, "optim.b1", self.b1, "in [0, 1)")
+        _check(0 <= self.b2 < 1, "optim.b2", self.b2, "in [0, 1)")
+        _check(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "more than 0")
+        _check_least("optim", self, 1, "accumulate")
+        _check(len(self.train) > 0, "optim.train", self.train, "at least one part of the model")
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """The run's directory and seed, what it reports, and how it is evaluated."""
+
+    run_dir: str
+    """Directory of everything the run writes; a run that was cut short there is resumed."""
+    seed: int = 0
+    """Seed of random weights, the order of samples and the ratios."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; the learning rate is scheduled for all. None: no."""
+    log_every: int = 10
+    """Steps from one line of metrics to the next."""
+    save_every: int = 500
+    """Steps from one checkpoint to the next; there is one at the end in any case."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    answers_shown: int = 8
+    """Held-out questions printed with the model's answers at the end."""
+    eval_batch_size: int = 8
+    """Held-out questions answered at once."""
+    max_new_tokens: int = 64
+    """Tokens of an answer at most."""
+    eval_ratio: int | None = None
+    """Compression ratio for held-out questions; None: the smallest that is trained."""
+
+    def __post_init__(self) -> None:
+        _check(self.run_dir != "", "run.run_dir", self.run_dir, "a directory")
+        _check_least("run", self, 0, "seed", "answers_shown")
+        _check_least("run", self, 1, "max_steps", "log_every", "save_every", "keep_checkpoints")
+        _check_least("run", self, 1, "eval_batch_size", "max_new_tokens", "eval_ratio")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    model: ModelSection
+    data: DataSection
+    optim: OptimSection
+    run: RunSection
+
+    def __post_init__(self) -> None:
+        if "beacon" in self.optim.train and self.model.ratios == ():
+            raise ConfigError(
+                "optim.train has 'beacon', but model.ratios is (): without compression there are "
+                "no beacons to train"
+            )
+
+    def resolved(self) -> "TrainConfig":
+        """The same with `{run_dir}` replaced in all paths."""
+
+        def resolve(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(resolve, value))
+            return value.replace("{run_dir}", self.run.run_dir) if isinstance(value, str) else value
+
+        def section(config: Any) -> Any:
+            values = {f.name: resolve(getattr(config, f.name)) for f in dataclasses.fields(config)}
+            return dataclasses.replace(config, **values)
+
+        return dataclasses.replace(self, model=section(self.model), data=section(self.data))
+
+
+# Saving, and what a resumed run may change.
+
+CHANGEABLE = frozenset(
+    {
+        "data.cache_mb",
+        "data.eval_json",
+        "data.max_bad_share",
+        "data.workers",
+        "run.answers_shown",
+        "run.eval_batch_size",
+        "run.eval_ratio",
+        "run.keep_checkpoints",
+        "run.log_every",
+        "run.max_new_tokens",
+        "run.max_steps",
+        "run.run_dir",
+        "run.save_every",
+    }
+)
+"""Fields that a resumed run may change: they do not change the parameters it arrives at."""
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Nested dict as it comes back from JSON: tuples are lists."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the configuration as JSON, for `compare`."""
+    path.write_text(json.dumps(config_to_dict(config), indent=2) + "\n")
+
+
+def compare(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
+    """Differences from a saved configuration that a resumed run must not have, one a line."""
+    new, old = _flat(config_to_dict(config)), _flat(saved)
+    return [
+        f"{name} is {new.get(name)!r}, it was {old.get(name)!r}"
+        for name in sorted(new.keys() | old.keys())
+        if name not in CHANGEABLE and new.get(name) != old.get(name)
+    ]
+
+
+def _flat(sections: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{name}": value
+        for section, values in sections.items()
+        for name, value in values.items()
+    }
+
+
+# The command line.
+
+
+@dataclass(frozen=True)
+class _CommandLine:
+    config: str
+    """A configuration: the name of a module in configs/, or a Python file."""
+    run_dir: str | None
+    """Short for --run.run-dir."""
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+class Loaded(NamedTuple):
+    """What a command line asks for."""
+
+    config: TrainConfig
+    """Paths in it may still contain `{run_dir}`."""
+    prepare: Callable[[TrainConfig], None] | None
+    """Makes or fetches the data, if the configuration's module defines it."""
+
+
+def load_config(argv: Sequence[str], default: str = "demo") -> Loaded:
+    """Read `--config NAME_OR_FILE`, `--run-dir DIR` and `--section.field value`.
+
+    Anything wrong is one message on stderr and SystemExit(2); `--help` prints all fields.
+    """
+    # An abbreviated option would hide a misspelled one.
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default=default)
+    name = parser.parse_known_args(argv)[0].config
+    try:
+        module = _import_config(name)
+        config = _module_config(module, name)
+        _check_names(argv)
+        command = tyro.cli(
+            tyro.conf.configure(tyro.conf.FlagConversionOff)(_CommandLine),
+            prog="python -m train.finetune",
+            description="Train Video-XL.",
+            args=list(argv),
+            default=_CommandLine(name, None, config),
+        )
+        config = command.settings
+        if command.run_dir is not None:
+            run = dataclasses.replace(config.run, run_dir=command.run_dir)
+            config = dataclasses.replace(config, run=run)
+    except ConfigError as error:
+        _refuse(str(error))
+    return Loaded(config, getattr(module, "prepare", None))
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _import_config(name: str) -> ModuleType:
+    if name.endswith(".py") or "/" in name:
+        if not Path(name).is_file():
+            raise ConfigError(f"--config {name}: there is no such file")
+        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"--config {name}: not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # a user's file may do anything
+            raise ConfigError(f"--config {name}: {type(error).__name__}: {error}") from None
+        return module
+    import configs
+
+    names = [module.name for module in pkgutil.iter_modules(configs.__path__)]
+    if name not in names:
+        raise ConfigError(
+            f"--config {name}: there is no such configuration; there are {', '.join(names)}, "
+            "or give the path of a .py file"
+        )
+    return importlib.import_module(f"configs.{name}")
+
+
+def _module_config(module: ModuleType, name: str) -> TrainConfig:
+    config = getattr(module, "CONFIG", None)
+    if not isinstance(config, TrainConfig):
+        found = (
+            "has no CONFIG" if config is None else f"has a CONFIG of type {type(config).__name__}"
+        )
+        raise ConfigError(f"--config {name}: the module {found}; it must be a TrainConfig")
+    return config
+
+
+def _check_names(argv: Sequence[str]) -> None:
+    """Refuse an unknown option with the nearest one; a field without its section is near too."""
+    known = ["--config", "--run-dir", "--help"]
+    for section in dataclasses.fields(TrainConfig):
+        for field in dataclasses.fields(section.type):  # type: ignore[arg-type]
+            known.append(f"--{section.name}.{field.name}".replace("_", "-"))
+
+    def likeness(option: str, name: str) -> float:
+        full = difflib.SequenceMatcher(None, option, name).ratio()
+        field = difflib.SequenceMatcher(None, option.lstrip("-"), name.split(".")[-1]).ratio()
+        return max(full, field)
+
+    for argument in argv:
+        option = argument.split("=")[0].replace("_", "-")
+        if option.startswith("--") and option not in known:
+            nearest = max(known, key=lambda name: likeness(option, name))
+            raise ConfigError(f"there is no option {option}; did you mean {nearest}?")

@@ -1,0 +1,312 @@
+"""Train a Video-XL.
+
+    python -m train.finetune                                   # the embedded demo
+    python -m train.finetune --config finetune_video --run-dir runs/mine --optim.learning-rate 2e-5
+
+Started again on the same directory, it goes on from the last checkpoint and arrives at the same
+parameters as a run that was never interrupted.
+"""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from convert.published import CheckpointError, load_published, read_config
+from train.batches import Bucket, Epochs, Loader, bucket_of, load_batches
+from train.config import TrainConfig, compare, load_config, save_config
+from train.evaluate import accuracy, answer_questions, chance
+from train.records import BadSample, DataError, Preparer, Sample, check_records, read_records
+from train.report import BadSamples, RunLog, TooManyBadSamples, draw_loss, write_text
+from train.step import (
+    add_batch,
+    empty_sums,
+    fingerprint,
+    make_optimizer,
+    split_parts,
+    update,
+)
+from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig, cross_check_vocabulary
+from vxl_jax.model import VideoXL, parameter_count
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+class Data(NamedTuple):
+    """All samples that passed the checks, and which data file each is from."""
+
+    train: list[Sample]
+    files: list[range]
+    heldout: list[Sample]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    config, prepare = load_config(sys.argv[1:] if arguments is None else arguments)
+    try:
+        run_dir = Path(config.run.run_dir)
+        start_directory(config, run_dir)
+        if prepare:
+            prepare(config)
+        train(config.resolved(), run_dir)
+    except (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        TooManyBadSamples,
+        TrainingError,
+    ) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def start_directory(config: TrainConfig, run_dir: Path) -> None:
+    """Make the run's directory, or check that the run in it is the one that is asked for.
+
+    Raises: ConfigError listing every field that differs from the run's own configuration.
+    """
+    saved = run_dir / "config.json"
+    if saved.exists():
+        changed = compare(config, json.loads(saved.read_text()))
+        if changed:
+            raise ConfigError(
+                f"{run_dir} holds a run with another configuration ({'; '.join(changed)}); "
+                "use its configuration to resume it, or another --run-dir"
+            )
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--run-dir {run_dir}: cannot be made ({error.strerror})") from error
+    save_config(config, saved)
+
+
+def train(config: TrainConfig, run_dir: Path) -> None:
+    """The whole run: data, model, restore, loop, held-out questions, summary."""
+    began = time.perf_counter()
+    model_config = read_model_config(config)
+    tokenizer = load_tokenizer(config, model_config)
+    preparer = Preparer(config.data, model_config)
+    data, bad = load_data(config, preparer, tokenizer, run_dir)
+
+    buckets = [bucket_of(sample, preparer, model_config.ratios) for sample in data.train]
+    batches = Epochs(
+        buckets,
+        data.files,
+        config.data.batch_size,
+        config.run.seed,
+        config.data.epochs,
+        config.data.sequential,
+    )
+    steps = math.ceil(len(batches) / config.optim.accumulate)
+    last_step = min(steps, config.run.max_steps or steps)
+    optimizer, schedule = make_optimizer(config.optim, steps)
+
+    model = make_model(config, model_config)
+    parameters = parameter_count(nnx.state(model))
+    graph, trained, frozen = split_parts(model, config.optim.train)
+    opt_state = optimizer.init(trained)
+    checkpoints = ocp.CheckpointManager(
+        (run_dir / "checkpoints").absolute(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=config.run.keep_checkpoints),
+    )
+    step = checkpoints.latest_step() or 0
+    if step:
+        trained, opt_state = restore(checkpoints, step, trained, opt_state)
+    describe(config, model_config, parameters, data, buckets, steps, step)
+
+    log = RunLog(run_dir, step, last_step, config.run.log_every)
+    loader = Loader(data.train, preparer, model_config.ratios, config.data.batch_size)
+    stream = load_batches(batches, loader, config.data.workers, step * config.optim.accumulate)
+    while step < last_step:
+        sums = empty_sums(trained)
+        for _ in range(min(config.optim.accumulate, len(batches) - step * config.optim.accumulate)):
+            batch = next(stream)
+            bad.add(batch.bad)
+            log.count(
+                samples=int((batch.samples >= 0).sum()), tokens=batch.tokens, frames=batch.frames
+            )
+            sums = add_batch(graph, trained, frozen, sums, batch.streams, batch.pixels)
+        trained, opt_state, metrics = update(optimizer, trained, opt_state, sums)
+        step += 1
+        if log.due(step):
+            values = {name: float(value) for name, value in metrics.items()}
+            check_finite(values, step)
+            log.log(step, {**values, "learning_rate": float(schedule(step - 1))})
+        log.progress.update()
+        if step % config.run.save_every == 0 or step == last_step:
+            check_finite({name: float(value) for name, value in metrics.items()}, step)
+            save(checkpoints, step, trained, opt_state)
+    checkpoints.wait_until_finished()
+    log.close()
+    if log.history:
+        draw_loss(log.history, run_dir / "loss.png")
+
+    model = nnx.merge(graph, trained, frozen)
+    summary = {
+        "steps": step,
+        "final_loss": log.history[-1]["loss"] if log.history else None,
+        **evaluate(model, data.heldout, preparer, tokenizer, config, bad),
+        "bad_samples": bad.reasons,
+        "parameters": parameters,
+        "params_sha256": fingerprint(trained, frozen),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(f"wrote {run_dir}/summary.json, loss.png, metrics.jsonl, checkpoints/{step}")
+
+
+def read_model_config(config: TrainConfig) -> VideoXLConfig:
+    """Sizes of the checkpoint or the preset, with the changes of the `model` section."""
+    if config.model.checkpoint is None:
+        return PRESETS[config.model.preset](**config.model.changes())
+    return read_config(Path(config.model.checkpoint), **config.model.changes())
+
+
+def load_tokenizer(config: TrainConfig, model_config: VideoXLConfig) -> Any:
+    """The tokenizer of a local directory; nothing is downloaded."""
+    from transformers import AutoTokenizer
+
+    directory = config.model.tokenizer or config.model.checkpoint
+    if directory is None or not Path(directory).is_dir():
+        raise ConfigError(f"model.tokenizer {directory}: there is no such directory")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.tokenizer {directory}: cannot be loaded ({error})") from error
+    cross_check_vocabulary(model_config.language, len(tokenizer), f"model.tokenizer {directory}")
+    return tokenizer
+
+
+def load_data(
+    config: TrainConfig, preparer: Preparer, tokenizer: Any, run_dir: Path
+) -> tuple[Data, BadSamples]:
+    """Read and check all records.
+
+    Raises: DataError if a file cannot be read or no sample is left; TooManyBadSamples.
+    """
+    train: list[Sample] = []
+    files: list[range] = []
+    per_file = [read_records([path]) for path in config.data.train_json]
+    heldout_records = read_records(config.data.eval_json)
+    total = sum(map(len, per_file)) + len(heldout_records)
+    bad = BadSamples(run_dir, total, config.data.max_bad_share)
+    found: list[BadSample] = []
+    for path, records in zip(config.data.train_json, per_file, strict=True):
+        samples, bad_here = check_records(records, preparer, tokenizer, prompts=False)
+        found += bad_here
+        if not samples:
+            bad.add(found)
+            raise DataError(f"{path}: none of its {len(records)} records can be used")
+        files.append(range(len(train), len(train) + len(samples)))
+        train += samples
+    heldout: list[Sample] = []
+    if heldout_records:
+        heldout, bad_here = check_records(heldout_records, preparer, tokenizer, prompts=True)
+        found += bad_here
+    bad.add(found)
+    return Data(train, files, heldout), bad
+
+
+def make_model(config: TrainConfig, model_config: VideoXLConfig) -> VideoXL:
+    """Published weights, or random ones from the run's seed."""
+    if config.model.checkpoint is not None:
+        return load_published(config.model.checkpoint, **config.model.changes())
+    return nnx.jit(lambda: VideoXL(model_config, rngs=nnx.Rngs(config.run.seed)))()
+
+
+def save(manager: ocp.CheckpointManager, step: int, trained: Any, opt_state: Any) -> None:
+    """Write a checkpoint in the background, whole or not at all."""
+    tree = {"params": trained, "opt_state": opt_state}
+    manager.save(step, args=ocp.args.StandardSave(tree))
+
+
+def restore(
+    manager: ocp.CheckpointManager, step: int, trained: Any, opt_state: Any
+) -> tuple[Any, Any]:
+    """Read a checkpoint into arrays like the given ones."""
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": trained, "opt_state": opt_state})
+    tree = manager.restore(step, args=ocp.args.StandardRestore(like))
+    return tree["params"], tree["opt_state"]
+
+
+def check_finite(metrics: dict[str, float], step: int) -> None:
+    """Stop a run whose loss or gradient is not a number any more.
+
+    Raises: TrainingError; checkpoints written before are intact.
+    """
+    if not np.isfinite(list(metrics.values())).all():
+        raise TrainingError(
+            f"step {step}: {metrics} is not finite; lower optim.learning_rate, or look at the data "
+            "of the last steps. The last checkpoint is intact"
+        )
+
+
+def describe(
+    config: TrainConfig,
+    model_config: VideoXLConfig,
+    parameters: int,
+    data: Data,
+    buckets: list[Bucket],
+    steps: int,
+    step: int,
+) -> None:
+    """Print what is about to run."""
+    device = jax.devices()[0]
+    print(
+        f"model: {parameters:,} parameters, trains {', '.join(config.optim.train)}; "
+        f"ratios {model_config.ratios or 'none'}; {device.device_kind} x {jax.device_count()}\n"
+        f"data: {len(data.train):,} samples in {len(set(buckets))} shapes, "
+        f"{len(data.heldout):,} held-out questions\n"
+        f"run: {steps:,} steps of {config.data.batch_size} x {config.optim.accumulate} samples"
+        + (f", resumed at step {step:,}" if step else "")
+    )
+
+
+def evaluate(
+    model: VideoXL,
+    heldout: list[Sample],
+    preparer: Preparer,
+    tokenizer: Any,
+    config: TrainConfig,
+    bad: BadSamples,
+) -> dict[str, Any]:
+    """Answer the held-out questions, print and return accuracies by question type."""
+    if not heldout:
+        return {"heldout_accuracy": {}, "blank_accuracy": {}, "chance": {}}
+    answers, found = answer_questions(model, heldout, preparer, tokenizer, config.run)
+    blind, _ = answer_questions(model, heldout, preparer, tokenizer, config.run, see=False)
+    bad.add(found)
+    result = {
+        "heldout_accuracy": accuracy(answers),
+        "blank_accuracy": accuracy(blind),
+        "chance": chance(answers),
+    }
+    print(f"\n{'held-out questions':20}{'accuracy':>10}{'blank':>8}{'chance':>8}")
+    for name, share in result["heldout_accuracy"].items():
+        blank_share = result["blank_accuracy"].get(name)
+        blank_text = "-" if blank_share is None else f"{blank_share:.0%}"
+        print(f"{name:20}{share:>10.0%}{blank_text:>8}{result['chance'][name]:>8.0%}")
+    print()
+    every = max(1, len(answers) // max(1, config.run.answers_shown))
+    for answer in answers[::every][: config.run.answers_shown]:
+        sample = answer.sample
+        question = tokenizer.decode([i for i in sample.ids if i >= 0]).split("\n")[-3]
+        media = ", ".join(block.path.name for block in sample.blocks) or "no media"
+        verdict = "right" if answer.right else f"expected {sample.answer}"
+        print(f"[{media}] {question.removesuffix('<|im_end|>')} -> {answer.answer} ({verdict})")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""Chat text to token ids and labels, as Video-XL's training code writes them.
+
+A conversation is a list of turns {"from": "human" | "gpt", "value": text}, as in LLaVA's data
+files. The text `<image>` in a human turn is a visual mark: one image or one video. In the ids
+each mark is the single id `IMAGE_TOKEN`, which the model's data code replaces by the visual block.
+
+Text is tokenised piece by piece (role, newline, text between marks), so that no token spans two
+pieces. Special tokens spelled out in a turn's text, such as `<|im_end|>`, become those tokens, as
+in the published code: text that comes from people who are not trusted must be cleaned first.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+IMAGE_MARK = "<image>"
+IMAGE_TOKEN = -200
+IGNORE = -100
+DEFAULT_SYSTEM = "You are a helpful assistant."
+
+_ROLES = {"human": "user", "gpt": "assistant"}
+_LEADING_MARKS = re.compile(f"(?:{IMAGE_MARK})+")
+
+Turn = Mapping[str, Any]
+
+
+class ConversationError(ValueError):
+    """A conversation cannot be used. The message names the turn and what is wrong with it."""
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer; it must have <|im_start|> and <|im_end|>."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def convert_ids_to_tokens(self, ids: int) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedText:
+    """Token ids and labels of one sample.
+
+    Attributes:
+      ids: int32 [T]; `IMAGE_TOKEN` at each visual mark.
+      labels: int32 [T]; the ids that are learned, `IGNORE` elsewhere. Not rotated: label t belongs
+        to id t, and the loss compares it with the prediction at t - 1.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+
+
+def count_marks(conversations: Sequence[Turn]) -> int:
+    """Returns how many visual blocks a conversation asks for.
+
+    Leading gpt turns do not count: they are dropped.
+
+    Raises:
+      ConversationError: as `encode_conversation`, apart from missing answers.
+    """
+    return sum(turn["value"].count(IMAGE_MARK) for turn in _checked(conversations))
+
+
+def encode_conversation(
+    conversations: Sequence[Turn], tokenizer: Tokenizer, system: str = DEFAULT_SYSTEM
+) -> EncodedText:
+    """Returns ids and labels of a training conversation.
+
+    A system turn, then each turn as `<|im_start|>role`, newline, text, `<|im_end|>`, newline.
+    Leading gpt turns are dropped. In human turns
+
+    - marks at the start become as many visual blocks, then a newline, then the rest as it stands
+      (which usually begins with a newline of its own);
+    - a single mark elsewhere is moved to the start, before a newline and the stripped rest;
+    - several marks that are not all at the start stay where they are, the text between them
+      unchanged and no newline added (the published code garbles these turns).
+
+    Labels: `<|im_start|>`, `<|im_end|>` and the last newline of every turn, and all text of gpt
+    turns after the newline that follows the role.
+
+    Args:
+      conversations: turns with "from" (human or gpt, in alternation) and "value" (text).
+      tokenizer: a transformers tokenizer with <|im_start|> and <|im_end|>.
+      system: text of the system turn.
+
+    Raises:
+      ConversationError: no turns or no answer, an unknown role, roles that do not alternate, a
+        missing key, a value that is no text, an empty answer, a mark in an answer, or a tokenizer
+        without the two tokens.
+    """
+    turns = _checked(conversations)
+    if not any(turn["from"] == "gpt" for turn in turns):
+        raise ConversationError("the conversation has no answer: add a turn from gpt")
+    return _concatenate(_encode_turns(turns, _Template(tokenizer), system))
+
+
+def encode_prompt(
+    turns: str | Sequence[Turn], tokenizer: Tokenizer, system: str = DEFAULT_SYSTEM
+) -> np.ndarray:
+    """Returns the ids of a prompt for generation: the turns, then the start of an answer.
+
+    The ids are those of training up to the answer, so that `"<image>\\n" + question` gives two
+    newlines after the visual block. The published demonstration has one there: write
+    `"<image>" + question` for it.
+
+    Args:
+      turns: one question, or turns as for `encode_conversation` (earlier questions with their
+        answers) of which the last is human.
+      tokenizer: a transformers tokenizer with <|im_start|> and <|im_end|>.
+      system: text of the system turn.
+
+    Returns:
+      int32 [T]; `IMAGE_TOKEN` at each visual mark.
+
+    Raises:
+      ConversationError: as `encode_conversation`, or the last turn is not human.
+    """
+    if isinstance(turns, str):
+        turns = [{"from": "human", "value": turns}]
+    checked = _checked(turns)
+    if checked[-1]["from"] != "human":
+        raise ConversationError("the last turn is from gpt: a prompt must end with a human turn")
+    template = _Template(tokenizer)
+    pieces = _encode_turns(checked, template, system)
+    return _concatenate([*pieces, template.head("assistant")]).ids
+
+
+def encode_caption(caption: str, tokenizer: Tokenizer) -> EncodedText:
+    """Returns ids and labels of an image-text pair of stage 1: `<image>`, caption, newline.
+
+    There is no chat template. Caption and newline, tokenised together, are labelled.
+
+    Raises:
+      ConversationError: the caption is no text, empty, or holds a mark.
+    """
+    if not isinstance(caption, str) or not caption.strip():
+        raise ConversationError(f"the caption must be text and not empty, got {caption!r}")
+    if IMAGE_MARK in caption:
+        raise ConversationError(f"the caption holds {IMAGE_MARK}: give the caption alone")
+    text = tokenizer.encode(caption + "\n", add_special_tokens=False)
+    return _concatenate([([IMAGE_TOKEN], [IGNORE]), (text, text)])
+
+
+# --- Checks ----------------------------------------------------------------------------------
+
+
+def _checked(conversations: Sequence[Turn]) -> list[Turn]:
+    """Returns the turns from the first human one on, each of them valid."""
+    if isinstance(conversations, (str, Mapping)) or not isinstance(conversations, Sequence):
+        raise ConversationError(
+            f"a conversation must be a list of turns, got {type(conversations).__name__}"
+        )
+    for i, turn in enumerate(conversations):
+        _check_turn(i, turn)
+    first = next((i for i, turn in enumerate(conversations) if turn["from"] == "human"), None)
+    if first is None:
+        raise ConversationError("the conversation is empty: it has no turn from human")
+    turns = list(conversations[first:])
+    for i, turn in enumerate(turns):
+        _check_place(first + i, turn, "gpt" if i % 2 else "human")
+    return turns
+
+
+def _check_turn(i: int, turn: Turn) -> None:
+    if not isinstance(turn, Mapping):
+        raise ConversationError(f"turn {i} must be an object, got {type(turn).__name__}")
+    for key in ("from", "value"):
+        if key not in turn:
+            raise ConversationError(f"turn {i} has no {key!r}; its keys are {list(turn)}")
+        if not isinstance(turn[key], str):
+            raise ConversationError(
+                f"turn {i}: {key!r} must be text, got {type(turn[key]).__name__}"
+            )
+    if turn["from"] not in _ROLES:
+        raise ConversationError(f"turn {i}: unknown role {turn['from']!r}; use human or gpt")
+
+
+def _check_place(i: int, turn: Turn, expected: str) -> None:
+    if turn["from"] != expected:
+        raise ConversationError(
+            f"turn {i} is from {turn['from']}, expected {expected}: roles must alternate"
+        )
+    if expected == "gpt" and not turn["value"].strip():
+        raise ConversationError(f"turn {i}: the answer is empty")
+    if expected == "gpt" and IMAGE_MARK in turn["value"]:
+        raise ConversationError(f"turn {i}: an answer cannot hold {IMAGE_MARK}")
+
+
+# --- Template --------------------------------------------------------------------------------
+
+# Ids with their labels, of equal length.
+_Piece = tuple[list[int], list[int]]
+
+
+class _Template:
+    """The pieces of a turn, for one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._start = self._special("<|im_start|>")
+        self._end = self._special("<|im_end|>")
+        self._newline = self.encode("\n")
+
+    def head(self, role: str) -> _Piece:
+        """`<|im_start|>role` and newline; the first token is labelled."""
+        rest = self.encode(role) + self._newline
+        return [self._start, *rest], [self._start] + [IGNORE] * len(rest)
+
+    def tail(self) -> _Piece:
+        """`<|im_end|>` and newline, both labelled."""
+        ids = [self._end, *self._newline]
+        return ids, ids
+
+    def text(self, text: str, labelled: bool) -> _Piece:
+        """Text of a system or gpt turn."""
+        ids = self.encode(text)
+        return ids, ids if labelled else [IGNORE] * len(ids)
+
+    def question(self, text: str) -> _Piece:
+        """Text and marks of a human turn, without labels."""
+        if text.count(IMAGE_MARK) == 1 and not text.startswith(IMAGE_MARK):
+            rest = text.replace(IMAGE_MARK, "").strip()
+            text = f"{IMAGE_MARK}\n{rest}".strip()
+        ids: list[int] = []
+        leading = _LEADING_MARKS.match(text)
+        if leading and IMAGE_MARK not in text[leading.end() :]:
+            ids = [IMAGE_TOKEN] * text.count(IMAGE_MARK) + self._newline
+            text = text[leading.end() :]
+        for i, part in enumerate(text.split(IMAGE_MARK)):
+            ids += [IMAGE_TOKEN] * (i > 0) + self.encode(part)
+        return ids, [IGNORE] * len(ids)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    def _special(self, token: str) -> int:
+        ids = self.encode(token)
+        # Asked back, since an unknown token may be encoded as the one id of <unk>.
+        if len(ids) != 1 or self._tokenizer.convert_ids_to_tokens(ids[0]) != token:
+            raise ConversationError(
+                f"the tokenizer does not know {token} as one token; use Qwen2's"
+            )
+        return ids[0]
+
+
+def _encode_turns(turns: Sequence[Turn], template: _Template, system: str) -> list[_Piece]:
+    pieces = [template.head("system"), template.text(system, labelled=False), template.tail()]
+    for turn in turns:
+        pieces.append(template.head(_ROLES[turn["from"]]))
+        if turn["from"] == "human":
+            pieces.append(template.question(turn["value"]))
+        else:
+            pieces.append(template.text(turn["value"], labelled=True))
+        pieces.append(template.tail())
+    return pieces
+
+
+def _concatenate(pieces: Sequence[_Piece]) -> EncodedText:
+    return EncodedText(
+        ids=np.array([token for ids, _ in pieces for token in ids], np.int32),
+        labels=np.array([label for _, labels in pieces for label in labels], np.int32),
+    )

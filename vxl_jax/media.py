@@ -1,0 +1,389 @@
+"""Media files to uint8 pixels: images, videos, tiles and frame choice.
+
+NumPy, Pillow and decord only: this module runs in data worker processes, where importing JAX
+would claim the accelerator. Pixels leave it as uint8 (a quarter of the bytes of float32); the
+device normalises them. `normalize` is the same arithmetic in NumPy.
+
+Sizes are (width, height) in pixels, as in Pillow; arrays are [rows, columns, RGB]. What is
+computed follows the published Video-XL data code and the CLIP image processor it calls.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+# Mean and standard deviation of CLIP's RGB input, on the scale 0..1 (openai/CLIP).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Size = tuple[int, int]
+
+# Images longer than this many times their width are cut before they are resized: the centre crop
+# takes 1/32 of the rest, and a 1 x 10000 image would otherwise become 4 GB.
+_MAX_ASPECT = 32
+
+
+class MediaError(ValueError):
+    """A media file cannot be used. The message names the file, the fault and the remedy."""
+
+
+# --- One image as tiles (anyres) -------------------------------------------------------------
+
+
+def grid_pinpoints(tile: int, max_tiles: int = 49, min_tiles: int = 2) -> tuple[Size, ...]:
+    """Returns the resolutions that an image may be tiled at, in the published order.
+
+    Args:
+      tile: side of a tile in pixels (336).
+      max_tiles: most tiles an image may have (49 as published).
+      min_tiles: fewest tiles (2 as published: even a small image gets two).
+
+    Returns:
+      All (width, height) in pixels that are multiples of `tile` with min_tiles..max_tiles tiles,
+      by width, then height.
+    """
+    return tuple(
+        (columns * tile, rows * tile)
+        for columns in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // columns + 1)
+        if columns * rows >= min_tiles
+    )
+
+
+def best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
+    """Returns the pinpoint that keeps most of an image's pixels, then wastes least.
+
+    The effective area is that of the image fitted into the pinpoint with its aspect ratio kept
+    (sides truncated to integers), but not more than the image has: enlarging adds nothing. The
+    first of equals wins.
+
+    Args:
+      size: (width, height) of the image, both at least 1.
+      pinpoints: resolutions to choose from, as `grid_pinpoints` gives them.
+
+    Raises:
+      ValueError: `pinpoints` is empty or `size` is not positive.
+    """
+    width, height = size
+    if width < 1 or height < 1:
+        raise ValueError(f"an image size must be positive, got {width} x {height}")
+
+    def gain(pinpoint: Size) -> tuple[int, int]:
+        scale = min(pinpoint[0] / width, pinpoint[1] / height)
+        # At least one pixel: the published code truncates to 0 and then finds no resolution for
+        # images like 1 x 20000.
+        fitted = max(1, int(width * scale)) * max(1, int(height * scale))
+        effective = min(fitted, width * height)
+        return effective, effective - pinpoint[0] * pinpoint[1]
+
+    return max(pinpoints, key=gain)
+
+
+def tile_grid(size: Size, pinpoints: Sequence[Size], tile: int) -> Size:
+    """Returns (columns, rows) of the tiles of an image, from its size alone.
+
+    Raises:
+      ValueError: `size` is not positive, or the chosen pinpoint is no multiple of `tile`.
+    """
+    width, height = best_resolution(size, pinpoints)
+    if width % tile or height % tile:
+        raise ValueError(f"pinpoint {width} x {height} is not a multiple of the tile, {tile} px")
+    return width // tile, height // tile
+
+
+def tile_image(image: Image.Image, pinpoints: Sequence[Size], tile: int) -> np.ndarray:
+    """Cuts an image into square tiles (`anyres`).
+
+    The image is resized (bicubic) into its best resolution with its aspect ratio kept, centred
+    on black, and cut row by row. A tile has the input size of the vision tower, so that CLIP's
+    own resize and crop leave it as it is.
+
+    Returns:
+      uint8 [tiles, tile, tile, 3]; tiles row-major over the grid that `tile_grid` gives.
+
+    Raises:
+      ValueError: as `tile_grid`.
+    """
+    columns, rows = tile_grid(image.size, pinpoints, tile)
+    width, height = image.size
+    scale_x, scale_y = columns * tile / width, rows * tile / height
+    # Rounded up (and so never 0), where `best_resolution` rounds down: both as published.
+    if scale_x < scale_y:
+        fitted = (columns * tile, min(math.ceil(height * scale_x), rows * tile))
+    else:
+        fitted = (min(math.ceil(width * scale_y), columns * tile), rows * tile)
+    canvas = Image.new("RGB", (columns * tile, rows * tile))
+    corner = ((canvas.width - fitted[0]) // 2, (canvas.height - fitted[1]) // 2)
+    canvas.paste(image.convert("RGB").resize(fitted, Image.Resampling.BICUBIC), corner)
+    pixels = np.asarray(canvas).reshape(rows, tile, columns, tile, 3)
+    return np.ascontiguousarray(pixels.swapaxes(1, 2)).reshape(-1, tile, tile, 3)
+
+
+# --- One frame as a square (CLIP) ------------------------------------------------------------
+
+
+def resize_and_crop(frame: Image.Image | np.ndarray, size: int) -> np.ndarray:
+    """Resizes the short side to `size` (bicubic) and crops the centre: CLIP preprocessing.
+
+    Equal, byte for byte, to transformers' CLIP image processor before rescaling (the long side is
+    truncated, the crop offset rounded down) for aspect ratios up to 32; beyond that only the
+    centre of the image is resized.
+
+    Args:
+      frame: an image, or uint8 [H, W, 3].
+      size: side of the result in pixels.
+
+    Returns:
+      uint8 [size, size, 3].
+    """
+    image = frame if isinstance(frame, Image.Image) else Image.fromarray(frame)
+    image = image.convert("RGB")
+    short = min(image.size)
+    longest = _MAX_ASPECT * short
+    if max(image.size) > longest:
+        image = _centre_crop(image, (min(image.width, longest), min(image.height, longest)))
+    resized = (size * image.width // short, size * image.height // short)
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    return np.array(_centre_crop(image, (size, size)))
+
+
+def _centre_crop(image: Image.Image, size: Size) -> Image.Image:
+    left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
+    return image.crop((left, top, left + size[0], top + size[1]))
+
+
+def normalize(
+    pixels: np.ndarray,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> np.ndarray:
+    """Returns (pixels / 255 - mean) / std as float32, for uint8 pixels [..., 3]."""
+    scaled = pixels.astype(np.float32) / np.float32(255)
+    return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
+# --- Which frames of a video -----------------------------------------------------------------
+
+
+def uniform_indices(total_frames: int, count: int) -> list[int]:
+    """Returns `count` frame indices from the first to the last frame, truncated to integers.
+
+    Sampling at inference, as published: a video with fewer than `count` frames gives some of
+    them more than once.
+
+    Raises:
+      ValueError: `total_frames` or `count` is below 1.
+    """
+    if total_frames < 1 or count < 1:
+        raise ValueError(f"cannot choose {count} of {total_frames} frames")
+    return [int(index) for index in np.linspace(0, total_frames - 1, count)]
+
+
+def frame_indices(
+    total_frames: int, average_fps: float, max_frames: int, fps: float = 1.0
+) -> list[int]:
+    """Returns the frame indices of a training video: `fps` a second, at most `max_frames`.
+
+    One frame is taken at the start of every complete period of round(average_fps / fps) frames:
+    a last, incomplete period gives none (`golden/preprocess`: 132 frames at 25 fps give 5), but a
+    video always gives its first frame. Where that is more than `max_frames`, `uniform_indices`.
+
+    Args:
+      total_frames: frames in the video.
+      average_fps: its frames per second.
+      max_frames: most frames to take.
+      fps: frames wanted per second of video; where the video has fewer, all frames are taken.
+
+    Raises:
+      ValueError: an argument is not positive.
+    """
+    if total_frames < 1 or max_frames < 1 or not (average_fps > 0 and fps > 0):
+        raise ValueError(
+            f"cannot sample {total_frames} frames at {average_fps} fps: "
+            f"at most {max_frames}, {fps} a second"
+        )
+    step = max(1, round(average_fps / fps))
+    count = max(1, total_frames // step)
+    if count > max_frames:
+        return uniform_indices(total_frames, max_frames)
+    return [i * step for i in range(count)]
+
+
+# --- Files -----------------------------------------------------------------------------------
+
+
+def resolve_media(root: str | Path, relative: str) -> Path:
+    """Returns the path of a sample's media file, which must lie inside `root`.
+
+    Sample files come from elsewhere; they must not make the loader open other files. The path is
+    returned with symbolic links followed. That the file exists is not checked.
+
+    Raises:
+      MediaError: `relative` is absolute, holds `..`, leads out of `root` through a link, or is
+        no usable path.
+    """
+    if not isinstance(relative, str) or not relative.strip() or "\0" in relative:
+        raise MediaError(f"{relative!r}: not a file name; give a path relative to {root}")
+    if Path(relative).is_absolute() or ".." in Path(relative).parts:
+        raise MediaError(f"{relative}: leaves the media folder; give a path relative to {root}")
+    base = Path(root).resolve()
+    try:
+        path = (base / relative).resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise MediaError(f"{relative}: cannot be followed inside {root}: {error}") from error
+    if not path.is_relative_to(base):
+        raise MediaError(f"{relative}: a link leads out of {root} to {path}; put the file inside")
+    return path
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Reads an image as RGB, the first picture of an animation.
+
+    As published, EXIF orientation is not applied, alpha is dropped, and 16-bit grey saturates.
+
+    Raises:
+      MediaError: missing, unreadable, truncated, empty or far too large (Pillow's limit against
+        decompression bombs, 179 million pixels).
+    """
+    with _open_image(path) as image:
+        try:
+            return image.convert("RGB")
+        except Exception as error:  # Decoders raise OSError, ValueError, SyntaxError, IndexError...
+            raise MediaError(
+                f"{path}: image cannot be decoded ({error}); truncated or damaged, replace it"
+            ) from error
+
+
+def image_size(path: str | Path) -> Size:
+    """Returns (width, height) of an image in pixels from its header, without decoding it.
+
+    Raises:
+      MediaError: missing, not an image, empty or far too large.
+    """
+    with _open_image(path) as image:
+        return image.size
+
+
+def _open_image(path: str | Path) -> Image.Image:
+    """Opens an image file: its header is read, its pixels are not."""
+    _check_file(path)
+    try:
+        return Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{path}: {error}; reduce the image") from error
+    except Exception as error:  # As in `load_image`; images of 0 pixels are refused here too.
+        raise MediaError(f"{path}: not a readable image ({error}); replace it") from error
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video's container and first frame say: frames, frames per second, pixels."""
+
+    frames: int
+    fps: float
+    width: int
+    height: int
+
+
+def probe_video(path: str | Path, num_threads: int = 1) -> VideoInfo:
+    """Returns frame count, average frame rate and frame size; decodes one frame.
+
+    Raises:
+      MediaError: missing, no video, no frames, no frame rate, or damaged at its start.
+    """
+    reader = _open_video(path, num_threads)
+    fps = float(reader.get_avg_fps())
+    if not (math.isfinite(fps) and fps > 0):
+        raise MediaError(f"{path}: video with a frame rate of {fps}; encode it again")
+    height, width, _ = _read_frame(reader, path, 0).shape
+    return VideoInfo(frames=len(reader), fps=fps, width=width, height=height)
+
+
+def load_video(path: str | Path, indices: Sequence[int], num_threads: int = 1) -> np.ndarray:
+    """Decodes frames of a video at their own size: uint8 [F, H, W, 3].
+
+    Arguments and errors as for `load_video_frames`, which needs far less memory for large frames.
+    """
+    reader = _open_video(path, num_threads)
+    _check_indices(reader, path, indices)
+    return np.stack([_read_frame(reader, path, index) for index in indices])
+
+
+def load_video_frames(
+    path: str | Path, indices: Sequence[int], size: int, num_threads: int = 1
+) -> np.ndarray:
+    """Decodes frames of a video, each through `resize_and_crop`.
+
+    One frame at a time stands in memory at full size.
+
+    Args:
+      path: the video file.
+      indices: frame numbers, in any order; one may stand several times.
+      size: side of the result in pixels.
+      num_threads: decoding threads; 1 is right in a data worker.
+
+    Returns:
+      uint8 [F, size, size, 3].
+
+    Raises:
+      MediaError: missing, no video, damaged, or an index past the end.
+    """
+    reader = _open_video(path, num_threads)
+    _check_indices(reader, path, indices)
+    result = np.empty((len(indices), size, size, 3), np.uint8)
+    for i, index in enumerate(indices):
+        result[i] = resize_and_crop(_read_frame(reader, path, index), size)
+    return result
+
+
+def _check_file(path: str | Path) -> None:
+    if not Path(path).is_file():
+        fault = "is not a file" if Path(path).exists() else "no such file"
+        raise MediaError(f"{path}: {fault}; check the sample and the media folder")
+
+
+def _open_video(path: str | Path, num_threads: int) -> Any:
+    """Opens a decord reader; for one call only, since one opened before a fork hangs after it."""
+    # Imported here: there are platforms without decord, and images do not need it.
+    from decord import VideoReader
+
+    _check_file(path)
+    try:
+        reader = VideoReader(str(path), num_threads=num_threads)
+    except Exception as error:  # decord raises RuntimeError or its own DECORDError.
+        raise _video_error(path, "not a readable video", error) from error
+    if len(reader) == 0:
+        raise MediaError(f"{path}: video without frames; replace it")
+    return reader
+
+
+def _check_indices(reader: Any, path: str | Path, indices: Sequence[int]) -> None:
+    if not len(indices):
+        raise MediaError(f"{path}: no frames asked for; give at least one index")
+    low, high = min(indices), max(indices)
+    if low < 0 or high >= len(reader):
+        raise MediaError(
+            f"{path}: frames {low}..{high} asked for, but the video has {len(reader)} "
+            f"(0..{len(reader) - 1}); choose the indices from probe_video"
+        )
+
+
+def _read_frame(reader: Any, path: str | Path, index: int) -> np.ndarray:
+    # Not get_batch: it gives the same frames no faster, and keeps far more of them in memory
+    # (batches of 8 from a 3840 x 2160 video: 2.5 GB at its peak, single frames: 0.3 GB).
+    try:
+        frame: np.ndarray = reader[int(index)].asnumpy()
+        return frame
+    except Exception as error:  # As in `_open_video`.
+        raise _video_error(path, "video cannot be decoded", error) from error
+
+
+def _video_error(path: str | Path, fault: str, error: Exception) -> MediaError:
+    # decord appends a C++ stack trace to its message.
+    reason = str(error).partition("\n")[0]
+    return MediaError(f"{path}: {fault} ({reason}); truncated or damaged, replace it")

@@ -103,7 +103,10 @@ def test_run_dir_replaces_its_mark_in_paths():
     assert "{run_dir}" not in json.dumps(config_to_dict(resolved))
 
 
-def test_help_lists_every_field_with_type_default_and_meaning(capsys: pytest.CaptureFixture[str]):
+def test_help_lists_every_field_with_type_default_and_meaning(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "80")  # a wide terminal shows options side by side
     with pytest.raises(SystemExit) as stop:
         load_config(["--help"])
     assert stop.value.code == 0

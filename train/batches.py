@@ -11,6 +11,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from train.records import BadSample, Block, Preparer, Sample
 from vxl_jax.media import MediaError
@@ -198,6 +199,8 @@ def load_batches(
     # Threads would race for the decoder; processes are what scales.
     batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads absl flags, and nobody else here parses them
+            flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4)
         )

@@ -86,7 +86,7 @@ def add_batch(
     return jax.tree.map(jnp.add, sums, batch)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=(1, 2, 3))
+@partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def update(
     optimizer: optax.GradientTransformation, trained: Params, opt_state: Any, sums: Params
 ) -> tuple[Params, Any, dict[str, Array]]:

@@ -109,20 +109,22 @@ def _attend(
 ) -> Array:
     """Queries at `index` [Q] of a window with keys k [B, S, K, H]; see `_attend_window`."""
     kv_heads, head_size = k.shape[-2:]
-    q = rearrange(q, "B Q (K G) H -> B Q K G H", K=kv_heads)
-    score = partial(jnp.einsum, "BQKGH,BSKH->BKGQS", preferred_element_type=jnp.float32)
-    scale = head_size**-0.5
-    own = score(q, k) * scale
-    own = jnp.where(jnp.arange(k.shape[1]) <= index[:, None], own, MASKED)
-    past = score(q, memory_keys) * scale
-    seen = jnp.arange(memory_keys.shape[1]) < memory_length[:, None]
+    # Heads before rows: the products are then batched over B and K without a transposed copy of
+    # the scores, and dividing the output is cheaper than dividing them.
+    q = rearrange(q * head_size**-0.5, "B Q (K G) H -> B K G Q H", K=kv_heads)
+    k, v, memory_keys, memory_values = (
+        rearrange(x, "B S K H -> B K S H") for x in (k, v, memory_keys, memory_values)
+    )
+    score = partial(jnp.einsum, "BKGQH,BKSH->BKGQS", preferred_element_type=jnp.float32)
+    own, past = score(q, k), score(q, memory_keys)
+    own = jnp.where(jnp.arange(own.shape[-1]) <= index[:, None], own, MASKED)
+    seen = jnp.arange(past.shape[-1]) < memory_length[:, None]
     past = jnp.where(seen[:, None, None, None], past, MASKED)
 
-    highest = lax.stop_gradient(
-        jnp.maximum(own.max(-1, keepdims=True), past.max(-1, keepdims=True, initial=MASKED))
-    )
+    highest = jnp.maximum(own.max(-1), past.max(-1, initial=MASKED))[..., None]
+    highest = lax.stop_gradient(highest)
     own, past = jnp.exp(own - highest), jnp.exp(past - highest)
     total = own.sum(-1, keepdims=True) + past.sum(-1, keepdims=True)
-    mix = partial(jnp.einsum, "BKGQS,BSKH->BQKGH", preferred_element_type=jnp.float32)
-    out = mix((own / total).astype(v.dtype), v) + mix((past / total).astype(v.dtype), memory_values)
-    return rearrange(out, "B Q K G H -> B Q (K G) H").astype(q.dtype)
+    mix = partial(jnp.einsum, "BKGQS,BKSH->BKGQH", preferred_element_type=jnp.float32)
+    out = mix(own.astype(v.dtype), v) + mix(past.astype(v.dtype), memory_values)
+    return rearrange(out / total, "B K G Q H -> B Q (K G) H").astype(k.dtype)

@@ -23,6 +23,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 Size = tuple[int, int]
 
+# Frames decoded at a stretch. For 3840 x 2160: 200 MB, and 0.6 to 0.95 GB at the process's peak,
+# measured. Fewer cost time where the frames lie closer than key frames do.
+_FRAMES_AT_ONCE = 8
 # Images longer than this many times their width are cut before they are resized: the centre crop
 # takes 1/32 of the rest, and a 1 x 10000 image would otherwise become 4 GB.
 _MAX_ASPECT = 32
@@ -300,7 +303,7 @@ def probe_video(path: str | Path, num_threads: int = 1) -> VideoInfo:
     fps = float(reader.get_avg_fps())
     if not (math.isfinite(fps) and fps > 0):
         raise MediaError(f"{path}: video with a frame rate of {fps}; encode it again")
-    height, width, _ = _read_frame(reader, path, 0).shape
+    height, width, _ = _read_frames(reader, path, [0])[0].shape
     return VideoInfo(frames=len(reader), fps=fps, width=width, height=height)
 
 
@@ -311,7 +314,7 @@ def load_video(path: str | Path, indices: Sequence[int], num_threads: int = 1) -
     """
     reader = _open_video(path, num_threads)
     _check_indices(reader, path, indices)
-    return np.stack([_read_frame(reader, path, index) for index in indices])
+    return np.stack(_read_frames(reader, path, indices))
 
 
 def load_video_frames(
@@ -319,7 +322,7 @@ def load_video_frames(
 ) -> np.ndarray:
     """Decodes frames of a video, each through `resize_and_crop`.
 
-    One frame at a time stands in memory at full size.
+    Few frames at a time stand in memory at full size.
 
     Args:
       path: the video file.
@@ -336,8 +339,10 @@ def load_video_frames(
     reader = _open_video(path, num_threads)
     _check_indices(reader, path, indices)
     result = np.empty((len(indices), size, size, 3), np.uint8)
-    for i, index in enumerate(indices):
-        result[i] = resize_and_crop(_read_frame(reader, path, index), size)
+    for start in range(0, len(indices), _FRAMES_AT_ONCE):
+        frames = _read_frames(reader, path, indices[start : start + _FRAMES_AT_ONCE])
+        for i, frame in enumerate(frames, start):
+            result[i] = resize_and_crop(frame, size)
     return result
 
 
@@ -373,12 +378,17 @@ def _check_indices(reader: Any, path: str | Path, indices: Sequence[int]) -> Non
         )
 
 
-def _read_frame(reader: Any, path: str | Path, index: int) -> np.ndarray:
-    # Not get_batch: it gives the same frames no faster, and keeps far more of them in memory
-    # (batches of 8 from a 3840 x 2160 video: 2.5 GB at its peak, single frames: 0.3 GB).
+def _read_frames(reader: Any, path: str | Path, indices: Sequence[int]) -> list[np.ndarray]:
+    """Returns frames as uint8 [H, W, 3].
+
+    decord's thread decodes on while its caller does something else, and keeps every frame
+    (decord issue 208): several GB of a 3840 x 2160 video. So frames are fetched without a pause,
+    one by one (`get_batch` lets it run ahead too), and a seek at the end stops the thread.
+    """
     try:
-        frame: np.ndarray = reader[int(index)].asnumpy()
-        return frame
+        frames = [reader[int(index)].asnumpy() for index in indices]
+        reader.seek(0)
+        return frames
     except Exception as error:  # As in `_open_video`.
         raise _video_error(path, "video cannot be decoded", error) from error
 

@@ -1,0 +1,368 @@
+"""The network against an independent NumPy implementation, and invariants no reference can give."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert.names import to_published
+from tests.oracle import Oracle
+from vxl_jax import attention
+from vxl_jax.config import tiny
+from vxl_jax.language import make_group
+from vxl_jax.memory import empty_memory
+from vxl_jax.model import (
+    VideoXL,
+    decode_step,
+    loss_and_metrics,
+    prefill,
+    scan_groups,
+    take_group,
+)
+from vxl_jax.stream import IGNORE, IMAGE_TOKEN, PAD, StreamShape, batch_streams, plan_stream
+
+pytestmark = pytest.mark.usefixtures("exact_products")
+I = IMAGE_TOKEN  # noqa: E741
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exact_products():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return distinct(VideoXL(tiny(), rngs=nnx.Rngs(0)))
+
+
+def distinct(model):
+    """Random biases, norms and beacon parameters too, so that no swap goes unseen."""
+    graph, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(nnx.to_pure_dict(state))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, noise))
+
+
+STREAMS = {
+    "text": ([3, 1, 4, 1, 5, 9], [], []),
+    "long text": (list(range(40)), [], []),
+    "one image": ([1, I, 2, 3], [8], [4]),
+    "video": ([1, 2, 3, I, 4, 5], [40], [2, 8, 4]),
+    "no text before": ([I, 5], [20], [4, 4]),
+    "images with text between": ([7, I, 8, I, 9, 10], [8, 24], [2, 4, 8]),
+    "adjacent images": ([7, I, I, 9], [4, 8], [4, 2]),
+    "several turns": ([1, I, 2, 3, 4, I, 5, 6], [16, 16], [8, 2]),
+    "left-over tokens": ([1, I, 2], [29], [5, 3]),
+    "uncompressed": ([1, I, 2, 3], [20], [None, None]),
+    "ends in an image": ([1, I], [20], [4, 2]),
+}
+
+
+def make_stream(name, model, labels=None):
+    ids, blocks, ratios = STREAMS[name]
+    return plan_stream(ids, blocks, window=model.config.window, ratio=list(ratios), labels=labels)
+
+
+def features(name, model, seed=0):
+    count = sum(STREAMS[name][1])
+    shape = (count, model.config.language.width)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def oracle_logits(name, model):
+    ids, blocks, ratios = STREAMS[name]
+    weights = to_published(nnx.to_pure_dict(nnx.state(model)), model.config)
+    oracle, visual, ratios = Oracle(model.config, weights), features(name, model), list(ratios)
+    blocks, text = list(blocks), []
+    for token in [*ids, None]:
+        if token not in (I, None):
+            text.append(token)
+            continue
+        if text:
+            oracle.text(text)
+        text = []
+        if token == I:
+            count = blocks.pop(0)
+            windows = -(-count // model.config.window)
+            oracle.visual(visual[:count], model.config.window, ratios[:windows])
+            visual, ratios = visual[count:], ratios[windows:]
+    return oracle.logits(), oracle
+
+
+@nnx.jit
+def run(model, streams, visual):
+    return model.logits(model(streams, visual))
+
+
+def our_logits(model, names, windows_per_group=None, shape=None):
+    """Logits of all tokens that are not beacons, a list with an array for each stream."""
+    streams = [make_stream(name, model) for name in names]
+    batch = batch_streams(streams, shape, windows_per_group)
+    most = max(8, *(sum(STREAMS[name][1]) for name in names))
+    visual = np.zeros((len(names), most, model.config.language.width), np.float32)
+    for i, name in enumerate(names):
+        rows = features(name, model)
+        visual[i, : len(rows)] = rows
+    logits = np.asarray(run(model, batch, visual))
+    kinds = np.moveaxis(batch.kind, 1, 0).reshape(len(names), -1)
+    return [rows[(kind == 0) | (kind == 1)] for rows, kind in zip(logits, kinds, strict=True)]
+
+
+def error(ours, expected):
+    assert ours.shape == expected.shape
+    return np.linalg.norm(ours - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_logits_equal_the_oracle(name, model):
+    expected, _ = oracle_logits(name, model)
+    (ours,) = our_logits(model, [name])
+    assert error(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["video", "images with text between", "long text"])
+@pytest.mark.parametrize("windows_per_group", [1, 2, 3])
+def test_windows_per_group_do_not_matter(name, windows_per_group, model):
+    (expected,) = our_logits(model, [name])
+    (ours,) = our_logits(model, [name], windows_per_group)
+    assert error(ours, expected) < 1e-5
+
+
+@pytest.mark.parametrize("windows_per_group", [None, 1])
+def test_batch_neighbours_and_padding_do_not_matter(windows_per_group, model):
+    names = ["text", "video", "adjacent images", "uncompressed"]
+    alone = [our_logits(model, [name])[0] for name in names]
+    shapes = [StreamShape.of(make_stream(name, model), windows_per_group) for name in names]
+    wide = shapes[0]
+    for shape in shapes:
+        wide = wide.union(shape)
+    wide = StreamShape(*(size + 3 for size in vars(wide).values()))
+    for shape in (None, replace(wide, beacons=1)):
+        together = our_logits(model, names, windows_per_group, shape)
+        for ours, expected in zip(together, alone, strict=True):
+            assert error(ours, expected) < 1e-5
+
+
+def test_padding_features_do_not_matter(model):
+    """Whatever stands in the padding of ids, features or pixels, no result changes."""
+    stream = make_stream("video", model)
+    shape = StreamShape.of(stream).padded(1)
+    batch = batch_streams([stream], shape)
+    visual = np.zeros((1, 64, model.config.language.width), np.float32)
+    visual[0, :40] = features("video", model)
+    expected = np.asarray(run(model, batch, visual))[0, : stream.length]
+    visual[0, 40:] = 1e3
+    source = np.where(batch.kind == PAD, 55, batch.source)
+    ours = np.asarray(run(model, replace(batch, source=source), visual))[0, : stream.length]
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_memory_equals_the_oracle(model):
+    _, oracle = oracle_logits("images with text between", model)
+    stream = make_stream("images with text between", model)
+    visual = features("images with text between", model)[None]
+    batch = batch_streams([stream], windows_per_group=2)
+    _, memory = scan_groups(
+        model, batch, visual, empty_memory(model.config, 1, stream.persistent + 5), False
+    )
+    assert int(memory.length[0]) == stream.persistent
+    for layer in range(model.config.language.layers):
+        ours = np.asarray(memory.values[layer, 0, : stream.persistent])
+        assert error(ours, oracle.values[layer]) < 1e-5
+    assert not np.asarray(memory.keys[:, :, stream.persistent :]).any()
+
+
+@pytest.mark.parametrize("name", ["text", "video", "adjacent images"])
+def test_cached_decoding_equals_one_forward_pass(name, model):
+    graph, params = nnx.split(model)
+    new = [11, 12, 13, 14]
+    ids, blocks, ratios = STREAMS[name]
+    whole = plan_stream([*ids, *new], blocks, window=model.config.window, ratio=list(ratios))
+    visual = features(name, model)[None] if blocks else None
+    expected = np.asarray(run(model, batch_streams([whole]), visual))[0, -len(new) - 1 :]
+
+    memory = empty_memory(model.config, 1, 64)
+    hidden, memory = scan_groups(
+        model, batch_streams([make_stream(name, model)], windows_per_group=1), visual, memory, True
+    )
+    last = hidden.reshape(-1, hidden.shape[-1])
+    kinds = batch_streams([make_stream(name, model)], windows_per_group=1).kind.reshape(-1)
+    ours = [np.asarray(model.logits(last[np.flatnonzero(kinds != PAD)[-1]]))]
+    for token in new:
+        logits, memory = decode_step(graph, params, memory, jnp.array([token], jnp.int32))
+        ours.append(np.asarray(logits[0]))
+    assert error(np.array(ours), expected) < 1e-5
+
+
+def test_scan_over_layers_equals_a_python_loop(model):
+    stream = make_stream("video", model)
+    batch = batch_streams([stream])
+    visual = features("video", model)[None]
+    group = take_group(batch, 0)
+    language = model.language
+    x = language.embed_group(group, visual)
+    arrays = make_group(model.config.language, group)
+    graph, params = nnx.split(language.layers)
+    memory = empty_memory(model.config, 1, batch.memory)
+    keys, values = memory.keys, memory.values
+    for layer in range(model.config.language.layers):
+        one = nnx.merge(graph, jax.tree.map(lambda p, layer=layer: p[layer], params))
+        x, keys, values = one(x, arrays, keys, values, layer)
+    assert error(np.asarray(model(batch, visual)), np.asarray(x)) < 1e-5
+
+
+def gradients(model, streams, pixels):
+    graph, params = nnx.split(model)
+
+    def loss(params):
+        total, metrics = loss_and_metrics(nnx.merge(graph, params), streams, pixels)
+        return total / metrics["tokens"]
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    return float(value), nnx.to_pure_dict(grads)
+
+
+def training_sample(model, frames=10, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = [IGNORE, IGNORE, IGNORE, 4, 5]
+    stream = plan_stream(
+        [1, 2, I, 4, 5],
+        [frames * model.config.tokens_per_frame],
+        window=model.config.window,
+        ratio=[2, 8, 4],
+        labels=labels,
+    )
+    size = model.config.vision.image_size
+    return stream, rng.integers(0, 256, (1, frames, size, size, 3), np.uint8)
+
+
+def test_gradients_do_not_depend_on_groups_remat_or_padding(model):
+    stream, pixels = training_sample(model)
+    loss, expected = gradients(model, batch_streams([stream]), pixels)
+    graph, state = nnx.split(VideoXL(tiny(remat=False), rngs=nnx.Rngs(0)))
+    no_remat = nnx.merge(graph, nnx.to_pure_dict(nnx.state(model)))
+    for other, streams in {
+        "groups": (model, batch_streams([stream], windows_per_group=1)),
+        "remat": (no_remat, batch_streams([stream])),
+        "padding": (model, batch_streams([stream], StreamShape.of(stream).padded(1))),
+    }.values():
+        ours_loss, ours = gradients(other, streams, pixels)
+        assert ours_loss == pytest.approx(loss, rel=1e-5)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_gradients_equal_finite_differences_through_the_memory(model):
+    """Along a random direction of all parameters: nothing is detached."""
+    stream, pixels = training_sample(model)
+    batch = batch_streams([stream])
+    graph, params = nnx.split(model)
+    _, grads = gradients(model, batch, pixels)
+    leaves, tree = jax.tree.flatten(nnx.to_pure_dict(params))
+    rng = np.random.default_rng(3)
+    direction = [rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
+
+    @jax.jit
+    def loss(step):
+        moved = [leaf + step * d for leaf, d in zip(leaves, direction, strict=True)]
+        total, metrics = loss_and_metrics(
+            nnx.merge(graph, jax.tree.unflatten(tree, moved)), batch, pixels
+        )
+        return total / metrics["tokens"]
+
+    slope = sum(float((g * d).sum()) for g, d in zip(jax.tree.leaves(grads), direction, strict=True))
+    h = 3e-4
+    assert float(loss(h) - loss(-h)) / (2 * h) == pytest.approx(slope, rel=2e-2)
+
+
+def test_loss_is_the_mean_over_labelled_tokens(model):
+    stream, pixels = training_sample(model)
+    total, metrics = loss_and_metrics(model, batch_streams([stream, None]), np.repeat(pixels, 2, 0))
+    assert int(metrics["tokens"]) == 2
+    visual = model.encode(pixels)
+    logits = np.asarray(run(model, batch_streams([stream]), visual))[0]
+    targets = stream.target != IGNORE
+    picked = logits[targets] - np.log(np.exp(logits[targets]).sum(-1, keepdims=True))
+    expected = -picked[np.arange(2), stream.target[targets]].sum()
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+
+
+def test_bfloat16_runs_close_to_float32(model):
+    stream, pixels = training_sample(model)
+    loss, _ = gradients(model, batch_streams([stream]), pixels)
+    half = VideoXL(tiny(dtype="bfloat16", param_dtype="bfloat16"), rngs=nnx.Rngs(0))
+    params = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16), nnx.to_pure_dict(nnx.state(model))
+    )
+    half = nnx.merge(nnx.split(half)[0], params)
+    ours, grads = gradients(half, batch_streams([stream]), pixels)
+    assert ours == pytest.approx(loss, rel=0.05)
+    assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(grads))
+    hidden = half(batch_streams([stream]), half.encode(pixels))
+    assert hidden.dtype == jnp.bfloat16
+    assert half.logits(hidden).dtype == jnp.float32
+
+
+def test_one_compilation_for_a_bucket(model):
+    """Streams of other lengths, kinds and ratios in one padded shape run the same program."""
+    graph, params = nnx.split(model)
+    names = ["video", "several turns", "one image"]
+    streams = [make_stream(name, model) for name in names]
+    shape = StreamShape.of(streams[0])
+    for stream in streams:
+        shape = shape.union(StreamShape.of(stream))
+    traces = []
+
+    @jax.jit
+    def forward(params, batch, visual):
+        traces.append(1)
+        return nnx.merge(graph, params)(batch, visual)
+
+    visual = np.zeros((1, 40, model.config.language.width), np.float32)
+    for stream in streams:
+        forward(params, batch_streams([stream], shape), visual)
+    assert len(traces) == 1
+
+    before = prefill._cache_size(), decode_step._cache_size()
+    for stream in streams:
+        _, memory = prefill(graph, params, batch_streams([stream], shape), None, 64)
+        for token in range(3):
+            _, memory = decode_step(graph, params, memory, jnp.array([token], jnp.int32))
+    assert prefill._cache_size() - before[0] == 1
+    assert decode_step._cache_size() - before[1] <= 1
+
+
+@pytest.mark.parametrize("block_bytes", [1, 3000, 40_000])
+def test_blocked_attention_equals_unblocked(block_bytes):
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, 3, 10, 4, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, 3, 10, 2, 8)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 2, 12, 2, 8)).astype(np.float32)
+    seen = np.array([[0, 5, 12], [3, 3, 3]], np.int32)
+
+    def attend(args, block_bytes):
+        return attention.window_attention(*args, seen, block_bytes=block_bytes)
+
+    args = (q, k, v, keys, values)
+    expected = attend(args, 2**30)
+    np.testing.assert_allclose(attend(args, block_bytes), expected, atol=1e-5)
+    # Dense softmax over memory and own window, one query at a time.
+    for b, w, i, n in [(0, 0, 0, 0), (0, 2, 9, 3), (1, 1, 4, 2)]:
+        own_k, own_v = k[b, w, : i + 1, n // 2], v[b, w, : i + 1, n // 2]
+        all_k = np.concatenate([keys[b, : seen[b, w], n // 2], own_k])
+        all_v = np.concatenate([values[b, : seen[b, w], n // 2], own_v])
+        p = np.exp(all_k @ q[b, w, i, n] / np.sqrt(8))
+        np.testing.assert_allclose(expected[b, w, i, n], p @ all_v / p.sum(), atol=1e-5)
+
+    def total(args, block_bytes):
+        return (attend(args, block_bytes) ** 2).sum()
+
+    for ours, theirs in zip(
+        jax.grad(total)(args, block_bytes), jax.grad(total)(args, 2**30), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)

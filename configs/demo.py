@@ -20,18 +20,18 @@ CONFIG = TrainConfig(
     ),
     data=DataSection(
         train_json=("{run_dir}/data/frames.json", "{run_dir}/data/train.json"),
-        epochs=(30, 16),
+        epochs=(32, 14),
         sequential=True,
         eval_json=("{run_dir}/data/heldout.json",),
         media_root="{run_dir}/data/media",
         min_tiles=1,
-        max_frames=16,
+        max_frames=12,
         max_length=512,
         batch_size=64,
-        bucket_steps=1,
+        bucket_steps=2,
         cache_mb=256,
     ),
-    optim=OptimSection(learning_rate=3e-3, weight_decay=0.01, b2=0.98),
+    optim=OptimSection(learning_rate=2e-3, weight_decay=0.01, b2=0.98),
     run=RunSection(run_dir="runs/demo", eval_batch_size=40, max_new_tokens=4, eval_ratio=4),
 )
 

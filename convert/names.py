@@ -116,7 +116,9 @@ def is_unused(name: str, config: VideoXLConfig) -> bool:
     if name == "lm_head.weight":
         return config.language.tie_embeddings
     layer = re.match(re.escape(f"{TOWER}encoder.layers.") + r"(\d+)\.", name)
-    return bool(layer) and config.vision.layers_used <= int(layer[1]) < config.vision.layers
+    if layer is None:
+        return False
+    return config.vision.layers_used <= int(layer[1]) < config.vision.layers
 
 
 def to_published(params: dict[str, Any], config: VideoXLConfig) -> dict[str, np.ndarray]:

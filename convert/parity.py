@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -52,7 +53,7 @@ class Row:
 
 
 def compare(
-    name: str, ours: np.ndarray, golden: np.ndarray, note: str = "", floor: float = 0.0
+    name: str, ours: ArrayLike, golden: ArrayLike, note: str = "", floor: float = 0.0
 ) -> Row:
     """Relative error in the 2-norm, infinite where the shapes differ.
 
@@ -61,8 +62,8 @@ def compare(
     ours, golden = np.asarray(ours, np.float64), np.asarray(golden, np.float64)
     if ours.shape != golden.shape:
         return Row(name, np.inf, f"shape {ours.shape}, golden {golden.shape}")
-    scale = max(np.linalg.norm(golden), floor)
-    return Row(name, float(np.linalg.norm(ours - golden) / (scale if scale > 0 else 1.0)), note)
+    scale = max(float(np.linalg.norm(golden)), floor) or 1.0
+    return Row(name, float(np.linalg.norm(ours - golden)) / scale, note)
 
 
 def every(rows: int, kept: int) -> int:
@@ -90,7 +91,7 @@ class Golden:
 
     @cached_property
     def drawn_frames(self) -> np.ndarray:
-        """Frames made from the stated seed, [F, 3, S, S] float32; the draws before them are checked."""
+        """Frames made from the stated seed, [F, 3, S, S] float32; earlier draws are checked."""
         frames = self.meta["frames"]
         draw = np.random.RandomState(frames["seed"])
         highest = self.vocabulary - 12
@@ -103,11 +104,9 @@ class Golden:
     vocabulary = 0  # set from the model's configuration before drawn_frames is read
 
     def pixels(self, case: dict[str, Any]) -> np.ndarray:
-        """Normalised pixel values of a case, [1, F, S, S, 3]; an image's squashed copy is left out."""
-        if "frames" in case:
-            frames = self.tensors[f"input/{case['frames']}"]
-        else:
-            frames = self.drawn_frames
+        """Normalised pixel values of a case, [1, F, S, S, 3], without an image's squashed copy."""
+        stored = "frames" in case
+        frames = self.tensors[f"input/{case['frames']}"] if stored else self.drawn_frames
         if case.get("modality") == "image":
             frames = frames[1:]
         return np.ascontiguousarray(frames.transpose(0, 2, 3, 1))[None]
@@ -170,7 +169,7 @@ def _check_beacons(
     slots = stream.rank[stream.kind == BEACON]
     if (keys := golden.expected(case, "beacon_keys_layer0")) is not None:
         cos, sin = rope_angles(slots, language.head_size, language.rope_theta)
-        ours = np.moveaxis(rotate(memory.keys[0, 0, slots], (cos, -sin)), 1, 0)
+        ours = np.moveaxis(np.asarray(rotate(memory.keys[0, 0, slots], (cos, -sin))), 1, 0)
         yield compare(
             f"{case['name']}/beacon_keys_layer0", ours[:, :: every(len(slots), keys.shape[1])], keys
         )

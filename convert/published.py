@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from convert.names import is_unused, table
-from vxl_jax.config import DTYPES, ConfigError, LanguageConfig, VideoXLConfig, VisionConfig
+from vxl_jax.config import DTYPES, LanguageConfig, VideoXLConfig, VisionConfig
 from vxl_jax.model import VideoXL
 
 KNOWN_TOWERS = {"openai/clip-vit-large-patch14-336": VisionConfig()}
@@ -206,7 +206,8 @@ def load_published(directory: str | Path, **changes: Any) -> VideoXL:
                 tensor = row.layout.to_ours(readers[where[name]].get_tensor(name))
                 if tensor.shape != layer.shape:
                     problems.append(
-                        f"tensor {name} gives shape {tensor.shape}, config.json asks for {layer.shape}"
+                        f"tensor {name} gives shape {tensor.shape}, "
+                        f"config.json asks for {layer.shape}"
                     )
                 else:
                     layer[...] = tensor

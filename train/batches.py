@@ -4,9 +4,19 @@ Which samples form a batch, in which order, with which random ratios, is a funct
 the batch's number alone. A run that starts again at step n asks for the batches from n on.
 """
 
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grain
@@ -54,13 +64,14 @@ class Batch:
 
 def bucket_of(sample: Sample, preparer: Preparer, ratios: Sequence[int]) -> Bucket:
     """The bucket of a sample: sizes under the lowest of the ratios, which no draw exceeds."""
-    lowest = min(ratios) if ratios else None
     steps = preparer.data.bucket_steps
+    # As in `draw_ratio`, a window with fewer tokens than the ratio keeps one beacon.
+    lowest: Ratio = (lambda count: min(*ratios, count)) if ratios else None
     shape = StreamShape.of(sample.plan(preparer.model, lowest)).padded(steps)
     return Bucket(shape, round_up(sample.frames, steps) if sample.frames else 0)
 
 
-class Epochs(Sequence[BatchPlan]):
+class Epochs:
     """All batches of a run in order, planned an epoch at a time when they are asked for.
 
     buckets: of every sample. files: samples (as indices) of each data file. epochs: passes over
@@ -92,7 +103,7 @@ class Epochs(Sequence[BatchPlan]):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, index: Any) -> BatchPlan:
+    def __getitem__(self, index: int) -> BatchPlan:
         number = int(np.searchsorted(self.ends, index, side="right"))
         if self._planned is None or self._planned[0] != number:
             self._planned = number, self._plan(number)
@@ -154,70 +165,111 @@ class Loader:
             streams=batch_streams(streams, plan.bucket.shape),
             pixels=pixels,
             samples=present,
-            frames=sum(self.samples[i].frames for i in present if i >= 0),
+            frames=sum(self.samples[i].frames for i in present.tolist() if i >= 0),
             tokens=sum(stream.length for stream in streams if stream is not None),
             bad=bad,
         )
 
     def _pixels(self, block: Block) -> np.ndarray:
-        pixels = self._cache.get(block.path)
+        pixels = self._cache.get(block)
         if pixels is None:
             pixels = self.preparer.pixels(block)
-            self._cache.put(block.path, pixels)
+            self._cache.put(block, pixels)
         return pixels
 
 
 class _PixelCache:
-    """Least recently used pixels of media files, bounded in bytes."""
+    """Least recently used pixels of visual blocks, bounded in bytes."""
 
     def __init__(self, limit: int):
         self.limit, self.used = limit, 0
-        self.pixels: OrderedDict[Any, np.ndarray] = OrderedDict()
+        self.pixels: OrderedDict[Block, np.ndarray] = OrderedDict()
 
-    def get(self, key: Any) -> np.ndarray | None:
-        if key in self.pixels:
-            self.pixels.move_to_end(key)
-        return self.pixels.get(key)
+    def get(self, block: Block) -> np.ndarray | None:
+        if block in self.pixels:
+            self.pixels.move_to_end(block)
+        return self.pixels.get(block)
 
-    def put(self, key: Any, pixels: np.ndarray) -> None:
+    def put(self, block: Block, pixels: np.ndarray) -> None:
         if pixels.nbytes > self.limit:
             return
-        self.pixels[key] = pixels
+        self.pixels[block] = pixels
         self.used += pixels.nbytes
         while self.used > self.limit:
             self.used -= self.pixels.popitem(last=False)[1].nbytes
 
 
 def load_batches(
-    plans: Sequence[BatchPlan], loader: Loader, workers: int, start: int = 0
-) -> Iterator[Batch]:
+    plans: Epochs, loader: Loader, workers: int, start: int = 0
+) -> Generator[Batch, None, None]:
     """The batches of `plans` from number `start` on, in order, made by `workers` processes.
 
-    0 workers: made in this process, when asked for.
+    0 workers: made in this process, when asked for. Close the generator to end the processes.
+
+    Raises: WorkerError if a process is killed or cannot go on.
     """
-    dataset = grain.MapDataset.source(_Source(plans, start)).map(loader)
+    numbers = grain.MapDataset.range(start, len(plans))
     # Threads would race for the decoder; processes are what scales.
-    batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    if workers:
-        if not flags.FLAGS.is_parsed():  # grain reads absl flags, and nobody else here parses them
-            flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4)
+    alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    if not workers:
+        yield from numbers.map(plans.__getitem__).map(loader).to_iter_dataset(alone)
+        return
+    if not flags.FLAGS.is_parsed():  # grain reads absl flags, and nobody else here parses them
+        flags.FLAGS.mark_as_parsed()
+    with TemporaryDirectory(prefix="vxl-batches-") as folder:
+        paths = numbers.map(_Writer(plans, loader, Path(folder))).to_iter_dataset(alone)
+        paths = paths.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4),
+            partial(_follow_parent, folder),
         )
-    return iter(batches)
+        with closing(iter(paths)) as iterator:
+            for number in range(start, len(plans)):
+                try:
+                    path = next(iterator)
+                except (OSError, RuntimeError, StopIteration) as error:
+                    raise WorkerError(
+                        f"batch {number}: a process that prepares data has failed ({error}); if "
+                        "memory was short, lower data.workers, data.cache_mb or data.batch_size"
+                    ) from error
+                yield pickle.loads(path.read_bytes())
+                path.unlink()
 
 
-class _Source:
-    """`plans[start:]` without a copy, as grain wants it."""
+class WorkerError(RuntimeError):
+    """A data process has failed; the message says what to do."""
 
-    def __init__(self, plans: Sequence[BatchPlan], start: int):
-        self.plans, self.start = plans, start
 
-    def __len__(self) -> int:
-        return len(self.plans) - self.start
+@dataclass(frozen=True)
+class _Writer:
+    """Makes a batch and hands it over in a file of its own, of which grain sends the path.
 
-    def __getitem__(self, index: Any) -> BatchPlan:
-        return self.plans[self.start + int(index)]
+    grain's pipe holds 64 KB. With whole batches in it, a worker that is killed leaves half of one
+    there, for the rest of which the training process waits forever; and one that is told to end
+    waits until somebody has read all batches that it has made.
+    """
+
+    plans: Epochs
+    loader: Loader
+    folder: Path
+
+    def __call__(self, number: int) -> Path:
+        path = self.folder / str(number)
+        path.write_bytes(pickle.dumps(self.loader(self.plans[number]), protocol=5))
+        return path
+
+
+def _follow_parent(folder: str, worker: int, workers: int) -> None:
+    """Let a worker process end with the training process, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process to handle
+
+    def end() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def blank(batch: Batch) -> Batch:

@@ -2,7 +2,7 @@
 
 What is drawn is known, so questions and answers follow from it. A data set is a directory of
 
-- `frames.json`: the first lesson, single tiles: their colours and shapes;
+- `frames.json`: the first lesson: what appears on single tiles;
 - `train.json`: every type of question, several questions a record (`question_types`);
 - `heldout.json`: one question a record (`question_type`), on media that no training record uses;
 - `media/train/`, `media/heldout/`: pictures and videos; paths in the JSON start below `media/`;
@@ -38,13 +38,13 @@ CLASSES = {
 }
 """The four classes of words in questions of type `text`."""
 
-VIDEO_FRAMES = (4, 6, 8, 12, 16)
+THINGS = len(COLOURS) * len(SHAPES)
+
+VIDEO_FRAMES = (6, 12)
 """Lengths of videos, drawn uniformly; few of them, so that few programs have to be compiled."""
-SET_SIZES = (2, 3, 4, 4)
-"""Pictures of a training record with several, drawn uniformly; held-out ones have four."""
-WHICH_SHARE = 0.75
-"""Share of questions about several pictures that ask for the place of a thing (`which`); the others
-ask for the colour or shape at a place."""
+SET_SIZES = (2, 4, 4)
+"""Pictures of a training record with several, drawn uniformly; held-out ones have four. No two are
+of the same colour or shape."""
 
 CHAT_WORDS = ("You", "are", "a", "helpful", "assistant", "system", "user")
 """Words that the chat template puts around every conversation."""
@@ -67,15 +67,14 @@ class Amounts:
 
 
 TRAIN = Amounts(
-    files={"tile": 384, "wide": 96, "grid": 96, "needle": 144, "pair": 192},
+    files={"tile": 768, "wide": 320, "grid": 320, "needle": 200, "pair": 240},
     records={
-        "tile": 200,
-        "wide": 300,
-        "grid": 400,
-        "needle": 600,
-        "pair": 1000,
-        "set": 1200,
-        "text": 300,
+        "wide": 480,
+        "grid": 480,
+        "needle": 480,
+        "pair": 720,
+        "set": 1600,
+        "text": 480,
     },
 )
 HELDOUT = Amounts(
@@ -135,7 +134,8 @@ def make_demo_data(
         train_media = _make_media(part / "media", "train", seed, train, progress)
         heldout_media = _make_media(part / "media", "heldout", seed, heldout, progress)
     rng = _rng(seed, "records")
-    lessons = [_record([m], turns, True) for m in train_media["tile"] for turns in _lessons(rng, m)]
+    # A tile is the shortest video with a needle.
+    lessons = [_record([tile], _ask(rng, "needle", tile), True) for tile in train_media["tile"]]
     _write_json(part / "frames.json", _numbered("frame", lessons))
     records = list(_train_records(rng, train, train_media))
     _write_json(part / "train.json", _numbered("train", records))
@@ -177,7 +177,7 @@ def _plan(rng: np.random.Generator, kind: str, i: int) -> tuple[Thing | None, ..
         return (_thing(i),)
     if kind == "grid":
         tiles = rng.permutation(4)[: i % 4 + 1]
-        return _spread(4, {int(tile): _thing(int(rng.integers(48))) for tile in tiles})
+        return _spread(4, {int(tile): _thing(int(rng.integers(THINGS))) for tile in tiles})
     if kind == "wide":
         return _spread(2, {int(rng.integers(2)): _thing(i)})
     count = int(rng.choice(VIDEO_FRAMES))
@@ -237,11 +237,6 @@ def _appeared(thing: Thing) -> Turn:
     return Turn("needle", "what appeared", f"{thing.colour} {thing.shape}")
 
 
-def _lessons(rng: np.random.Generator, tile: Media) -> list[list[Turn]]:
-    """Two records about one tile. A tile is the shortest video with a needle."""
-    return [_describe(rng, tile.shown[0]), [_appeared(tile.shown[0])]]
-
-
 def _ask(rng: np.random.Generator, kind: str, media: Media) -> list[Turn]:
     """All questions about one file, in random order. No answer gives another one away."""
     if kind in ("tile", "wide"):
@@ -262,20 +257,14 @@ def _ask(rng: np.random.Generator, kind: str, media: Media) -> list[Turn]:
 
 def _ask_set(rng: np.random.Generator, pictures: list[Media]) -> list[Turn]:
     """One question about each picture of a set, in random order."""
-    turns = []
-    for i in rng.permutation(len(pictures)):
-        turn = _which(pictures, int(i))
-        if rng.random() >= WHICH_SHARE:
-            thing = pictures[i].shown[0]
-            name = str(rng.choice(["colour", "shape"]))
-            turn = Turn(name, f"what is the {name} of the {PLACES[i]}", getattr(thing, name))
-        turns.append(turn)
-    return turns
+    things = [pictures[i].shown[0] for i in rng.permutation(len(pictures))]
+    return [_which(thing, bool(rng.integers(2))) for thing in things]
 
 
-def _which(pictures: list[Media], i: int) -> Turn:
-    thing = pictures[i].shown[0]
-    return Turn("which", f"which image has the {thing.colour} {thing.shape}", PLACES[i])
+def _which(thing: Thing, by_colour: bool) -> Turn:
+    if by_colour:
+        return Turn("which", f"which shape is {thing.colour}", thing.shape)
+    return Turn("which", f"which colour is the {thing.shape}", thing.colour)
 
 
 def _choose_set(rng: np.random.Generator, tiles: list[Media], size: int) -> list[Media]:
@@ -336,7 +325,7 @@ def _heldout_records(
                 yield _record([], _ask_text(rng, list(CLASSES)[i % 4])[:1], False)
             elif kind == "set":
                 pictures = _choose_set(rng, media["tile"], max(SET_SIZES))
-                yield _record(pictures, [_which(pictures, i % 4)], False)
+                yield _record(pictures, [_which(pictures[i // 2 % 4].shown[0], i % 2 == 0)], False)
             elif kind == "pair":
                 # Eight files in a row have every colour first, and every colour last.
                 file = media[kind][i]

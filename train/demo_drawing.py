@@ -45,13 +45,12 @@ def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "circle": lambda x, y: np.hypot(x, y) <= 1.0,
-    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) <= 0.9,
     "triangle": _triangle,
     "cross": lambda x, y: (
         (np.minimum(np.abs(x), np.abs(y)) <= 0.3) & (np.maximum(np.abs(x), np.abs(y)) <= 1.0)
     ),
     "ring": lambda x, y: (np.hypot(x, y) <= 1.0) & (np.hypot(x, y) >= 0.55),
-    "moon": lambda x, y: (np.hypot(x, y) <= 1.0) & (np.hypot(x - 0.6, y) >= 0.85),
+    "bar": lambda x, y: (np.abs(x) <= 1.0) & (np.abs(y) <= 0.35),
 }
 """Name of a shape to whether a point is inside it; x right and y down, in units of its radius."""
 

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from train.batches import Epochs, Loader, blank, bucket_of, load_batches
 from train.config import RunSection
+from train.progress import progress_bar
 from train.records import BadSample, Preparer, Sample
 from vxl_jax.generate import generate
 from vxl_jax.model import VideoXL
@@ -43,7 +42,7 @@ def answer_questions(
     none; what it still gets right, it guesses.
     """
     config = model.config
-    ratios = (run.eval_ratio,) if run.eval_ratio else config.ratios[:1] and (min(config.ratios),)
+    ratios = (run.eval_ratio,) if run.eval_ratio else tuple(sorted(config.ratios)[:1])
     if not see:
         samples = [sample for sample in samples if sample.blocks]
     if not samples:
@@ -55,7 +54,7 @@ def answer_questions(
     answers: list[Answer] = []
     bad: list[BadSample] = []
     name = "answering" if see else "answering blind"
-    with tqdm(total=len(samples), desc=name, unit="question") as progress:
+    with progress_bar(total=len(samples), desc=name, unit="question") as progress:
         for batch in load_batches(plans, loader, workers=0):
             bad += batch.bad
             seen = batch if see else blank(batch)

@@ -7,10 +7,12 @@ Started again on the same directory, it goes on from the last checkpoint and arr
 parameters as a run that was never interrupted.
 """
 
+import hashlib
 import json
 import math
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +22,12 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from convert.published import CheckpointError, load_published, read_config
-from train.batches import Bucket, Epochs, Loader, bucket_of, load_batches
+from train.batches import Bucket, Epochs, Loader, WorkerError, bucket_of, load_batches
 from train.config import TrainConfig, compare, load_config, save_config
 from train.evaluate import accuracy, answer_questions, chance
 from train.records import BadSample, DataError, Preparer, Sample, check_records, read_records
 from train.report import BadSamples, RunLog, TooManyBadSamples, draw_loss, write_text
+from train.signals import stop_request
 from train.step import (
     add_batch,
     empty_sums,
@@ -33,6 +36,7 @@ from train.step import (
     split_parts,
     update,
 )
+from vxl_jax.chat import encode_prompt
 from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig, cross_check_vocabulary
 from vxl_jax.model import VideoXL, parameter_count
 
@@ -52,33 +56,46 @@ class Data(NamedTuple):
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     config, prepare = load_config(sys.argv[1:] if arguments is None else arguments)
+    run_dir = Path(config.run.run_dir)
     try:
-        run_dir = Path(config.run.run_dir)
         start_directory(config, run_dir)
         if prepare:
-            prepare(config)
+            try:
+                prepare(config)
+            except (ImportError, OSError, ValueError) as error:
+                raise DataError(f"the data cannot be made: {error}") from error
         train(config.resolved(), run_dir)
     except (
         CheckpointError,
         ConfigError,
         DataError,
+        ImportError,  # a decoder that is not there for this platform
         TooManyBadSamples,
         TrainingError,
+        WorkerError,
     ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command goes on from what {run_dir} holds", file=sys.stderr)
+        return 130
     return 0
 
 
 def start_directory(config: TrainConfig, run_dir: Path) -> None:
-    """Make the run's directory, or check that the run in it is the one that is asked for.
+    """Make the run's directory; if a run has saved steps in it, check that it is this one.
 
     Raises: ConfigError listing every field that differs from the run's own configuration.
     """
-    saved = run_dir / "config.json"
-    if saved.exists():
-        changed = compare(config, json.loads(saved.read_text()))
-        if changed:
+    saved, checkpoints = run_dir / "config.json", run_dir / "checkpoints"
+    if checkpoints.is_dir() and ocp.utils.checkpoint_steps(checkpoints):
+        try:
+            before = json.loads(saved.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{saved} cannot be read ({error}); repair it, or use another --run-dir"
+            ) from error
+        if changed := compare(config, before):
             raise ConfigError(
                 f"{run_dir} holds a run with another configuration ({'; '.join(changed)}); "
                 "use its configuration to resume it, or another --run-dir"
@@ -86,18 +103,26 @@ def start_directory(config: TrainConfig, run_dir: Path) -> None:
         return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        part = saved.with_suffix(".part")
+        save_config(config, part)
+        part.replace(saved)
     except OSError as error:
         raise ConfigError(f"--run-dir {run_dir}: cannot be made ({error.strerror})") from error
-    save_config(config, saved)
 
 
 def train(config: TrainConfig, run_dir: Path) -> None:
     """The whole run: data, model, restore, loop, held-out questions, summary."""
     began = time.perf_counter()
+    checkpoints = ocp.CheckpointManager(
+        (run_dir / "checkpoints").absolute(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=config.run.keep_checkpoints),
+    )
+    step = checkpoints.latest_step() or 0
     model_config = read_model_config(config)
     tokenizer = load_tokenizer(config, model_config)
     preparer = Preparer(config.data, model_config)
-    data, bad = load_data(config, preparer, tokenizer, run_dir)
+    data, bad = load_data(config, preparer, tokenizer, run_dir, step)
+    check_same_samples(run_dir, data.train, step)
 
     buckets = [bucket_of(sample, preparer, model_config.ratios) for sample in data.train]
     batches = Epochs(
@@ -116,51 +141,59 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     parameters = parameter_count(nnx.state(model))
     graph, trained, frozen = split_parts(model, config.optim.train)
     opt_state = optimizer.init(trained)
-    checkpoints = ocp.CheckpointManager(
-        (run_dir / "checkpoints").absolute(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=config.run.keep_checkpoints),
-    )
-    step = checkpoints.latest_step() or 0
     if step:
         trained, opt_state = restore(checkpoints, step, trained, opt_state)
-    describe(config, model_config, parameters, data, buckets, steps, step)
+    describe(config, model_config, parameters, data, buckets, steps, last_step, step)
 
-    log = RunLog(run_dir, step, last_step, config.run.log_every)
+    log = RunLog(run_dir, step, last_step, config.run.log_every, began)
     loader = Loader(data.train, preparer, model_config.ratios, config.data.batch_size)
     stream = load_batches(batches, loader, config.data.workers, step * config.optim.accumulate)
-    while step < last_step:
-        sums = empty_sums(trained)
-        for _ in range(min(config.optim.accumulate, len(batches) - step * config.optim.accumulate)):
-            batch = next(stream)
-            bad.add(batch.bad)
-            log.count(
-                samples=int((batch.samples >= 0).sum()), tokens=batch.tokens, frames=batch.frames
-            )
-            sums = add_batch(graph, trained, frozen, sums, batch.streams, batch.pixels)
-        trained, opt_state, metrics = update(optimizer, trained, opt_state, sums)
-        step += 1
-        if log.due(step):
-            values = {name: float(value) for name, value in metrics.items()}
-            check_finite(values, step)
-            log.log(step, {**values, "learning_rate": float(schedule(step - 1))})
-        log.progress.update()
-        if step % config.run.save_every == 0 or step == last_step:
-            check_finite({name: float(value) for name, value in metrics.items()}, step)
-            save(checkpoints, step, trained, opt_state)
-    checkpoints.wait_until_finished()
-    log.close()
+    with (
+        closing(checkpoints),
+        closing(log),
+        closing(stream),
+        stop_request() as stop,
+    ):
+        while step < last_step:
+            sums = empty_sums(trained)
+            left = len(batches) - step * config.optim.accumulate
+            for _ in range(min(config.optim.accumulate, left)):
+                batch = next(stream)
+                bad.add(batch.bad, step + 1)
+                log.count(
+                    samples=int((batch.samples >= 0).sum()),
+                    tokens=batch.tokens,
+                    frames=batch.frames,
+                )
+                sums = add_batch(graph, trained, frozen, sums, batch.streams, batch.pixels)
+            trained, opt_state, metrics = update(optimizer, trained, opt_state, sums)
+            step += 1
+            stopping = stop.is_set()
+            saving = stopping or step % config.run.save_every == 0 or step == last_step
+            if saving or log.due(step):
+                values = {name: float(value) for name, value in metrics.items()}
+                check_finite(values, step)
+            if log.due(step):
+                log.log(step, {**values, "learning_rate": float(schedule(step - 1))})
+            if saving:
+                save(checkpoints, step, trained, opt_state)
+            log.progress.update()
+            if stopping:
+                raise KeyboardInterrupt
     if log.history:
         draw_loss(log.history, run_dir / "loss.png")
 
     model = nnx.merge(graph, trained, frozen)
+    results, found = evaluate(model, data.heldout, preparer, tokenizer, config)
+    bad.add(found, step + 1)
     summary = {
         "steps": step,
         "final_loss": log.history[-1]["loss"] if log.history else None,
-        **evaluate(model, data.heldout, preparer, tokenizer, config, bad),
-        "bad_samples": bad.reasons,
+        **results,
+        "bad_samples": bad.summary(),
         "parameters": parameters,
         "params_sha256": fingerprint(trained, frozen),
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": log.seconds,
     }
     write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"wrote {run_dir}/summary.json, loss.png, metrics.jsonl, checkpoints/{step}")
@@ -182,40 +215,69 @@ def load_tokenizer(config: TrainConfig, model_config: VideoXLConfig) -> Any:
         raise ConfigError(f"model.tokenizer {directory}: there is no such directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.tokenizer {directory}: cannot be loaded ({error})") from error
+        encode_prompt("", tokenizer)  # refuses one without the chat template's tokens
+    except Exception as error:  # damaged files raise anything
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"model.tokenizer {directory}: cannot be loaded ({reason})") from error
     cross_check_vocabulary(model_config.language, len(tokenizer), f"model.tokenizer {directory}")
     return tokenizer
 
 
 def load_data(
-    config: TrainConfig, preparer: Preparer, tokenizer: Any, run_dir: Path
+    config: TrainConfig, preparer: Preparer, tokenizer: Any, run_dir: Path, step: int
 ) -> tuple[Data, BadSamples]:
-    """Read and check all records.
+    """Read and check all records, for a run that has done `step` steps.
 
     Raises: DataError if a file cannot be read or no sample is left; TooManyBadSamples.
     """
     train: list[Sample] = []
     files: list[range] = []
-    per_file = [read_records([path]) for path in config.data.train_json]
-    heldout_records = read_records(config.data.eval_json)
-    total = sum(map(len, per_file)) + len(heldout_records)
-    bad = BadSamples(run_dir, total, config.data.max_bad_share)
+    heldout: list[Sample] = []
     found: list[BadSample] = []
-    for path, records in zip(config.data.train_json, per_file, strict=True):
-        samples, bad_here = check_records(records, preparer, tokenizer, prompts=False)
+    records = {
+        path: read_records(path) for path in (*config.data.train_json, *config.data.eval_json)
+    }
+    counts = {path: len(values) for path, values in records.items()}
+    bad = BadSamples(run_dir, counts, config.data.max_bad_share, step)
+    for path in config.data.train_json:
+        samples, bad_here = check_records(records[path], preparer, tokenizer, prompts=False)
         found += bad_here
-        if not samples:
-            bad.add(found)
-            raise DataError(f"{path}: none of its {len(records)} records can be used")
         files.append(range(len(train), len(train) + len(samples)))
         train += samples
-    heldout: list[Sample] = []
-    if heldout_records:
-        heldout, bad_here = check_records(heldout_records, preparer, tokenizer, prompts=True)
+    for path in config.data.eval_json:
+        samples, bad_here = check_records(records[path], preparer, tokenizer, prompts=True)
         found += bad_here
-    bad.add(found)
+        heldout += samples
+    bad.add(found, step=0)
+    for path, samples_of in zip(config.data.train_json, files, strict=True):
+        if not samples_of:
+            raise DataError(f"{path}: none of its {counts[path]} records can be used")
     return Data(train, files, heldout), bad
+
+
+def check_same_samples(run_dir: Path, samples: list[Sample], step: int) -> None:
+    """Note what the run trains on; once it has done steps, check that it is the same.
+
+    The order of samples follows from their number and lengths: with others, a run that starts
+    again would train on some twice and on some never.
+
+    Raises: DataError if the samples differ from those that the run began with.
+    """
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(sample.ids.tobytes() + sample.labels.tobytes())
+        digest.update(repr([(block.frames, block.indices) for block in sample.blocks]).encode())
+    now = {"samples": len(samples), "sha256": digest.hexdigest()}
+    path = run_dir / "samples.json"
+    if step == 0 or not path.exists():
+        write_text(path, json.dumps(now) + "\n")
+        return
+    before = json.loads(path.read_text())
+    if before != now:
+        raise DataError(
+            f"{run_dir} holds a run that began with {before['samples']} other training samples "
+            f"than the {now['samples']} there are now; restore its data, or use another --run-dir"
+        )
 
 
 def make_model(config: TrainConfig, model_config: VideoXLConfig) -> VideoXL:
@@ -235,7 +297,9 @@ def restore(
     manager: ocp.CheckpointManager, step: int, trained: Any, opt_state: Any
 ) -> tuple[Any, Any]:
     """Read a checkpoint into arrays like the given ones."""
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": trained, "opt_state": opt_state})
+    like = jax.tree.map(
+        ocp.utils.to_shape_dtype_struct, {"params": trained, "opt_state": opt_state}
+    )
     tree = manager.restore(step, args=ocp.args.StandardRestore(like))
     return tree["params"], tree["opt_state"]
 
@@ -259,9 +323,13 @@ def describe(
     data: Data,
     buckets: list[Bucket],
     steps: int,
+    last_step: int,
     step: int,
 ) -> None:
     """Print what is about to run."""
+    state = f", resumed at step {step:,}" if step else ""
+    if step >= last_step:
+        state = f", {step:,} are done: nothing is left to train"
     device = jax.devices()[0]
     print(
         f"model: {parameters:,} parameters, trains {', '.join(config.optim.train)}; "
@@ -269,7 +337,7 @@ def describe(
         f"data: {len(data.train):,} samples in {len(set(buckets))} shapes, "
         f"{len(data.heldout):,} held-out questions\n"
         f"run: {steps:,} steps of {config.data.batch_size} x {config.optim.accumulate} samples"
-        + (f", resumed at step {step:,}" if step else "")
+        + state
     )
 
 
@@ -279,19 +347,20 @@ def evaluate(
     preparer: Preparer,
     tokenizer: Any,
     config: TrainConfig,
-    bad: BadSamples,
-) -> dict[str, Any]:
-    """Answer the held-out questions, print and return accuracies by question type."""
-    if not heldout:
-        return {"heldout_accuracy": {}, "blank_accuracy": {}, "chance": {}}
+) -> tuple[dict[str, Any], list[BadSample]]:
+    """Answer the held-out questions and print accuracies by question type.
+
+    Returns the accuracies and the samples whose media cannot be decoded.
+    """
     answers, found = answer_questions(model, heldout, preparer, tokenizer, config.run)
     blind, _ = answer_questions(model, heldout, preparer, tokenizer, config.run, see=False)
-    bad.add(found)
     result = {
         "heldout_accuracy": accuracy(answers),
         "blank_accuracy": accuracy(blind),
         "chance": chance(answers),
     }
+    if not answers:
+        return result, found
     print(f"\n{'held-out questions':20}{'accuracy':>10}{'blank':>8}{'chance':>8}")
     for name, share in result["heldout_accuracy"].items():
         blank_share = result["blank_accuracy"].get(name)
@@ -301,11 +370,10 @@ def evaluate(
     every = max(1, len(answers) // max(1, config.run.answers_shown))
     for answer in answers[::every][: config.run.answers_shown]:
         sample = answer.sample
-        question = tokenizer.decode([i for i in sample.ids if i >= 0]).split("\n")[-3]
         media = ", ".join(block.path.name for block in sample.blocks) or "no media"
         verdict = "right" if answer.right else f"expected {sample.answer}"
-        print(f"[{media}] {question.removesuffix('<|im_end|>')} -> {answer.answer} ({verdict})")
-    return result
+        print(f"[{media}] {sample.question} -> {answer.answer} ({verdict})")
+    return result, found
 
 
 if __name__ == "__main__":

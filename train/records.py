@@ -5,17 +5,19 @@ of paths), `video` (a path), or neither.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from train.config import DataSection
+from train.progress import progress_bar
 from vxl_jax.chat import (
+    IGNORE,
+    IMAGE_MARK,
     ConversationError,
     Tokenizer,
     count_marks,
@@ -60,13 +62,15 @@ class Block:
 class Sample:
     """A record that passed all checks: token ids, labels, and where its pixels come from.
 
-    ids and labels as in `vxl_jax.chat.EncodedText`; answer and question_type for evaluation.
+    ids and labels as in `vxl_jax.chat.EncodedText`; the last question (without marks), its answer
+    and question_type for evaluation.
     """
 
     name: str
     ids: np.ndarray
     labels: np.ndarray
     blocks: tuple[Block, ...]
+    question: str
     answer: str
     question_type: str
 
@@ -115,37 +119,49 @@ class Preparer:
         return Block(path, columns * rows)
 
     def pixels(self, block: Block) -> np.ndarray:
-        """uint8 [F, S, S, 3] of a block. Raises: MediaError."""
+        """uint8 [F, S, S, 3] of a block.
+
+        Raises: MediaError; also if the file gives another number of frames or tiles than it did.
+        """
         size = self.model.vision.image_size
         if block.indices is not None:
             return load_video_frames(block.path, block.indices, size)
         image = load_image(block.path)
         if self.data.image_mode == "square":
             return resize_and_crop(image, size)[None]
-        return tile_image(image, self.pinpoints, size)
+        tiles = tile_image(image, self.pinpoints, size)
+        if len(tiles) != block.frames:
+            raise MediaError(
+                f"{block.path}: {len(tiles)} tiles, but its header promised {block.frames}; the "
+                "file was changed or is damaged, replace it"
+            )
+        return tiles
 
 
-def read_records(paths: Iterable[str | Path]) -> list[tuple[str, Any]]:
-    """(name, record) of every record of LLaVA-format JSON files; the name says file and id.
+def read_records(path: str | Path) -> list[tuple[str, Any]]:
+    """(name, record) of every record of a LLaVA-format JSON file.
+
+    The name is `FILE[17] ID`: data sets repeat ids, so it says the place too.
 
     Raises: DataError naming the file if it cannot be read, or is not a list of records.
     """
-    records = []
-    for path in map(Path, paths):
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-        except ValueError as error:
-            raise DataError(f"{path}: is not valid JSON ({error})") from error
-        if not isinstance(values, list):
-            raise DataError(f"{path}: must hold a list of records")
-        if not values:
-            raise DataError(f"{path}: has no records")
-        for i, value in enumerate(values):
-            identity = value.get("id", i) if isinstance(value, dict) else i
-            records.append((f"{path.name}:{identity}", value))
-    return records
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not valid JSON ({error})") from error
+    if not isinstance(values, list):
+        raise DataError(f"{path}: must hold a list of records")
+    if not values:
+        raise DataError(f"{path}: has no records")
+    names = (str(value.get("id", "")) if isinstance(value, dict) else "" for value in values)
+    # Half of a surrogate pair, which JSON can spell, could not be printed.
+    names = (name.encode(errors="replace").decode() for name in names)
+    return [
+        (f"{path}[{i}] {name}".rstrip(), value)
+        for i, (name, value) in enumerate(zip(names, values, strict=True))
+    ]
 
 
 def check_records(
@@ -153,19 +169,27 @@ def check_records(
     preparer: Preparer,
     tokenizer: Tokenizer,
     prompts: bool,
-    progress: bool = True,
 ) -> tuple[list[Sample], list[BadSample]]:
     """Check every record without decoding its media, and tokenise it.
 
     prompts: make samples that end where the last answer is to begin, for evaluation.
+
+    Raises: DataError if there is no directory data.media_root.
     """
-    block = cache(preparer.block)  # a file may be in many records
-    root = preparer.data.media_root
+    if not Path(preparer.data.media_root).is_dir():
+        raise DataError(f"data.media_root {preparer.data.media_root}: there is no such directory")
+    check = partial(
+        _check_record,
+        data=preparer.data,
+        block=cache(preparer.block),  # a file may be in many records
+        tokenizer=tokenizer,
+        prompts=prompts,
+    )
     samples: list[Sample] = []
     bad: list[BadSample] = []
-    for name, record in tqdm(records, desc="checking data", unit="record", disable=not progress):
+    for name, record in progress_bar(iterable=records, desc="checking data", unit="record"):
         try:
-            sample = _check_record(name, record, preparer, block, tokenizer, root, prompts)
+            sample = check(name, record)
             _check_length(sample, preparer)
         except (ConversationError, MediaError, DataError) as error:
             bad.append(BadSample(name, str(error)))
@@ -177,10 +201,9 @@ def check_records(
 def _check_record(
     name: str,
     record: Any,
-    preparer: Preparer,
-    block: Any,
+    data: DataSection,
+    block: Callable[[Path, bool], Block],
     tokenizer: Tokenizer,
-    root: str,
     prompts: bool,
 ) -> Sample:
     if not isinstance(record, dict):
@@ -192,7 +215,7 @@ def _check_record(
     marks = count_marks(conversations)
     if marks != len(files):
         raise DataError(f"{marks} <image> marks but {len(files)} media files")
-    if preparer.data.template == "caption":
+    if data.template == "caption":
         encoded = encode_caption(_caption(conversations), tokenizer)
         if len(files) != 1:
             raise DataError("the caption template needs one image or video a record")
@@ -202,13 +225,17 @@ def _check_record(
     if prompts:
         if conversations[-1]["from"] != "gpt":
             raise DataError("the last turn must be the answer that is asked for (from gpt)")
-        ids = encode_prompt(conversations[:-1], tokenizer)
-        labels = np.full_like(ids, -100)
+        # A caption follows its picture; an answer follows the turns before it.
+        caption = data.template == "caption"
+        ids = ids[:1] if caption else encode_prompt(conversations[:-1], tokenizer)
+        labels = np.full_like(ids, IGNORE)
+    questions = [turn["value"] for turn in conversations if turn["from"] == "human"]
     return Sample(
         name=name,
         ids=ids,
         labels=labels,
-        blocks=tuple(block(resolve_media(root, file), is_video) for file in files),
+        blocks=tuple(block(resolve_media(data.media_root, file), is_video) for file in files),
+        question=questions[-1].replace(IMAGE_MARK, "").strip(),
         answer=conversations[-1]["value"],
         question_type=str(
             record.get("question_type", "video" if is_video else "image" if files else "text")
@@ -218,10 +245,12 @@ def _check_record(
 
 def _media_files(record: dict[str, Any]) -> tuple[list[str], bool]:
     """The record's media paths, and whether they are videos."""
-    if "image" in record and "video" in record:
+    # Tables that became JSON have null where a column was empty.
+    image, video = record.get("image"), record.get("video")
+    if image is not None and video is not None:
         raise DataError("the record has both image and video; use one of them")
-    is_video = "video" in record
-    files = record["video" if is_video else "image"] if is_video or "image" in record else []
+    is_video = video is not None
+    files = video if is_video else image if image is not None else []
     if isinstance(files, str):
         files = [files]
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):

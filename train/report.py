@@ -9,21 +9,31 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from train.progress import progress_bar
 from train.records import BadSample
 
 
 class RunLog:
     """Metrics of the steps of one run, on the terminal and in its directory."""
 
-    def __init__(self, run_dir: Path, start: int, steps: int, log_every: int):
-        """start: steps that are done already; metrics written after it are dropped."""
+    def __init__(self, run_dir: Path, start: int, steps: int, log_every: int, began: float):
+        """start: steps that are done already; metrics written after it are dropped.
+
+        began: `time.perf_counter` when this piece of the run began.
+        """
         self.path, self.log_every, self.steps = run_dir / "metrics.jsonl", log_every, steps
-        self.history = [row for row in read_metrics(self.path) if row["step"] <= start]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.history))
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start)
-        self.progress = tqdm(total=steps, initial=start, desc="training", unit="step")
+        self.history = [row for row in read_rows(self.path) if row["step"] <= start]
+        write_rows(self.path, self.history)
+        self.began = began - (self.history[-1]["seconds"] if self.history else 0.0)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        self.progress = progress_bar(total=steps, initial=start, desc="training", unit="step")
         self.counts = dict.fromkeys(("samples", "tokens", "frames"), 0)
         self.since = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all pieces of the run, without steps that an interruption has undone."""
+        return round(time.perf_counter() - self.began, 1)
 
     def count(self, **counts: int) -> None:
         """Add what a batch had: samples, tokens, frames."""
@@ -38,7 +48,7 @@ class RunLog:
         """Write one row, with rates since the row before."""
         now = time.perf_counter()
         rates = {f"{k}_per_second": n / (now - self.since) for k, n in self.counts.items()}
-        row = {"step": step, **metrics, **rates}
+        row = {"step": step, **metrics, **rates, "seconds": self.seconds}
         self.counts, self.since = dict.fromkeys(self.counts, 0), now
         self.history.append(row)
         with self.path.open("a") as file:
@@ -46,6 +56,7 @@ class RunLog:
         for name, value in row.items():
             self.board.add_scalar(name, value, step)
         self.progress.set_postfix(
+            refresh=False,
             loss=f"{metrics['loss']:.3f}",
             lr=f"{metrics['learning_rate']:.1e}",
             **{f"{k}/s": f"{rates[f'{k}_per_second']:.0f}" for k in self.counts},
@@ -57,12 +68,17 @@ class RunLog:
         self.board.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that was cut off is dropped."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file, if there is one; a last line that was cut off is dropped."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace a JSON-lines file."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -94,25 +110,45 @@ def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
 class BadSamples:
     """Samples that were left out, by name, kept in bad_samples.jsonl."""
 
-    def __init__(self, run_dir: Path, samples: int, max_share: float):
-        """samples: records in all data files together."""
-        self.path, self.samples, self.max_share = run_dir / "bad_samples.jsonl", samples, max_share
-        self.reasons = {row["name"]: row["reason"] for row in read_metrics(self.path)}
+    def __init__(self, run_dir: Path, records: dict[str, int], max_share: float, start: int):
+        """records: number of records in each data file.
 
-    def add(self, bad: list[BadSample]) -> None:
-        """Name and count new ones.
+        start: steps that are done already. Samples found in them are kept; those found before
+        training or later will be found again, unless they have been mended.
+        """
+        self.path, self.records, self.max_share = run_dir / "bad_samples.jsonl", records, max_share
+        rows = [row for row in read_rows(self.path) if 0 < row["step"] <= start]
+        write_rows(self.path, rows)
+        self.reasons = {row["name"]: row["reason"] for row in rows}
+
+    def summary(self) -> dict[str, Any]:
+        """Their count, their count by data file, and the reason for each."""
+        files = [self._file(name) for name in self.reasons]
+        return {
+            "count": len(self.reasons),
+            "by_file": {file: files.count(file) for file in self.records},
+            "reasons": self.reasons,
+        }
+
+    def _file(self, name: str) -> str | None:
+        return next((file for file in self.records if name.startswith(f"{file}[")), None)
+
+    def add(self, bad: list[BadSample], step: int) -> None:
+        """Name and count new ones, found in a step; 0: before training.
 
         Raises: TooManyBadSamples if they are more than the allowed share.
         """
         for sample in bad:
             if sample.name not in self.reasons:
                 self.reasons[sample.name] = sample.reason
+                row = {"step": step, "name": sample.name, "reason": sample.reason}
                 with self.path.open("a") as file:
-                    file.write(json.dumps({"name": sample.name, "reason": sample.reason}) + "\n")
+                    file.write(json.dumps(row) + "\n")
                 tqdm.write(f"bad sample left out: {sample.name}: {sample.reason}")
-        if len(self.reasons) > self.max_share * self.samples:
+        total = sum(self.records.values())
+        if len(self.reasons) > self.max_share * total:
             raise TooManyBadSamples(
-                f"{len(self.reasons)} of {self.samples} samples are bad, more than "
+                f"{len(self.reasons)} of {total} samples are bad, more than "
                 f"data.max_bad_share {self.max_share:g} allows; {self.path} lists them with reasons"
             )
 

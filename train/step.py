@@ -31,8 +31,9 @@ def part_of(path: tuple[str, ...]) -> str:
 
 def split_parts(model: VideoXL, parts: tuple[str, ...]) -> tuple[Any, Params, Params]:
     """The model as (graph, trained parameters, frozen parameters); `nnx.merge` is the inverse."""
-    graph, trained, frozen = nnx.split(model, lambda path, _: part_of(path) in parts, ...)
-    return graph, nnx.to_pure_dict(trained), nnx.to_pure_dict(frozen)
+    graph, *states = nnx.split(model, lambda path, _: part_of(path) in parts, ...)
+    trained, frozen = map(nnx.to_pure_dict, states)
+    return graph, trained, frozen
 
 
 def make_optimizer(
@@ -47,7 +48,7 @@ def make_optimizer(
         decay_steps=steps,
     )
 
-    def is_matrix(params: Params) -> Params:
+    def is_matrix(params: Params) -> Any:
         return path_aware_map(lambda path, _: path[-1] in ("kernel", "embedding"), params)
 
     optimizer = optax.chain(
@@ -102,13 +103,13 @@ def update(
     metrics = {
         "loss": sums["loss"] / tokens,
         "accuracy": sums["correct"] / tokens,
-        "gradient_norm": optax.global_norm(gradients),
+        "gradient_norm": optax.tree.norm(gradients),
     }
     return optax.apply_updates(trained, updates), opt_state, metrics
 
 
 def fingerprint(*params: Params) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all parameters, in the order of their names."""
+    """sha256 over names, dtypes, shapes and bytes of all parameters, ordered by name."""
     flat = {path: leaf for tree in params for path, leaf in flatten_dict(tree).items()}
     digest = hashlib.sha256()
     for path in sorted(flat):

@@ -47,8 +47,10 @@ def window_attention(
 
     Args:
         q: [B, W, Q, N, H] rotated queries.
-        k, v: [B, W, Q, K, H] rotated keys, and values, of the same windows.
-        memory_keys, memory_values: [B, M, K, H] keys rotated at their memory position, and values.
+        k: [B, W, Q, K, H] rotated keys of the same windows.
+        v: [B, W, Q, K, H] their values.
+        memory_keys: [B, M, K, H] keys rotated at their memory position.
+        memory_values: [B, M, K, H] their values.
         memory_length: [B, W] number of leading memory slots that each window sees.
         block_bytes: bound on the scores held at once, `BLOCK_BYTES` by default.
 

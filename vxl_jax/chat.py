@@ -174,6 +174,10 @@ def _check_turn(i: int, turn: Turn) -> None:
             raise ConversationError(
                 f"turn {i}: {key!r} must be text, got {type(turn[key]).__name__}"
             )
+        try:
+            turn[key].encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise ConversationError(f"turn {i}: {key!r} is not valid Unicode ({error})") from None
     if turn["from"] not in _ROLES:
         raise ConversationError(f"turn {i}: unknown role {turn['from']!r}; use human or gpt")
 

@@ -37,7 +37,7 @@ class VisionConfig:
     layers: int = 24
     """Layers of the published tower; only those below `feature_layer` are built and run."""
     feature_layer: int = -2
-    """Hidden state used as features, counted as Hugging Face does: -1 is the last layer's output."""
+    """Hidden state used as features, counted as Hugging Face does: -1 is the last layer's."""
     heads: int = 16
     mlp_width: int = 4096
     norm_eps: float = 1e-5
@@ -66,7 +66,8 @@ class VisionConfig:
     @property
     def grid(self) -> int:
         """Patches along one side of a frame; a remainder of pixels is dropped as a strided
-        convolution drops it."""
+        convolution drops it.
+        """
         return self.image_size // self.patch_size
 
 
@@ -121,7 +122,7 @@ class VideoXLConfig:
     param_dtype: str = "float32"
     """Dtype in which parameters are stored: float32 or bfloat16."""
     dtype: str = "float32"
-    """Dtype of activations and matrix products. Norms, softmax, RoPE angles and loss are float32."""
+    """Dtype of activations and products. Norms, softmax, RoPE angles and loss are float32."""
     remat: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
 
@@ -177,7 +178,7 @@ def video_xl_7b(**changes: Any) -> VideoXLConfig:
 
 
 def tiny(**changes: Any) -> VideoXLConfig:
-    """A model of some thousand parameters for tests: 56 px frames of 4 tokens, windows of 4 frames."""
+    """Some ten thousand parameters for tests: 56 px frames of 4 tokens, windows of 4 frames."""
     base = VideoXLConfig(
         vision=VisionConfig(
             image_size=56, patch_size=14, width=16, layers=3, heads=2, mlp_width=32

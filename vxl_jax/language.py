@@ -116,8 +116,11 @@ class Attention(nnx.Module):
         values = values.at[slot].set(v, mode="drop")
         q, k = rotate(q, group.own_angles), rotate(k, group.own_angles)
         windows = group.window_memory.shape[1]
+        q, k, v = (_to_windows(y, group.window_index, windows) for y in (q, k, v))
         out = window_attention(
-            *(_to_windows(y, group.window_index, windows) for y in (q, k, v)),
+            q,
+            k,
+            v,
             lax.dynamic_index_in_dim(keys, layer, keepdims=False),
             lax.dynamic_index_in_dim(values, layer, keepdims=False),
             group.window_memory,

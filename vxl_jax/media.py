@@ -237,8 +237,8 @@ def resolve_media(root: str | Path, relative: str) -> Path:
     base = Path(root).resolve()
     try:
         path = (base / relative).resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise MediaError(f"{relative}: cannot be followed inside {root}: {error}") from error
+    except (OSError, RuntimeError, UnicodeError) as error:  # RuntimeError: links in a circle
+        raise MediaError(f"{relative!r}: cannot be followed inside {root}: {error}") from error
     if not path.is_relative_to(base):
         raise MediaError(f"{relative}: a link leads out of {root} to {path}; put the file inside")
     return path
@@ -347,7 +347,11 @@ def load_video_frames(
 
 
 def _check_file(path: str | Path) -> None:
-    if not Path(path).is_file():
+    try:
+        is_file = Path(path).is_file()
+    except OSError as error:  # a folder that may not be read, a name that is too long
+        raise MediaError(f"{path}: cannot be read ({error.strerror})") from error
+    if not is_file:
         fault = "is not a file" if Path(path).exists() else "no such file"
         raise MediaError(f"{path}: {fault}; check the sample and the media folder")
 

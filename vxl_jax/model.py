@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array, lax
@@ -29,12 +30,12 @@ class VideoXL(nnx.Module):
         self.language = LanguageModel(config, rngs=rngs)
         start_beacons(self.language, rngs.params())
 
-    def encode(self, pixels: Array) -> Array:
+    def encode(self, pixels: Array | np.ndarray) -> Array:
         """Frames or tiles [B, F, S, S, 3] -> visual tokens [B, F * tokens_per_frame, D].
 
         uint8 RGB, or floats that are normalised already.
         """
-        frames = rearrange(pixels, "B F S T C -> (B F) S T C")
+        frames = rearrange(jnp.asarray(pixels), "B F S T C -> (B F) S T C")
         tokens = self.projector(self.vision(frames))
         return rearrange(tokens, "(B F) P D -> B (F P) D", B=pixels.shape[0])
 
@@ -58,7 +59,7 @@ class VideoXL(nnx.Module):
 
 
 def start_beacons(language: LanguageModel, key: Array) -> None:
-    """Start the beacon projections as copies of q, k and v, and the beacon embedding as a token's."""
+    """Start the beacon projections as copies of q, k and v, the beacon embedding as a token's."""
     attention = language.layers.attention
     for name in ("q", "k", "v"):
         nnx.update(getattr(attention, f"beacon_{name}"), nnx.state(getattr(attention, name)))
@@ -84,7 +85,7 @@ def scan_groups(
 
     def step(carry: tuple[Memory, Array], arrays: dict[str, Array]) -> tuple[Any, Array | None]:
         language = nnx.merge(graph, params)
-        group = replace(streams, **arrays)
+        group = replace(streams, **arrays)  # type: ignore[arg-type]
         x = language.embed_group(group, visual)
         x, memory = language.run_group(x, make_group(language_config, group), carry[0])
         return (memory, x), x if keep_hidden else None
@@ -94,11 +95,11 @@ def scan_groups(
     last = jnp.zeros(shape, memory.keys.dtype)
     (memory, last), hidden = lax.scan(step, (memory, last), arrays)
     memory = replace(memory, length=memory.length + streams.length)
-    return (hidden if keep_hidden else last), memory
+    return last if hidden is None else hidden, memory
 
 
 def loss_and_metrics(
-    model: VideoXL, streams: StreamBatch, pixels: Array | None
+    model: VideoXL, streams: StreamBatch, pixels: Array | np.ndarray | None
 ) -> tuple[Array, dict[str, Array]]:
     """Summed next-token cross-entropy in float32, with `tokens` (labelled) and `correct` beside it.
 

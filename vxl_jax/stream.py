@@ -41,7 +41,7 @@ class Stream:
     """One sample's tokens in stream order. T tokens, W windows.
 
     kind:          [T] TEXT, VISUAL or BEACON
-    source:        [T] token id (text), index among the sample's visual features (visual), 0 (beacon)
+    source:        [T] token id (text), index among the sample's features (visual), 0 (beacon)
     position:      [T] RoPE position in the own window
     rank:          [T] position among the persistent tokens, which is also the token's memory slot;
                    NO_SLOT for transient tokens
@@ -167,10 +167,11 @@ class _Builder:
         self.kept += int(persistent.sum())
 
     def stream(self) -> Stream:
-        columns = (
+        kind, source, position, rank, target = (
             np.concatenate(column).astype(np.int32) for column in zip(*self.parts, strict=True)
         )
-        return Stream(*columns, np.array(self.starts, np.int32), np.array(self.memory, np.int32))
+        starts, memory = np.array(self.starts, np.int32), np.array(self.memory, np.int32)
+        return Stream(kind, source, position, rank, target, starts, memory)
 
 
 def _ratio_function(ratio: Ratio) -> Callable[[int], int | None]:

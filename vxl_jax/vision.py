@@ -66,7 +66,10 @@ class VisionTower(nnx.Module):
         self.layers = stacked(partial(VisionLayer, config), c.layers_used, rngs)
 
     def __call__(self, pixels: Array) -> Array:
-        """Frames [F, S, S, 3], uint8 or normalised floats -> features [F, patches, D], no class token."""
+        """Frames [F, S, S, 3] -> features [F, P, D] without the class token.
+
+        uint8 RGB, or floats that are normalised already.
+        """
         c = self.config.vision
         dtype = DTYPES[self.config.dtype]
         pixels = normalize_pixels(pixels, c.image_mean, c.image_std).astype(dtype)

@@ -1,0 +1,565 @@
+"""`python -m train.finetune` from end to end, on small data: what it leaves, resuming, refusals."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from train.demo_data import demo_words
+from train.demo_drawing import COLOURS, SHAPES, Thing, draw_tile, write_png
+from train.demo_tokenizer import save_tokenizer
+from train.finetune import main, restore, save
+from train.signals import stop_request
+
+STEPS = 60
+"""16 samples in batches of 4, two batches a step, 30 epochs."""
+
+CONFIG = """
+from train.config import DataSection, ModelSection, OptimSection, RunSection, TrainConfig
+
+CONFIG = TrainConfig(
+    model=ModelSection(preset="demo", tokenizer="FOLDER/tokenizer", dtype="float32", remat=False),
+    data=DataSection(
+        train_json=("FOLDER/train.json",),
+        eval_json=("FOLDER/heldout.json",),
+        media_root="FOLDER/media",
+        epochs=(30,),
+        min_tiles=1,
+        batch_size=4,
+        bucket_steps=1,
+        workers=0,
+        max_bad_share=0.2,
+    ),
+    optim=OptimSection(learning_rate=3e-3, accumulate=2),
+    run=RunSection(run_dir="FOLDER/unused", log_every=4, save_every=4, max_new_tokens=3),
+)
+"""
+
+
+class Run(NamedTuple):
+    """A run that has ended: its status, what it printed, its directory."""
+
+    status: int
+    out: str
+    err: str
+    path: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.path / "summary.json").read_text())
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def error(self) -> str:
+        """The one error; there may be progress bars before it."""
+        assert self.status == 2
+        assert "Traceback" not in self.err
+        *before, last = self.err.strip().split("\n")
+        assert last.startswith("error: ")
+        assert not any("error" in line for line in before)
+        return last
+
+
+def run(folder: Path, path: Path, *options: str) -> Run:
+    """Train in this process: programs are compiled once for all tests."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        status = main(["--config", f"{folder}/config.py", "--run-dir", str(path), *options])
+    return Run(status, out.getvalue(), err.getvalue(), path)
+
+
+def make_folder(folder: Path) -> Path:
+    """A tokenizer, a configuration, and data of one length: two questions about each of 8 pictures
+    of one tile; held out are 8 pictures of two tiles.
+    """
+    (folder / "media").mkdir(parents=True)
+    save_tokenizer(folder / "tokenizer", demo_words())
+    rng = np.random.default_rng(0)
+    records, heldout = [], []
+    for i, (colour, shape) in enumerate(zip(COLOURS, 2 * list(SHAPES), strict=False)):
+        tile = draw_tile(rng, Thing(colour, shape))
+        write_png(folder / f"media/{i}.png", [tile], 1)
+        write_png(folder / f"media/wide_{i}.png", [tile, draw_tile(rng, None)], 2)
+        records += [ask(f"{i}.png", "colour", colour), ask(f"{i}.png", "shape", shape)]
+        heldout.append(ask(f"wide_{i}.png", "colour", colour) | {"question_type": "colour"})
+    write_records(folder / "train.json", records)
+    write_records(folder / "heldout.json", heldout)
+    (folder / "config.py").write_text(CONFIG.replace("FOLDER", str(folder)))
+    return folder
+
+
+def ask(image: str, what: str, answer: str) -> dict[str, Any]:
+    """A record with one question."""
+    question = {"from": "human", "value": f"<image>\nwhat is the {what}"}
+    conversation = [question, {"from": "gpt", "value": answer}]
+    return {"id": f"{what}_of_{image}", "image": image, "conversations": conversation}
+
+
+def write_records(path: Path, records: Sequence[Any]) -> None:
+    path.write_text(json.dumps(records))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and configuration that no test changes."""
+    return make_folder(tmp_path_factory.mktemp("finetune"))
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Data and configuration of one test."""
+    return make_folder(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Run:
+    """A run that was not interrupted."""
+    return run(folder, folder / "whole")
+
+
+# What a run leaves.
+
+
+def test_summary(whole: Run, folder: Path):
+    assert whole.status == 0
+    summary = whole.summary
+    assert summary.keys() == {
+        *("steps", "final_loss", "heldout_accuracy", "blank_accuracy", "chance", "bad_samples"),
+        *("parameters", "params_sha256", "seconds"),
+    }
+    assert summary["steps"] == STEPS
+    assert summary["parameters"] > 100_000
+    assert len(summary["params_sha256"]) == 64
+    assert summary["seconds"] > 0
+    assert summary["bad_samples"] == {
+        "count": 0,
+        "by_file": {f"{folder}/train.json": 0, f"{folder}/heldout.json": 0},
+        "reasons": {},
+    }
+    for name in ("heldout_accuracy", "blank_accuracy", "chance"):
+        assert summary[name].keys() == {"all", "colour"}
+        assert all(0 <= share <= 1 for share in summary[name].values())
+    assert summary["chance"] == {"all": 1 / 8, "colour": 1 / 8}
+
+
+def test_metrics_and_falling_loss(whole: Run):
+    rows = whole.metrics
+    assert [row["step"] for row in rows] == [1, *range(4, STEPS + 1, 4)]
+    for row in rows:
+        assert row.keys() == {
+            *("step", "loss", "accuracy", "gradient_norm", "learning_rate", "seconds"),
+            *("samples_per_second", "tokens_per_second", "frames_per_second"),
+        }
+        assert np.isfinite(list(row.values())).all()
+    assert rows[0]["loss"] > 4
+    assert rows[-1]["loss"] < 0.7
+    assert rows[-1]["loss"] == whole.summary["final_loss"]
+    assert rows[-1]["samples_per_second"] == pytest.approx(rows[-1]["frames_per_second"])
+    assert rows[-1]["tokens_per_second"] > 10 * rows[-1]["frames_per_second"]
+    assert max(row["learning_rate"] for row in rows) <= 3e-3
+    assert 0 < rows[-1]["learning_rate"] < 1e-4
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] <= whole.summary["seconds"]
+
+
+def test_picture_board_and_checkpoints(whole: Run):
+    with Image.open(whole.path / "loss.png") as picture:
+        assert min(picture.size) > 300
+        assert len(set(picture.convert("RGB").get_flattened_data())) > 10
+    (events,) = (whole.path / "tensorboard").iterdir()
+    for name in whole.metrics[0]:
+        assert name.encode() in events.read_bytes()
+    kept = sorted(int(path.name) for path in (whole.path / "checkpoints").iterdir())
+    assert kept == [STEPS - 4, STEPS]
+
+
+def test_questions_are_shown_with_answers(whole: Run):
+    table = [line.split() for line in whole.out.split("\n")]
+    assert ["held-out", "questions", "accuracy", "blank", "chance"] in table
+    percent = [f"{whole.summary[k]['colour']:.0%}" for k in ("heldout_accuracy", "blank_accuracy")]
+    assert ["colour", *percent, "12%"] in table
+    shown = [line for line in whole.out.split("\n") if "what is the colour -> " in line]
+    assert len(shown) == 8
+    assert all(line.startswith("[wide_") for line in shown)
+    assert all("(right)" in line or "(expected " in line for line in shown)
+
+
+def test_progress_does_not_flood_a_log(whole: Run):
+    assert "training: 100%" in whole.err
+    assert whole.err.count("\r") < 30
+
+
+# Starting again.
+
+
+def test_a_run_in_two_pieces_equals_a_whole_one(whole: Run, folder: Path):
+    # 27 is not a step that is saved or logged otherwise.
+    first = run(folder, folder / "pieces", "--run.max-steps", "27")
+    assert first.status == 0
+    assert first.summary["steps"] == 27
+    piece = first.summary["seconds"]
+    second = run(folder, folder / "pieces")
+    assert "resumed at step 27" in second.out
+    assert second.summary["params_sha256"] == whole.summary["params_sha256"]
+    assert second.summary["seconds"] > piece - 5  # the held-out questions are not asked twice
+    losses = {row["step"]: row["loss"] for row in second.metrics}
+    assert losses.pop(27)
+    assert losses == {row["step"]: row["loss"] for row in whole.metrics}
+
+
+def test_a_finished_run_may_be_started_again(whole: Run, folder: Path):
+    shutil.copytree(whole.path, folder / "again")
+    began = time.perf_counter()
+    again = run(folder, folder / "again")
+    assert time.perf_counter() - began < 30
+    assert again.status == 0
+    assert "60 are done: nothing is left to train" in again.out
+    before, after = whole.summary, again.summary
+    assert after.pop("seconds") >= whole.metrics[-1]["seconds"]
+    before.pop("seconds")
+    assert after == before
+    assert again.metrics == whole.metrics
+    assert (again.path / "loss.png").exists()
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and theirs (from Linux's /proc)."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            for child in map(int, (task / "children").read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_signals_leave_a_run_that_goes_on_and_no_processes(whole: Run, folder: Path):
+    """Ctrl-C, then a kill that cannot be caught, then the rest in this process."""
+    path = folder / "killed"
+    options = ["--config", f"{folder}/config.py", "--run-dir", str(path), "--data.workers", "2"]
+
+    def saved() -> set[str]:
+        return {step.name for step in path.glob("checkpoints/[0-9]*") if step.name.isdigit()}
+
+    def run_until_saved(name: str) -> tuple[subprocess.Popen, list[int]]:
+        before = saved()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "train.finetune", *options],
+            stdout=(folder / f"{name}.out").open("w"),
+            stderr=(folder / f"{name}.err").open("w"),
+            start_new_session=True,
+        )
+        while process.poll() is None and not saved() - before:
+            time.sleep(0.005)
+        children = descendants(process.pid)
+        assert len(children) >= 2
+        return process, children
+
+    def wait_for_end(processes: Sequence[int]) -> None:
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() for pid in processes):
+            assert time.monotonic() < deadline, "data processes are left behind"
+            time.sleep(0.05)
+
+    process, children = run_until_saved("interrupted")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
+    assert process.wait(60) == 130
+    wait_for_end(children)
+    err = (folder / "interrupted.err").read_text()
+    assert err.rstrip().endswith(f"interrupted: the same command goes on from what {path} holds")
+    assert "Traceback" not in err
+    interrupted_at = max(map(int, saved()))
+
+    process, children = run_until_saved("killed")
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    wait_for_end(children)
+    out = (folder / "killed.out").read_text()
+    assert f"resumed at step {interrupted_at}" in out
+    assert not (path / "summary.json").exists()
+
+    rest = run(folder, path)
+    assert "resumed at step" in rest.out
+    assert rest.summary["params_sha256"] == whole.summary["params_sha256"]
+    losses = {row["step"]: row["loss"] for row in rest.metrics}
+    assert {step: losses[step] for step in (1, 4, STEPS)} == {
+        row["step"]: row["loss"] for row in whole.metrics if row["step"] in (1, 4, STEPS)
+    }
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_a_request_and_the_second_an_interrupt(number: signal.Signals):
+    before = signal.getsignal(number)
+    with stop_request() as stop:
+        assert not stop.is_set()
+        signal.raise_signal(number)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) == before
+
+
+def test_a_checkpoint_holds_what_was_saved_though_the_buffers_are_given_up(tmp_path: Path):
+    """It is written in the background, while steps go on and reuse the memory."""
+    manager = ocp.CheckpointManager(tmp_path / "checkpoints")
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x - 1, tree), donate_argnums=0)
+    expected = np.arange(4_000_000, dtype=np.float32)
+    trained, state = {"a": jnp.array(expected)}, {"b": jnp.array(expected)}
+    save(manager, 1, trained, state)
+    for _ in range(5):
+        trained, state = overwrite((trained, state))
+    manager.wait_until_finished()
+    assert trained["a"][0] == -5
+    for tree in restore(manager, 1, trained, state):
+        (found,) = jax.tree.leaves(tree)
+        np.testing.assert_array_equal(found, expected)
+    manager.close()
+
+
+def test_another_configuration_is_refused_by_name(whole: Run, folder: Path):
+    before = (whole.path / "summary.json").stat().st_mtime_ns
+    refused = run(folder, whole.path, "--optim.learning-rate", "1", "--data.batch-size", "2")
+    assert "data.batch_size is 2, it was 4; optim.learning_rate is 1.0, it was 0.003" in (
+        refused.error
+    )
+    assert (whole.path / "summary.json").stat().st_mtime_ns == before
+
+
+def test_other_samples_are_refused(own: Path):
+    assert run(own, own / "run", "--run.max-steps", "1").status == 0
+    records = json.loads((own / "train.json").read_text())
+    write_records(own / "train.json", records[:-1])
+    refused = run(own, own / "run")
+    assert "began with 16 other training samples than the 15 there are now" in refused.error
+    write_records(own / "train.json", records)
+    assert run(own, own / "run", "--run.max-steps", "2").status == 0
+
+
+def test_a_run_without_steps_may_change(own: Path):
+    """One that ended on an error in its data, say."""
+    (own / "train.json").rename(own / "other.json")
+    assert "cannot be read" in run(own, own / "run").error
+    options = ("--data.train-json", f"{own}/other.json", "--run.max-steps", "1")
+    assert run(own, own / "run", *options).status == 0
+
+
+# Bad samples.
+
+
+def cut_in_half(path: Path) -> bytes:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    return whole
+
+
+def test_bad_samples_are_left_out_named_and_counted(own: Path):
+    records = json.loads((own / "train.json").read_text())
+    records[3]["image"] = "gone.png"
+    records[5] = {"id": "five", "image": records[5]["image"]}
+    records[7]["conversations"][0]["value"] = "no mark"
+    write_records(own / "train.json", records)
+    cut_in_half(own / "media/0.png")  # only decoding shows it, in two samples
+    cut_in_half(own / "media/wide_2.png")
+
+    ended = run(own, own / "run", "--run.max-steps", "3", "--data.max-bad-share", "0.3")
+    assert ended.status == 0
+    bad = ended.summary["bad_samples"]
+    assert bad["count"] == 6
+    assert bad["by_file"] == {f"{own}/train.json": 5, f"{own}/heldout.json": 1}
+    expected = {
+        f"{own}/train.json[0] colour_of_0.png": "0.png: image cannot be decoded",
+        f"{own}/train.json[1] shape_of_0.png": "0.png: image cannot be decoded",
+        f"{own}/train.json[3] shape_of_1.png": "gone.png: no such file",
+        f"{own}/train.json[5] five": "the record has no conversations",
+        f"{own}/train.json[7] shape_of_3.png": "0 <image> marks but 1 media files",
+        f"{own}/heldout.json[2] colour_of_wide_2.png": "wide_2.png: image cannot be decoded",
+    }
+    assert bad["reasons"].keys() == expected.keys()
+    for name, reason in expected.items():
+        assert reason in bad["reasons"][name]
+        assert f"bad sample left out: {name}: " in ended.out
+    assert ended.summary["steps"] == 3
+    assert ended.summary["heldout_accuracy"].keys() == {"all", "colour"}
+
+    # They are kept over a resume, once each.
+    more = run(own, own / "run", "--run.max-steps", "5", "--data.max-bad-share", "0.3")
+    assert more.summary["bad_samples"] == bad
+
+
+def test_too_many_bad_records_stop_before_training(own: Path):
+    records = json.loads((own / "train.json").read_text())
+    for record in records[:5]:
+        record["conversations"] = []
+    write_records(own / "train.json", records)
+    stopped = run(own, own / "run")
+    assert stopped.error == (
+        "error: 5 of 24 samples are bad, more than data.max_bad_share 0.2 allows; "
+        f"{own}/run/bad_samples.jsonl lists them with reasons"
+    )
+    assert "training:" not in stopped.err
+    rows = (own / "run" / "bad_samples.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [0] * 5
+
+
+def test_too_many_undecodable_files_stop_the_run_until_mended(whole: Run, own: Path):
+    files = [own / f"media/{i}.png" for i in range(3)]
+    contents = [cut_in_half(file) for file in files]
+    stopped = run(own, own / "run")
+    assert "of 24 samples are bad, more than data.max_bad_share 0.2 allows" in stopped.error
+    assert "training:" in stopped.err
+    for file, content in zip(files, contents, strict=True):
+        file.write_bytes(content)
+    mended = run(own, own / "run")
+    assert mended.status == 0
+    assert mended.summary["bad_samples"]["count"] == 0
+    assert mended.summary["params_sha256"] == whole.summary["params_sha256"]
+
+
+def test_a_file_without_one_good_record_is_an_error(own: Path):
+    write_records(own / "train.json", [{"id": i} for i in range(3)])
+    stopped = run(own, own / "run", "--data.max-bad-share", "1")
+    assert stopped.error == f"error: {own}/train.json: none of its 3 records can be used"
+
+
+# Refusals and failures: one line, status 2.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.train-json", "gone.json"], "gone.json: cannot be read (No such file"),
+        (["--data.eval-json", "gone.json"], "gone.json: cannot be read (No such file"),
+        (["--data.media-root", "gone"], "data.media_root gone: there is no such directory"),
+        (["--model.tokenizer", "gone"], "model.tokenizer gone: there is no such directory"),
+        (["--model.preset", "tiny"], "tokens but LanguageConfig.vocab_size is 96"),
+        (["--optim.learning-rate", "1e30"], "is not finite; lower optim.learning_rate"),
+    ],
+)
+def test_faults_are_one_line(options: list[str], message: str, folder: Path, tmp_path: Path):
+    assert message in run(folder, tmp_path / "run", *options, "--run.log-every", "1").error
+
+
+def test_the_run_directory_may_not_be_a_file(folder: Path, tmp_path: Path):
+    (tmp_path / "run").write_text("a file")
+    for path in (tmp_path / "run", tmp_path / "run" / "below"):
+        assert f"--run-dir {path}: cannot be made" in run(folder, path).error
+
+
+def test_a_damaged_configuration_of_the_run_is_an_error(folder: Path, tmp_path: Path):
+    assert run(folder, tmp_path / "run", "--run.max-steps", "1").status == 0
+    (tmp_path / "run" / "config.json").write_text("{")
+    assert "config.json cannot be read" in run(folder, tmp_path / "run").error
+
+
+@pytest.mark.parametrize("fault", ["empty", "damaged", "without chat tokens"])
+def test_unusable_tokenizers(fault: str, folder: Path, tmp_path: Path):
+    path = tmp_path / "tokenizer"
+    if fault == "empty":
+        path.mkdir()
+    else:
+        save_tokenizer(path, ["a"])
+        text = (path / "tokenizer.json").read_text()
+        damaged = text.replace("<|im_start|>", "<|start|>") if "chat" in fault else text[:100]
+        (path / "tokenizer.json").write_text(damaged)
+    error = run(folder, tmp_path / "run", "--model.tokenizer", str(path)).error
+    assert f"model.tokenizer {path}: cannot be loaded (" in error
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        "FileExistsError('data exists and is something else')",
+        "ModuleNotFoundError('videos need PyAV')",
+        "FileNotFoundError(2, 'No such file', 'x')",
+    ],
+)
+def test_data_that_cannot_be_made_is_an_error(failure: str, own: Path):
+    config = (own / "config.py").read_text()
+    (own / "config.py").write_text(f"{config}\n\ndef prepare(config):\n    raise {failure}\n")
+    error = run(own, own / "run").error
+    assert error.startswith("error: the data cannot be made: ")
+    assert failure.split("'")[1] in error
+
+
+def test_the_command_line_ends_with_status_2(folder: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "train.finetune", "--config", f"{folder}/config.py"]
+    options = ["--run-dir", str(tmp_path / "run"), "--data.train-json", "gone.json"]
+    ended = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert (
+        ended.stderr
+        == "error: gone.json: cannot be read (No such file or directory); check the path\n"
+    )
+
+
+# Other data.
+
+
+def test_a_run_without_held_out_questions(folder: Path, tmp_path: Path):
+    ended = run(folder, tmp_path / "run", "--run.max-steps", "1", "--data.eval-json")
+    assert ended.status == 0
+    assert "held-out questions  " not in ended.out
+    for name in ("heldout_accuracy", "blank_accuracy", "chance"):
+        assert ended.summary[name] == {}
+
+
+REAL = [
+    ("image", "waterview.jpg", "what is this", "water"),
+    ("image", ["waterview.jpg", "extreme_ironing.jpg"], "which came last", "iron"),
+    ("image", "example2_dog.jpg", "what appeared", "dog"),
+    ("video", "bikes.mp4", "what appeared", "bike"),
+    ("video", "bigbuckbunny.mp4", "what appeared", "bunny"),
+    ("video", "carphone_pristine.mp4", "what appeared", "man"),
+    (None, [], "what is the last number", "four"),
+]
+
+
+def test_real_files_take_the_same_path(shared: Path, own: Path):
+    """Real videos, photographs of different sizes, several in one record, and text."""
+    media = shared / "media"
+    if not media.is_dir():
+        pytest.skip(f"no media in {shared}")
+    records = []
+    for kind, files, question, answer in REAL:
+        marks = "<image>" * (len(files) if isinstance(files, list) else 1)
+        human = {"from": "human", "value": f"{marks}\n{question}"}
+        turns = [human, {"from": "gpt", "value": answer}]
+        records.append({"conversations": turns} | ({kind: files} if kind else {}))
+    write_records(own / "train.json", records)
+    options = {
+        "--data.media-root": (str(media),),
+        "--data.eval-json": (),
+        "--data.epochs": ("8",),
+        "--data.max-tiles": ("2",),
+        "--data.max-frames": ("4",),
+        "--data.cache-mb": ("64",),
+        "--run.log-every": ("1",),
+    }
+    flat = [word for name, values in options.items() for word in (name, *values)]
+    ended = run(own, own / "run", *flat)
+    assert ended.status == 0, ended.err
+    assert ended.summary["bad_samples"]["count"] == 0
+    losses = [row["loss"] for row in ended.metrics]
+    assert losses[0] > 4
+    assert np.mean(losses[-3:]) < 0.5 * losses[0]

@@ -1,6 +1,11 @@
 """Fixtures for all tests."""
 
+import os
 from pathlib import Path
+
+# Most of the suite's time is compilation, and most of that is optimization that small models do not
+# need. Set before jax is imported; the processes that tests start inherit it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import pytest
 

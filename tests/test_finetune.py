@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from train.demo_data import demo_words
@@ -25,9 +26,10 @@ from train.demo_drawing import COLOURS, SHAPES, Thing, draw_tile, write_png
 from train.demo_tokenizer import save_tokenizer
 from train.finetune import main, restore, save
 from train.signals import stop_request
+from train.step import add_batch
 
-STEPS = 60
-"""16 samples in batches of 4, two batches a step, 30 epochs."""
+STEPS = 40
+"""16 samples in batches of 4, two batches a step, 20 epochs."""
 
 CONFIG = """
 from train.config import DataSection, ModelSection, OptimSection, RunSection, TrainConfig
@@ -38,7 +40,7 @@ CONFIG = TrainConfig(
         train_json=("FOLDER/train.json",),
         eval_json=("FOLDER/heldout.json",),
         media_root="FOLDER/media",
-        epochs=(30,),
+        epochs=(20,),
         min_tiles=1,
         batch_size=4,
         bucket_steps=1,
@@ -120,9 +122,16 @@ def write_records(path: Path, records: Sequence[Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data and configuration that no test changes."""
-    return make_folder(tmp_path_factory.mktemp("finetune"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Data and configuration that no test changes; compiled programs, also for other processes."""
+    folder = make_folder(tmp_path_factory.mktemp("finetune"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        compilation_cache.reset_cache()
+        yield folder
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -214,17 +223,18 @@ def test_progress_does_not_flood_a_log(whole: Run):
 
 
 def test_a_run_in_two_pieces_equals_a_whole_one(whole: Run, folder: Path):
-    # 27 is not a step that is saved or logged otherwise.
-    first = run(folder, folder / "pieces", "--run.max-steps", "27")
+    # 18 is not a step that is saved or logged otherwise.
+    first = run(folder, folder / "pieces", "--run.max-steps", "18")
     assert first.status == 0
-    assert first.summary["steps"] == 27
-    piece = first.summary["seconds"]
+    assert first.summary["steps"] == 18
+    piece, compiled = first.summary["seconds"], add_batch._cache_size()
     second = run(folder, folder / "pieces")
-    assert "resumed at step 27" in second.out
+    assert add_batch._cache_size() <= compiled + 1  # not for every way that arrays came about
+    assert "resumed at step 18" in second.out
     assert second.summary["params_sha256"] == whole.summary["params_sha256"]
     assert second.summary["seconds"] > piece - 5  # the held-out questions are not asked twice
     losses = {row["step"]: row["loss"] for row in second.metrics}
-    assert losses.pop(27)
+    assert losses.pop(18)
     assert losses == {row["step"]: row["loss"] for row in whole.metrics}
 
 
@@ -234,7 +244,7 @@ def test_a_finished_run_may_be_started_again(whole: Run, folder: Path):
     again = run(folder, folder / "again")
     assert time.perf_counter() - began < 30
     assert again.status == 0
-    assert "60 are done: nothing is left to train" in again.out
+    assert f"{STEPS} are done: nothing is left to train" in again.out
     before, after = whole.summary, again.summary
     assert after.pop("seconds") >= whole.metrics[-1]["seconds"]
     before.pop("seconds")
@@ -525,14 +535,14 @@ def test_a_run_without_held_out_questions(folder: Path, tmp_path: Path):
 
 
 REAL = [
-    ("image", "waterview.jpg", "what is this", "water"),
-    ("image", ["waterview.jpg", "extreme_ironing.jpg"], "which came last", "iron"),
-    ("image", "example2_dog.jpg", "what appeared", "dog"),
-    ("video", "bikes.mp4", "what appeared", "bike"),
-    ("video", "bigbuckbunny.mp4", "what appeared", "bunny"),
-    ("video", "carphone_pristine.mp4", "what appeared", "man"),
-    (None, [], "what is the last number", "four"),
+    ({"image": "waterview.jpg"}, "<image>\n", "water"),
+    ({"image": ["example2_dog.jpg", "extreme_ironing.jpg"]}, "<image><image>\n", "a dog"),
+    ({"video": "bikes.mp4"}, "<image>\n", "a bike"),
+    ({"video": "bigbuckbunny.mp4"}, "<image>\n", "a bunny"),
+    ({"video": "carphone_pristine.mp4"}, "<image>\n", "a man"),
+    ({}, "", "nothing"),
 ]
+"""Media, their marks, and the answer to what can be seen."""
 
 
 def test_real_files_take_the_same_path(shared: Path, own: Path):
@@ -541,11 +551,9 @@ def test_real_files_take_the_same_path(shared: Path, own: Path):
     if not media.is_dir():
         pytest.skip(f"no media in {shared}")
     records = []
-    for kind, files, question, answer in REAL:
-        marks = "<image>" * (len(files) if isinstance(files, list) else 1)
-        human = {"from": "human", "value": f"{marks}\n{question}"}
-        turns = [human, {"from": "gpt", "value": answer}]
-        records.append({"conversations": turns} | ({kind: files} if kind else {}))
+    for files, marks, answer in REAL:
+        question = {"from": "human", "value": f"{marks}What is here?"}
+        records.append({**files, "conversations": [question, {"from": "gpt", "value": answer}]})
     write_records(own / "train.json", records)
     options = {
         "--data.media-root": (str(media),),

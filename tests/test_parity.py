@@ -59,6 +59,31 @@ def test_command_line_fails_on_any_difference(tmp_path, capsys):
     assert "6 tensors, 6 failed" in output
 
 
+def test_tensors_and_cases_that_nothing_compares_fail(tmp_path, capsys):
+    shutil.copytree(MICRO, tmp_path / "set")
+    tensors = load_file(MICRO / "golden.safetensors")
+    tensors["v3_r4/logitz"] = tensors.pop("v3_r4/logits")
+    save_file(tensors, tmp_path / "set" / "golden.safetensors")
+    meta = json.loads((MICRO / "golden.json").read_text())
+    meta["cases"].append({**meta["cases"][0], "name": "other"})
+    (tmp_path / "set" / "golden.json").write_text(json.dumps(meta))
+    assert parity.main([str(MICRO / "hf"), str(tmp_path / "set")]) == 1
+    output = capsys.readouterr().out
+    assert "other  the set holds no tensor of this case" in output
+    assert "v3_r4/logitz  belongs to no case" in output
+    meta["cases"][0].pop("ratio")
+    (tmp_path / "set" / "golden.json").write_text(json.dumps(meta))
+    assert parity.main([str(MICRO / "hf"), str(tmp_path / "set")]) == 2
+    assert "a case cannot be run (KeyError: 'ratio')" in capsys.readouterr().err
+
+
+def test_thinned_tensors_are_compared_with_the_step_that_was_used():
+    ours = np.random.default_rng(0).normal(size=(2, 9, 4))
+    assert parity.compare_thinned("keys", ours, ours[:, ::7], axis=1).passed
+    assert not parity.compare_thinned("keys", ours, ours[:, 1::7], axis=1).passed
+    assert parity.compare_thinned("keys", ours, ours[:, :0], axis=1).error == np.inf
+
+
 @pytest.mark.parametrize("case", ["v23_r2", "v23_r8", "v23_r16", "v23_r8_long"])
 @pytest.mark.parametrize("windows_per_group", [None, 1, 2])
 def test_language_model_logits(case, windows_per_group, model, language):

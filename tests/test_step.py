@@ -1,18 +1,17 @@
 """The training step: parts, schedule, accumulation, fingerprint."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from train.config import OptimSection, Part
+from train.finetune import random_model
 from train.step import (
     add_batch,
     empty_sums,
@@ -33,7 +32,7 @@ OPTIM = OptimSection(learning_rate=1e-3, warmup_share=0.0, clip_norm=1e9)
 
 @pytest.fixture(scope="module")
 def model() -> VideoXL:
-    return nnx.jit(lambda: VideoXL(tiny(remat=False), rngs=nnx.Rngs(0)))()
+    return random_model(tiny(remat=False), seed=0)
 
 
 def make_streams() -> list[Stream]:
@@ -70,16 +69,11 @@ def sums_of(model: VideoXL, batches: Sequence[Sequence[int]], parts=PARTS) -> di
     return sums
 
 
-@cache
-def optimizer_of(config: OptimSection) -> optax.GradientTransformation:
-    return make_optimizer(config, 10)[0]
-
-
 def step(model: VideoXL, batches: Sequence[Sequence[int]], config: OptimSection = OPTIM) -> Any:
     """One optimizer step: parameters before and after (flat, on the host), metrics."""
     _, trained, _ = split_parts(model, config.train)
     before = jax.tree.map(np.array, flatten_dict(trained))
-    optimizer = optimizer_of(config)
+    optimizer, _ = make_optimizer(config, 10)
     sums = sums_of(model, batches, config.train)
     trained = jax.tree.map(jnp.array, trained)  # the model's own must not be donated
     after, _, metrics = update(optimizer, trained, optimizer.init(trained), sums)
@@ -239,3 +233,16 @@ def test_fingerprint_sees_names_shapes_and_dtypes():
         *({"a": zero, "b": zero[:0]}, {}),
     ]
     assert len({fingerprint(value) for value in values}) == len(values)
+
+
+def test_trained_parameters_are_float32_whatever_the_model_stores():
+    model = nnx.eval_shape(
+        lambda: VideoXL(tiny(param_dtype="bfloat16", dtype="bfloat16"), rngs=nnx.Rngs(0))
+    )
+    concrete = nnx.merge(
+        nnx.graphdef(model),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nnx.to_pure_dict(nnx.state(model))),
+    )
+    _, trained, frozen = split_parts(concrete, ("projector",))
+    assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype("bfloat16")}

@@ -64,8 +64,9 @@ def test_blocks_have_their_own_windows_and_features_are_counted_through():
 def test_one_ratio_for_each_window():
     stream = plan_stream([IMAGE_TOKEN], [8], window=4, ratio=[2, 4])
     assert (stream.kind == BEACON).tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1]
-    with pytest.raises(ValueError, match="only 1 ratios given"):
-        plan_stream([IMAGE_TOKEN], [8], window=4, ratio=[2])
+    for ratios in ([2], [2, 4, 8]):
+        with pytest.raises(ValueError, match=f"{len(ratios)} ratios given for 2 visual windows"):
+            plan_stream([IMAGE_TOKEN], [8], window=4, ratio=ratios)
 
 
 def test_long_text_is_cut_into_windows_that_change_nothing():
@@ -143,6 +144,19 @@ def test_left_out_sample_is_all_padding():
     assert (batch_streams([None, None], shape).kind == PAD).all()
     with pytest.raises(ValueError, match="at least one sample"):
         batch_streams([None])
+
+
+def test_a_stream_that_ends_in_an_image_is_read_at_its_last_raw_token():
+    batch = batch_streams([plan_stream([1, IMAGE_TOKEN], [4], window=4, ratio=4)])
+    assert batch.kind[0, 0].tolist() == [0, 1, 1, 1, 1, 2]
+    assert batch.last.tolist() == [4]
+
+
+def test_windows_per_group_is_checked():
+    stream = plan_stream([1], [], window=4, ratio=2)
+    for number in (0, -1):
+        with pytest.raises(ValueError, match="windows_per_group is"):
+            batch_streams([stream], windows_per_group=number)
 
 
 def test_too_small_a_shape_is_refused():

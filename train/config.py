@@ -56,7 +56,7 @@ class ModelSection:
     pool_stride: int | None = None
     """Patches of a frame are averaged over this many squared; None: the preset's."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the stored parameters."""
+    """Dtype of frozen parameters. Trained ones are float32: bfloat16 would lose steps of 1e-5."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of activations and matrix products."""
     remat: bool = True

@@ -40,10 +40,10 @@ CLASSES = {
 
 THINGS = len(COLOURS) * len(SHAPES)
 
-VIDEO_FRAMES = (6, 12)
+VIDEO_FRAMES = (4, 8)
 """Lengths of videos, drawn uniformly; few of them, so that few programs have to be compiled."""
-SET_SIZES = (2, 4, 4)
-"""Pictures of a training record with several, drawn uniformly; held-out ones have four. No two are
+SET_SIZES = (2, 3, 3)
+"""Pictures of a training record with several, drawn uniformly; held-out ones have three. No two are
 of the same colour or shape."""
 
 CHAT_WORDS = ("You", "are", "a", "helpful", "assistant", "system", "user")
@@ -67,19 +67,19 @@ class Amounts:
 
 
 TRAIN = Amounts(
-    files={"tile": 768, "wide": 320, "grid": 320, "needle": 200, "pair": 240},
+    files={"tile": 768, "wide": 200, "grid": 400, "needle": 160, "pair": 400},
     records={
-        "wide": 480,
-        "grid": 480,
-        "needle": 480,
-        "pair": 720,
-        "set": 1600,
-        "text": 480,
+        "wide": 240,
+        "grid": 900,
+        "needle": 240,
+        "pair": 1700,
+        "set": 1000,
+        "text": 640,
     },
 )
 HELDOUT = Amounts(
     files={"tile": 48, "wide": 40, "grid": 40, "needle": 40, "pair": 40},
-    records={"wide": 40, "grid": 40, "needle": 40, "pair": 40, "set": 40, "text": 40},
+    records={"wide": 40, "grid": 40, "needle": 40, "pair": 40, "set": 80, "text": 80},
 )
 
 
@@ -96,11 +96,12 @@ class Media(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A question of some type, and its answer."""
+    """A question of some type, its answer, and among how many equally likely ones that is."""
 
     type: str
     question: str
     answer: str
+    choices: int
 
 
 def make_demo_data(
@@ -227,14 +228,14 @@ def _describe(rng: np.random.Generator, thing: Thing) -> list[Turn]:
     return _shuffled(
         rng,
         [
-            Turn("colour", "what is the colour", thing.colour),
-            Turn("shape", "what is the shape", thing.shape),
+            Turn("colour", "what is the colour", thing.colour, len(COLOURS)),
+            Turn("shape", "what is the shape", thing.shape, len(SHAPES)),
         ],
     )
 
 
 def _appeared(thing: Thing) -> Turn:
-    return Turn("needle", "what appeared", f"{thing.colour} {thing.shape}")
+    return Turn("needle", "what appeared", f"{thing.colour} {thing.shape}", THINGS)
 
 
 def _ask(rng: np.random.Generator, kind: str, media: Media) -> list[Turn]:
@@ -242,15 +243,15 @@ def _ask(rng: np.random.Generator, kind: str, media: Media) -> list[Turn]:
     if kind in ("tile", "wide"):
         return _describe(rng, media.shown[0])
     if kind == "grid":
-        return [Turn("count", "how many shapes", NUMBERS[len(media.shown) - 1])]
+        return [Turn("count", "how many shapes", NUMBERS[len(media.shown) - 1], len(NUMBERS))]
     if kind == "needle":
         return [_appeared(media.shown[0])]
     first, last = media.shown
     return _shuffled(
         rng,
         [
-            Turn("order", "which colour came first", first.colour),
-            Turn("order", "which colour came last", last.colour),
+            Turn("order", "which colour came first", first.colour, len(COLOURS)),
+            Turn("order", "which colour came last", last.colour, len(COLOURS)),
         ],
     )
 
@@ -263,8 +264,8 @@ def _ask_set(rng: np.random.Generator, pictures: list[Media]) -> list[Turn]:
 
 def _which(thing: Thing, by_colour: bool) -> Turn:
     if by_colour:
-        return Turn("which", f"which shape is {thing.colour}", thing.shape)
-    return Turn("which", f"which colour is the {thing.shape}", thing.colour)
+        return Turn("which", f"which shape is {thing.colour}", thing.shape, len(SHAPES))
+    return Turn("which", f"which colour is the {thing.shape}", thing.colour, len(COLOURS))
 
 
 def _choose_set(rng: np.random.Generator, tiles: list[Media], size: int) -> list[Media]:
@@ -290,7 +291,7 @@ def _ask_text(rng: np.random.Generator, first: str | None = None) -> list[Turn]:
     questions = [f"which is the {name}" for name in classes]
     questions[0] = f"{text} : {questions[0]}"
     return [
-        Turn("text", question, word[name])
+        Turn("text", question, word[name], len(CLASSES))
         for question, name in zip(questions, classes, strict=True)
     ]
 
@@ -325,7 +326,9 @@ def _heldout_records(
                 yield _record([], _ask_text(rng, list(CLASSES)[i % 4])[:1], False)
             elif kind == "set":
                 pictures = _choose_set(rng, media["tile"], max(SET_SIZES))
-                yield _record(pictures, [_which(pictures[i // 2 % 4].shown[0], i % 2 == 0)], False)
+                yield _record(
+                    pictures, [_which(pictures[i // 2 % len(pictures)].shown[0], i % 2 == 0)], False
+                )
             elif kind == "pair":
                 # Eight files in a row have every colour first, and every colour last.
                 file = media[kind][i]
@@ -353,6 +356,7 @@ def _record(media: list[Media], turns: list[Turn], training: bool) -> dict[str, 
         record["question_types"] = [turn.type for turn in turns]
     else:
         record["question_type"] = turns[0].type
+        record["choices"] = turns[0].choices
     return record
 
 

@@ -49,7 +49,6 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "cross": lambda x, y: (
         (np.minimum(np.abs(x), np.abs(y)) <= 0.3) & (np.maximum(np.abs(x), np.abs(y)) <= 1.0)
     ),
-    "ring": lambda x, y: (np.hypot(x, y) <= 1.0) & (np.hypot(x, y) >= 0.55),
     "bar": lambda x, y: (np.abs(x) <= 1.0) & (np.abs(y) <= 0.35),
 }
 """Name of a shape to whether a point is inside it; x right and y down, in units of its radius."""

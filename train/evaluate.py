@@ -83,15 +83,22 @@ def accuracy(answers: Sequence[Answer]) -> dict[str, float]:
 
 
 def chance(answers: Sequence[Answer]) -> dict[str, float]:
-    """What the best blind guess gets, by question type: the share of its most frequent answer."""
-    expected: dict[str, Counter[str]] = defaultdict(Counter)
+    """What a blind guess gets, by question type and over all of them under `ALL`.
+
+    Where records say among how many `choices` the answer is, 1 / choices; else the share of the
+    type's most frequent answer.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
     for answer in answers:
-        expected[answer.sample.question_type][_normal(answer.sample.answer)] += 1
-    by_type = {name: max(counts.values()) / counts.total() for name, counts in expected.items()}
-    total = sum(counts.total() for counts in expected.values())
-    if total:
-        by_type[ALL] = sum(by_type[name] * expected[name].total() for name in expected) / total
-    return dict(sorted(by_type.items()))
+        counts[answer.sample.question_type][_normal(answer.sample.answer)] += 1
+    frequent = {name: max(count.values()) / count.total() for name, count in counts.items()}
+    by_type: dict[str, list[float]] = defaultdict(list)
+    for answer in answers:
+        name, choices = answer.sample.question_type, answer.sample.choices
+        guess = 1 / choices if choices else frequent[name]
+        by_type[name].append(guess)
+        by_type[ALL].append(guess)
+    return {name: sum(guesses) / len(guesses) for name, guesses in sorted(by_type.items())}
 
 
 def _normal(text: str) -> str:

@@ -185,7 +185,7 @@ def train(config: TrainConfig, run_dir: Path) -> None:
 
     model = nnx.merge(graph, trained, frozen)
     results, found = evaluate(model, data.heldout, preparer, tokenizer, config)
-    bad.add(found, step + 1)
+    bad.note(found, step + 1)  # training is done: too many of them are no reason to lose it
     summary = {
         "steps": step,
         "final_loss": log.history[-1]["loss"] if log.history else None,
@@ -284,7 +284,12 @@ def make_model(config: TrainConfig, model_config: VideoXLConfig) -> VideoXL:
     """Published weights, or random ones from the run's seed."""
     if config.model.checkpoint is not None:
         return load_published(config.model.checkpoint, **config.model.changes())
-    return nnx.jit(lambda: VideoXL(model_config, rngs=nnx.Rngs(config.run.seed)))()
+    return random_model(model_config, config.run.seed)
+
+
+def random_model(config: VideoXLConfig, seed: int) -> VideoXL:
+    """A model that has learned nothing."""
+    return nnx.jit(lambda: VideoXL(config, rngs=nnx.Rngs(seed)))()
 
 
 def save(manager: ocp.CheckpointManager, step: int, trained: Any, opt_state: Any) -> None:

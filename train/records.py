@@ -62,8 +62,8 @@ class Block:
 class Sample:
     """A record that passed all checks: token ids, labels, and where its pixels come from.
 
-    ids and labels as in `vxl_jax.chat.EncodedText`; the last question (without marks), its answer
-    and question_type for evaluation.
+    ids and labels as in `vxl_jax.chat.EncodedText`; the last question (without marks), its answer,
+    question_type, and among how many equally likely answers it is, if known, for evaluation.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Sample:
     question: str
     answer: str
     question_type: str
+    choices: int | None = None
 
     @property
     def frames(self) -> int:
@@ -240,7 +241,15 @@ def _check_record(
         question_type=str(
             record.get("question_type", "video" if is_video else "image" if files else "text")
         ),
+        choices=_choices(record),
     )
+
+
+def _choices(record: dict[str, Any]) -> int | None:
+    choices = record.get("choices")
+    if choices is not None and (not isinstance(choices, int) or choices < 1):
+        raise DataError(f"choices is {choices!r}; it must be the number of possible answers")
+    return choices
 
 
 def _media_files(record: dict[str, Any]) -> tuple[list[str], bool]:

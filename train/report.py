@@ -134,10 +134,20 @@ class BadSamples:
         return next((file for file in self.records if name.startswith(f"{file}[")), None)
 
     def add(self, bad: list[BadSample], step: int) -> None:
-        """Name and count new ones, found in a step; 0: before training.
+        """`note` new ones.
 
         Raises: TooManyBadSamples if they are more than the allowed share.
         """
+        self.note(bad, step)
+        total = sum(self.records.values())
+        if len(self.reasons) > self.max_share * total:
+            raise TooManyBadSamples(
+                f"{len(self.reasons)} of {total} samples are bad, more than "
+                f"data.max_bad_share {self.max_share:g} allows; {self.path} lists them with reasons"
+            )
+
+    def note(self, bad: list[BadSample], step: int) -> None:
+        """Name and count new ones, found in a step; 0: before training."""
         for sample in bad:
             if sample.name not in self.reasons:
                 self.reasons[sample.name] = sample.reason
@@ -145,12 +155,6 @@ class BadSamples:
                 with self.path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 tqdm.write(f"bad sample left out: {sample.name}: {sample.reason}")
-        total = sum(self.records.values())
-        if len(self.reasons) > self.max_share * total:
-            raise TooManyBadSamples(
-                f"{len(self.reasons)} of {total} samples are bad, more than "
-                f"data.max_bad_share {self.max_share:g} allows; {self.path} lists them with reasons"
-            )
 
 
 class TooManyBadSamples(ValueError):

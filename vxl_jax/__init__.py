@@ -1,19 +1,15 @@
 """Video-XL in JAX: long videos through a compressed memory.
 
-Axis legend, used by every einsum and shape comment:
-
-    B batch    F frames or tiles   P patches      G groups of windows   W windows
-    T tokens   Q queries (places in a window)     S keys                V visual tokens, vocabulary
-    M memory   N heads             K KV heads     H head size           D width
-    L layers
+CONTRIBUTING.md has the layout of the code, and the legend of axis letters that every einsum and
+shape comment uses.
 """
 
 from vxl_jax.chat import encode_caption, encode_conversation, encode_prompt
 from vxl_jax.config import ConfigError, LanguageConfig, VideoXLConfig, VisionConfig
-from vxl_jax.generate import Sampling, generate, stream_tokens
+from vxl_jax.generate import Sampling
 from vxl_jax.memory import Memory, empty_memory
 from vxl_jax.model import VideoXL, decode_step, loss_and_metrics, prefill
-from vxl_jax.stream import Stream, StreamBatch, batch_streams, draw_ratio, plan_stream
+from vxl_jax.stream import Stream, StreamBatch, StreamShape, batch_streams, draw_ratio, plan_stream
 
 __all__ = [
     "ConfigError",
@@ -22,6 +18,7 @@ __all__ = [
     "Sampling",
     "Stream",
     "StreamBatch",
+    "StreamShape",
     "VideoXL",
     "VideoXLConfig",
     "VisionConfig",
@@ -32,9 +29,7 @@ __all__ = [
     "encode_caption",
     "encode_conversation",
     "encode_prompt",
-    "generate",
     "loss_and_metrics",
     "plan_stream",
     "prefill",
-    "stream_tokens",
 ]

@@ -1,7 +1,7 @@
 """Model configuration: frozen dataclasses and named presets.
 
-Every field is read by the network. Combinations that cannot work are refused when the dataclass is
-made, with the name of the field.
+Every field is read by the network or its stream plan. Combinations that cannot work are refused
+when the dataclass is made, with the name of the field.
 """
 
 import dataclasses
@@ -52,10 +52,10 @@ class VisionConfig:
             raise ConfigError(
                 f"VisionConfig.width {self.width} is not a multiple of heads {self.heads}"
             )
-        if not -self.layers - 1 <= self.feature_layer < 0:
+        if not -self.layers <= self.feature_layer < 0:
             raise ConfigError(
                 f"VisionConfig.feature_layer {self.feature_layer} must be between "
-                f"-{self.layers + 1} and -1"
+                f"-{self.layers} and -1"
             )
 
     @property
@@ -148,28 +148,6 @@ class VideoXLConfig:
     def tokens_per_frame(self) -> int:
         """Visual tokens that one frame or tile gives to the language model."""
         return (self.vision.grid // self.pool_stride) ** 2
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict (JSON-serialisable); the inverse is `from_dict`."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "VideoXLConfig":
-        """Inverse of `to_dict`; tuples may have become lists on the way through JSON.
-
-        Raises: ConfigError on an unknown field.
-        """
-        values = dict(values)
-        values["vision"] = _from_dict(VisionConfig, values.get("vision", {}))
-        values["language"] = _from_dict(LanguageConfig, values.get("language", {}))
-        return _from_dict(cls, values)
-
-
-def _from_dict(cls: type, values: dict[str, Any]) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise ConfigError(f"{cls.__name__} has no field {unknown}; it has {sorted(known)}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def video_xl_7b(**changes: Any) -> VideoXLConfig:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 
 from vxl_jax.model import VideoXL, decode_step, prefill
-from vxl_jax.stream import StreamBatch, round_up
+from vxl_jax.stream import VISUAL, StreamBatch, round_up
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Sampling:
     """How the next token is chosen. Temperature 0 is greedy and ignores the rest.
 
     top_k: only the k most likely tokens (0: all). top_p: only the most likely tokens that together
-    reach this probability (1: all). seed: of the draws.
+    reach this probability (1: all), of all tokens before top_k. seed: of the draws, which also
+    depend on a sample's place in the batch.
     """
 
     temperature: float = 0.0
@@ -73,6 +74,7 @@ def stream_tokens(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    check_pixels(model, streams, pixels)
     graph, params = nnx.split(model)
     capacity = round_up(streams.memory + max_new_tokens, steps=4)
     logits, memory = prefill(graph, params, streams, pixels, capacity)
@@ -91,6 +93,18 @@ def stream_tokens(
             logits, memory = decode_step(graph, params, memory, token)
 
 
+def check_pixels(model: VideoXL, streams: StreamBatch, pixels: Any | None) -> None:
+    """Refuse pixels that are not those the streams were planned for.
+
+    Raises: ValueError saying how many frames there are and how many the plan reads.
+    """
+    visual = np.asarray(streams.source)[np.asarray(streams.kind) == VISUAL]
+    needed = -(-(int(visual.max()) + 1) // model.config.tokens_per_frame) if visual.size else 0
+    given = 0 if pixels is None else pixels.shape[1]
+    if needed > given:
+        raise ValueError(f"the streams were planned for {needed} frames, pixels has {given}")
+
+
 def generate(
     model: VideoXL,
     streams: StreamBatch,
@@ -106,7 +120,7 @@ def generate(
     all samples have stopped. See `stream_tokens`.
     """
     answers: list[list[int]] = [[] for _ in range(len(streams.last))]
-    stopped = np.zeros(len(answers), bool)
+    stopped = np.asarray(streams.length) == 0  # places that no sample has
     for tokens in stream_tokens(
         model, streams, pixels, max_new_tokens=max_new_tokens, sampling=sampling
     ):

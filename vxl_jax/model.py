@@ -1,5 +1,6 @@
 """Video-XL: vision tower, projector and language model, and the pure functions over them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +21,10 @@ from vxl_jax.vision import Projector, VisionTower
 GROUP_FIELDS = ("kind", "source", "position", "rank", "place", "window_start", "window_memory")
 
 
+FRAME_BLOCK_BYTES = 2**29
+"""Attention scores of the tower held at once, in bytes; above it frames are encoded in turn."""
+
+
 class VideoXL(nnx.Module):
     """Parameters of the whole model; random until a checkpoint is loaded into it."""
 
@@ -35,8 +40,16 @@ class VideoXL(nnx.Module):
 
         uint8 RGB, or floats that are normalised already.
         """
-        frames = rearrange(jnp.asarray(pixels), "B F S T C -> (B F) S T C")
-        tokens = self.projector(self.vision(frames))
+        frames = rearrange(jnp.asarray(pixels), "B F height width C -> (B F) height width C")
+        vision = self.config.vision
+        frame_bytes = 4 * vision.heads * (vision.grid**2 + 1) ** 2
+        graph, params = nnx.split((self.vision, self.projector))
+
+        def encode_some(frames: Array) -> Array:
+            tower, projector = nnx.merge(graph, params)
+            return projector(tower(frames))
+
+        tokens = map_in_blocks(encode_some, frames, max(1, FRAME_BLOCK_BYTES // frame_bytes))
         return rearrange(tokens, "(B F) P D -> B (F P) D", B=pixels.shape[0])
 
     def __call__(self, streams: StreamBatch, visual: Array | None = None) -> Array:
@@ -65,6 +78,16 @@ def start_beacons(language: LanguageModel, key: Array) -> None:
         nnx.update(getattr(attention, f"beacon_{name}"), nnx.state(getattr(attention, name)))
     row = jax.random.randint(key, (1,), 0, language.embed.num_embeddings)
     language.beacon_embed[...] = language.embed.embedding[row]
+
+
+def map_in_blocks(function: Callable[[Array], Array], x: Array, rows: int) -> Array:
+    """`function` over the first axis of x, at most `rows` at a time, recomputed for gradients."""
+    if len(x) <= rows:
+        return function(x)
+    blocks = -(-len(x) // rows)
+    padded = jnp.pad(x, ((0, blocks * rows - len(x)), *((0, 0) for _ in x.shape[1:])))
+    out = lax.map(jax.checkpoint(function), padded.reshape(blocks, rows, *x.shape[1:]))
+    return out.reshape(blocks * rows, *out.shape[2:])[: len(x)]
 
 
 def take_group(streams: StreamBatch, index: Any) -> StreamBatch:
@@ -127,6 +150,8 @@ def prefill(
     graph, params: `nnx.split(model)`. capacity: memory slots for a sample, `streams.memory` at
     least. Returns logits [B, V] float32 and the memory.
     """
+    if capacity < streams.memory:
+        raise ValueError(f"capacity {capacity} is less than the {streams.memory} slots needed")
     model = nnx.merge(graph, params)
     visual = None if pixels is None else model.encode(pixels)
     memory = empty_memory(model.config, streams.kind.shape[1], capacity)
@@ -140,7 +165,8 @@ def decode_step(graph: Any, params: Any, memory: Memory, token: Array) -> tuple[
     """One more text token for every sample: a group of one window of one token.
 
     token [B] int32. Returns logits [B, V] float32 and the memory, one entry longer; the memory
-    passed in is given up (donated).
+    passed in is given up (donated). The caller sees to it that there is room: a full memory would
+    drop the entry.
     """
     model = nnx.merge(graph, params)
     one = memory.length[None, :, None]  # [G, B, T] and [G, B, W] alike

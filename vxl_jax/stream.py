@@ -93,8 +93,8 @@ def plan_stream(
             token is the label of the next token that is not a beacon.
 
     Raises:
-        ValueError: blocks and marks differ in number, an empty block, an unusable ratio, or too few
-            ratios.
+        ValueError: blocks and marks differ in number, an empty block, an unusable ratio, or not as
+            many ratios as visual windows.
     """
     ids = np.asarray(ids, np.int32)
     labels = np.full(len(ids), IGNORE, np.int32) if labels is None else np.asarray(labels, np.int32)
@@ -116,6 +116,8 @@ def plan_stream(
         builder.visual(int(tokens), window, int(next_label[mark]))
         start = int(mark) + 1
     builder.text(ids[start:], next_label[start:], window)
+    if isinstance(ratio, Sequence) and len(ratio) != builder.visual_windows:
+        raise ValueError(f"{len(ratio)} ratios given for {builder.visual_windows} visual windows")
     return builder.stream()
 
 
@@ -127,7 +129,7 @@ class _Builder:
         self.parts: list[tuple[np.ndarray, ...]] = []
         self.starts: list[int] = []
         self.memory: list[int] = []
-        self.tokens = self.kept = self.visual_seen = 0
+        self.tokens = self.kept = self.visual_seen = self.visual_windows = 0
 
     def text(self, ids: np.ndarray, targets: np.ndarray, window: int) -> None:
         for i in range(0, len(ids), window):
@@ -153,6 +155,7 @@ class _Builder:
                 target[np.flatnonzero(raw)[-1]] = last_target
             self._append(np.where(raw, VISUAL, BEACON), source, target, keep_all=ratio is None)
             self.visual_seen += count
+            self.visual_windows += 1
 
     def _append(
         self, kind: np.ndarray, source: np.ndarray, target: np.ndarray, keep_all: bool = False
@@ -177,16 +180,10 @@ class _Builder:
 def _ratio_function(ratio: Ratio) -> Callable[[int], int | None]:
     if callable(ratio):
         return ratio
-    if ratio is None or isinstance(ratio, int):
-        return lambda count: ratio
-    remaining = list(ratio)
-
-    def take(count: int) -> int | None:
-        if not remaining:
-            raise ValueError(f"only {len(ratio)} ratios given for more visual windows than that")
-        return remaining.pop(0)
-
-    return take
+    if isinstance(ratio, Sequence):
+        remaining = iter(ratio)
+        return lambda count: next(remaining, None)
+    return lambda count: ratio
 
 
 def draw_ratio(ratios: Sequence[int], rng: np.random.Generator) -> Callable[[int], int | None]:
@@ -271,7 +268,7 @@ class StreamBatch:
     place:         [G, B, T] w * Q + offset: where a token stands in the window layout [W, Q]
     window_start:  [G, B, W] index in the group of each window's first token
     window_memory: [G, B, W] persistent tokens before each window
-    last:          [B] index in the last group of each sample's last token
+    last:          [B] index in the last group of each sample's last token that is no beacon
     length:        [B] persistent tokens of each sample
     label_index:   [B, N] index into the flattened [G * T] tokens of those with a target
     label:         [B, N] their targets; IGNORE for padding
@@ -351,7 +348,8 @@ def batch_streams(
             place = np.repeat(np.arange(final - first) * shape.window_tokens, lengths) + offset
             token_fields["place"][group, i, : stop - start] = place
             flat_index[start:stop] = group * t + np.arange(stop - start)
-            last[i] = stop - start - 1
+            # After an image, the last raw token predicts what follows, not the beacon behind it.
+            last[i] = np.flatnonzero(stream.kind[start:stop] != BEACON)[-1]
         length[i] = stream.persistent
         labelled = np.flatnonzero(stream.target != IGNORE)
         label_index[i, : len(labelled)] = flat_index[labelled]
@@ -373,7 +371,9 @@ def batch_streams(
 def _groups(stream: Stream, windows_per_group: int | None) -> list[tuple[int, int]]:
     """(first window, one past the last) of each group."""
     count = len(stream.window_start)
-    step = windows_per_group or count
+    step = count if windows_per_group is None else windows_per_group
+    if step < 1:
+        raise ValueError(f"windows_per_group is {windows_per_group}; it must be at least 1")
     return [(i, min(i + step, count)) for i in range(0, count, step)]
 
 

@@ -52,8 +52,19 @@ def test_accuracy_by_type_and_over_all():
 
 def test_chance_is_the_best_blind_guess_of_each_type():
     # Always "red" is right 4 times of 5, always "two" 2 times of 3.
-    assert chance(ANSWERS) == {"all": 6 / 8, "colour": 4 / 5, "count": 2 / 3}
+    expected = {"all": 6 / 8, "colour": 4 / 5, "count": 2 / 3}
+    assert chance(ANSWERS) == pytest.approx(expected)
     assert chance([]) == {}
+
+
+def test_chance_of_a_question_with_a_known_number_of_choices():
+    """Four equally likely answers are one in four, however often each was drawn."""
+    given = [answer("which", "first", ""), answer("which", "first", "")]
+    known = [replace(a, sample=replace(a.sample, choices=4)) for a in given]
+    assert chance(given) == {"all": 1, "which": 1}
+    assert chance(known) == {"all": 1 / 4, "which": 1 / 4}
+    mixed = [*known, *ANSWERS[:4]]
+    assert chance(mixed) == pytest.approx({"all": 4.5 / 6, "which": 1 / 4, "colour": 1})
 
 
 class Model(NamedTuple):

@@ -446,6 +446,18 @@ def test_too_many_undecodable_files_stop_the_run_until_mended(whole: Run, own: P
     assert mended.summary["params_sha256"] == whole.summary["params_sha256"]
 
 
+def test_undecodable_questions_do_not_lose_a_trained_run(own: Path):
+    for i in range(6):
+        cut_in_half(own / f"media/wide_{i}.png")
+    ended = run(own, own / "run", "--run.max-steps", "1")
+    assert ended.status == 0
+    assert ended.summary["bad_samples"]["by_file"] == {
+        f"{own}/train.json": 0,
+        f"{own}/heldout.json": 6,
+    }
+    assert len(ended.summary["params_sha256"]) == 64
+
+
 def test_a_file_without_one_good_record_is_an_error(own: Path):
     write_records(own / "train.json", [{"id": i} for i in range(3)])
     stopped = run(own, own / "run", "--data.max-bad-share", "1")

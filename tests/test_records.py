@@ -212,6 +212,11 @@ BAD: dict[str, tuple[Any, str]] = {
         {"video": "cut.mp4", "conversations": ASK},
         "{root}/cut.mp4: not a readable video",
     ),
+    "choices of a word": (
+        {"conversations": TALK, "choices": "four"},
+        "choices is 'four'; it must be the number of possible answers",
+    ),
+    "no choices": ({"conversations": TALK, "choices": 0}, "choices is 0; it must be the number"),
     "path that goes up": (
         {"image": "../outside.png", "conversations": ASK},
         "../outside.png: leaves the media folder; give a path relative to {root}",
@@ -390,7 +395,7 @@ def test_captions(root: Path, demo_tokenizer: Any):
 )
 def test_question_type(media: Record, expected: str, root: Path, demo_tokenizer: Any):
     record = {**media, "conversations": ASK if media else TALK}
-    for given, type_ in [({}, expected), ({"question_type": "order"}, "order")]:
+    for given, type_ in [({}, expected), ({"question_type": "order", "choices": 8}, "order")]:
         sample = check({**record, **given}, root, demo_tokenizer)
         assert isinstance(sample, Sample)
-        assert sample.question_type == type_
+        assert (sample.question_type, sample.choices) == (type_, given.get("choices"))

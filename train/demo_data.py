@@ -69,12 +69,13 @@ class Amounts:
 TRAIN = Amounts(
     files={"tile": 768, "wide": 200, "grid": 400, "needle": 160, "pair": 400},
     records={
-        "wide": 240,
-        "grid": 900,
-        "needle": 240,
-        "pair": 1700,
-        "set": 1000,
-        "text": 640,
+        "tile": 768,
+        "wide": 320,
+        "grid": 750,
+        "needle": 320,
+        "pair": 1300,
+        "set": 1300,
+        "text": 800,
     },
 )
 HELDOUT = Amounts(
@@ -135,8 +136,7 @@ def make_demo_data(
         train_media = _make_media(part / "media", "train", seed, train, progress)
         heldout_media = _make_media(part / "media", "heldout", seed, heldout, progress)
     rng = _rng(seed, "records")
-    # A tile is the shortest video with a needle.
-    lessons = [_record([tile], _ask(rng, "needle", tile), True) for tile in train_media["tile"]]
+    lessons = [_record([tile], _ask(rng, "tile", tile), True) for tile in train_media["tile"]]
     _write_json(part / "frames.json", _numbered("frame", lessons))
     records = list(_train_records(rng, train, train_media))
     _write_json(part / "train.json", _numbered("train", records))
@@ -240,11 +240,11 @@ def _appeared(thing: Thing) -> Turn:
 
 def _ask(rng: np.random.Generator, kind: str, media: Media) -> list[Turn]:
     """All questions about one file, in random order. No answer gives another one away."""
-    if kind in ("tile", "wide"):
+    if kind == "wide":
         return _describe(rng, media.shown[0])
     if kind == "grid":
         return [Turn("count", "how many shapes", NUMBERS[len(media.shown) - 1], len(NUMBERS))]
-    if kind == "needle":
+    if kind in ("needle", "tile"):  # a tile is the shortest video with a needle
         return [_appeared(media.shown[0])]
     first, last = media.shown
     return _shuffled(

@@ -5,9 +5,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from convert.names import is_unused, table
@@ -181,7 +182,8 @@ def load_published(directory: str | Path, **changes: Any) -> VideoXL:
     config = read_config(directory, **changes)
     abstract = nnx.eval_shape(lambda: VideoXL(config, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
-    flat = {path: leaf for path, leaf in state.flat_state()}
+    shapes = {path: leaf.get_value().shape for path, leaf in state.flat_state()}
+    arrays = {}
     where = tensor_files(directory)
     rows = table(config)
     wanted = {name for row in rows for name in row.names()}
@@ -198,9 +200,7 @@ def load_published(directory: str | Path, **changes: Any) -> VideoXL:
             for path in set(where.values())
         }
         for row in rows:
-            leaf = flat[row.ours]
-            shape = leaf.get_value().shape
-            value = np.empty(shape, DTYPES[config.param_dtype])
+            value = np.empty(shapes[row.ours], DTYPES[config.param_dtype])
             layers = value if row.layers else value[None]
             for name, layer in zip(row.names(), layers, strict=True):
                 tensor = row.layout.to_ours(readers[where[name]].get_tensor(name))
@@ -211,7 +211,7 @@ def load_published(directory: str | Path, **changes: Any) -> VideoXL:
                     )
                 else:
                     layer[...] = tensor
-            flat[row.ours] = leaf.replace(jax.numpy.asarray(value))
+            arrays[row.ours] = jnp.asarray(value)
     if problems:
         raise CheckpointError(f"{directory}: " + "; ".join(problems))
-    return nnx.merge(graph, nnx.State.from_flat_path(flat))
+    return nnx.merge(graph, unflatten_dict(arrays))

@@ -312,6 +312,8 @@ def test_signals_leave_a_run_that_goes_on_and_no_processes(whole: Run, folder: P
     rest = run(folder, path)
     assert "resumed at step" in rest.out
     assert rest.summary["params_sha256"] == whole.summary["params_sha256"]
+    steps = [row["step"] for row in rest.metrics]
+    assert steps == sorted(set(steps))
     losses = {row["step"]: row["loss"] for row in rest.metrics}
     assert {step: losses[step] for step in (1, 4, STEPS)} == {
         row["step"]: row["loss"] for row in whole.metrics if row["step"] in (1, 4, STEPS)

@@ -266,7 +266,7 @@ def test_gradients_do_not_depend_on_groups_remat_or_padding(model):
         ours_loss, ours = gradients(other, streams, pixels)
         assert ours_loss == pytest.approx(loss, rel=1e-5)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
-            assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-7
+            assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-6
 
 
 def test_gradients_equal_finite_differences_through_the_memory(model):
@@ -350,7 +350,7 @@ def test_one_compilation_for_a_bucket(model):
 
 
 def test_frames_encoded_in_blocks_give_the_same_features_and_gradients(model, monkeypatch):
-    _, pixels = training_sample(model, frames=7)
+    _, pixels = training_sample(model)
     graph, params = nnx.split(model)
 
     def run_both():

@@ -27,12 +27,16 @@ from vxl_jax.stream import IGNORE, IMAGE_TOKEN, Stream, StreamShape, batch_strea
 
 PARTS: tuple[Part, ...] = ("vision", "projector", "language", "beacon")
 FRAMES = 2
-OPTIM = OptimSection(learning_rate=1e-3, warmup_share=0.0, clip_norm=1e9)
+OPTIM = OptimSection(learning_rate=1e-4, warmup_share=0.0, clip_norm=1e9)
 
 
 @pytest.fixture(scope="module")
 def model() -> VideoXL:
-    return random_model(tiny(remat=False), seed=0)
+    """A model without parameters that are zero or one, on which decay would not show."""
+    graph, state = nnx.split(random_model(tiny(remat=False), seed=0))
+    rng = np.random.default_rng(0)
+    noisy = jax.tree.map(lambda x: x + rng.uniform(0.02, 0.05, x.shape).astype(x.dtype), state)
+    return nnx.merge(graph, noisy)
 
 
 def make_streams() -> list[Stream]:
@@ -153,6 +157,9 @@ def test_loss_is_the_mean_over_labelled_tokens(model: VideoXL):
     _, _, metrics = step(model, [[0, 1, 2, 3]])
     total, tokens = map(sum, zip(*losses, strict=True))
     np.testing.assert_allclose(metrics["loss"], total / tokens, rtol=1e-5)
+    gradients = jax.tree.leaves(sums_of(model, [[0, 1], [2, 3]])["gradients"])
+    norm = np.sqrt(sum(float(jnp.square(gradient).sum()) for gradient in gradients))
+    np.testing.assert_allclose(metrics["gradient_norm"], norm / tokens, rtol=1e-5)
     # Close to a uniform guess at the start, which a wrong denominator would not be.
     assert abs(float(metrics["loss"]) - np.log(96)) < 1.5
 

@@ -20,7 +20,7 @@ CONFIG = TrainConfig(
     ),
     data=DataSection(
         train_json=("{run_dir}/data/frames.json", "{run_dir}/data/train.json"),
-        epochs=(28, 12),
+        epochs=(28, 14),
         sequential=True,
         eval_json=("{run_dir}/data/heldout.json",),
         media_root="{run_dir}/data/media",

@@ -71,11 +71,11 @@ TRAIN = Amounts(
     records={
         "tile": 768,
         "wide": 320,
-        "grid": 750,
+        "grid": 800,
         "needle": 320,
-        "pair": 1300,
-        "set": 1300,
-        "text": 800,
+        "pair": 1400,
+        "set": 1400,
+        "text": 640,
     },
 )
 HELDOUT = Amounts(

@@ -367,7 +367,8 @@ def _numbered(name: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def demo_words() -> list[str]:
     """Every word of the questions, the answers and the chat template."""
     questions = (
-        "what is the colour of shape appeared how many shapes which came first last number position"
+        "what is the colour of shape appeared how many shapes which came first last image has"
+        " number position"
     )
     words = [*CHAT_WORDS, *questions.split(), *(w for words in CLASSES.values() for w in words)]
     return list(dict.fromkeys(words))

@@ -10,6 +10,7 @@ parameters as a run that was never interrupted.
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from contextlib import closing
@@ -208,6 +209,8 @@ def read_model_config(config: TrainConfig) -> VideoXLConfig:
 
 def load_tokenizer(config: TrainConfig, model_config: VideoXLConfig) -> Any:
     """The tokenizer of a local directory; nothing is downloaded."""
+    # transformers advises to install torch when it is imported without it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     directory = config.model.tokenizer or config.model.checkpoint

@@ -181,11 +181,12 @@ def _check_beacons(
     language = model.config.language
     slots = stream.rank[stream.kind == BEACON]
     if (keys := golden.expected(case, "beacon_keys_layer0")) is not None:
-        cos, sin = rope_angles(slots, language.head_size, language.rope_theta)
-        ours = np.moveaxis(np.asarray(rotate(memory.keys[0, 0, slots], (cos, -sin))), 1, 0)
+        angles = rope_angles(slots, language.head_size, language.rope_theta)
+        cos, sin = (x[:, 0] for x in angles)
+        ours = np.asarray(rotate(memory.keys[0, 0, :, slots].swapaxes(0, 1), (cos, -sin)))
         yield compare_thinned(f"{case['name']}/beacon_keys_layer0", ours, keys, axis=1)
     if (values := golden.expected(case, "beacon_values_last")) is not None:
-        ours = np.moveaxis(np.asarray(memory.values[-1, 0, slots]), 1, 0)
+        ours = np.asarray(memory.values[-1, 0, :, slots].swapaxes(0, 1))
         yield compare_thinned(f"{case['name']}/beacon_values_last", ours, values, axis=1)
 
 

@@ -48,7 +48,7 @@ def make_sample(frames: Sequence[int], text: int = 4) -> Sample:
 
 # Which samples go together.
 
-SMALL, LARGE = (Bucket(StreamShape(1, size, 1, size, size, 1, 0), 0) for size in (8, 16))
+SMALL, LARGE = (Bucket(StreamShape(1, size, size, 1, 0), 0) for size in (8, 16))
 # 7 samples of the first file, 6 of the second.
 BUCKETS = [LARGE if i in {1, 4, 7, 8, 9, 12} else SMALL for i in range(13)]
 FILES = [range(7), range(7, 13)]

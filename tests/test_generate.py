@@ -107,9 +107,7 @@ def test_a_sample_answers_as_it_does_alone_and_empty_places_say_nothing(model):
 
 
 def test_nothing_is_compiled_from_token_to_token_or_for_another_length(model):
-    shape = StreamShape(
-        groups=1, tokens=24, windows=1, window_tokens=24, memory=24, labels=1, beacons=0
-    )
+    shape = StreamShape(groups=1, tokens=24, memory=24, labels=1, beacons=0)
     list(stream_tokens(model, prompts(model, [1, 2], shape=shape), max_new_tokens=2))
     before = prefill._cache_size(), decode_step._cache_size()
     list(stream_tokens(model, prompts(model, [1] * 9, shape=shape), max_new_tokens=4))

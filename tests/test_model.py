@@ -183,9 +183,9 @@ def test_memory_equals_the_oracle(model):
     _, memory = watch(model, batch, visual)
     assert int(memory.length[0]) == stream.persistent
     for layer in range(model.config.language.layers):
-        ours = np.asarray(memory.values[layer, 0, : stream.persistent])
-        assert error(ours, oracle.values[layer]) < 1e-5
-    assert not np.asarray(memory.keys[:, :, stream.persistent :]).any()
+        ours = np.asarray(memory.values[layer, 0, :, : stream.persistent])
+        assert error(ours.swapaxes(0, 1), oracle.values[layer]) < 1e-5
+    assert not np.asarray(memory.keys[:, :, :, stream.persistent :]).any()
 
 
 @pytest.mark.parametrize("name", ["text", "video", "adjacent images"])
@@ -370,32 +370,73 @@ def test_frames_encoded_in_blocks_give_the_same_features_and_gradients(model, mo
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("block_bytes", [1500, 6000, 20_000])
-def test_blocked_attention_equals_unblocked(block_bytes):
+TILES = [(1, 1), (3, 5), (8, 4), (7, 32), (64, 64)]
+
+
+def dense_attention(q, k, v, keys, values, window_start, window_memory):
+    """Softmax over the whole row of scores, in NumPy's float64."""
+    group = q.shape[2] // k.shape[2]
+    out = np.zeros(q.shape)
+    for b, t, n in np.ndindex(q.shape[:3]):
+        own, past = slice(window_start[b, t], t + 1), slice(window_memory[b, t])
+        seen = np.concatenate([k[b, own, n // group], keys[b, n // group, past]])
+        p = np.exp(seen.astype(np.float64) @ q[b, t, n] / np.sqrt(q.shape[3]))
+        read = np.concatenate([v[b, own, n // group], values[b, n // group, past]])
+        out[b, t, n] = p @ read / p.sum()
+    return out
+
+
+def attention_case(tokens=30, slots=12):
+    """Two samples whose windows differ, the second with padding (windows of one token) behind."""
     rng = np.random.default_rng(0)
-    q = rng.normal(size=(2, 3, 10, 4, 8)).astype(np.float32)
-    k, v = rng.normal(size=(2, 2, 3, 10, 2, 8)).astype(np.float32)
-    keys, values = rng.normal(size=(2, 2, 12, 2, 8)).astype(np.float32)
-    seen = np.array([[0, 5, 12], [3, 3, 3]], np.int32)
+    q = rng.normal(size=(2, tokens, 4, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, tokens, 2, 8)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 3, 2, 2, slots, 8)).astype(np.float32)
+    start = np.array([[0] * 10 + [10] * 13 + [23] * 7, [0] * 4 + [4] * 20 + [*range(24, 30)]])
+    seen = np.array([[0] * 10 + [5] * 13 + [12] * 7, [0] * 4 + [3] * 20 + [0] * 6])
+    return (q, k, v, keys, values), (1, start.astype(np.int32), seen.astype(np.int32))
 
-    @partial(jax.jit, static_argnums=1)
-    def attend(args, block_bytes):
-        return attention.window_attention(*args, seen, block_bytes=block_bytes)
 
-    args = (q, k, v, keys, values)
-    expected = attend(args, 2**30)
-    np.testing.assert_allclose(attend(args, block_bytes), expected, atol=1e-5)
-    # Dense softmax over memory and own window, one query at a time.
-    for b, w, i, n in [(0, 0, 0, 0), (0, 2, 9, 3), (1, 1, 4, 2)]:
-        own_k, own_v = k[b, w, : i + 1, n // 2], v[b, w, : i + 1, n // 2]
-        all_k = np.concatenate([keys[b, : seen[b, w], n // 2], own_k])
-        all_v = np.concatenate([values[b, : seen[b, w], n // 2], own_v])
-        p = np.exp(all_k @ q[b, w, i, n] / np.sqrt(8))
-        np.testing.assert_allclose(expected[b, w, i, n], p @ all_v / p.sum(), atol=1e-5)
+@pytest.mark.parametrize("tile", TILES)
+def test_attention_by_tiles_equals_a_softmax_over_whole_rows(tile):
+    (q, k, v, keys, values), (layer, start, seen) = attention_case()
+    ours = attention.window_attention(q, k, v, keys, values, layer, start, seen, tile)
+    expected = dense_attention(q, k, v, keys[layer], values[layer], start, seen)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
 
-    def total(args, block_bytes):
-        return (attend(args, block_bytes) ** 2).sum()
 
-    gradient = jax.jit(jax.grad(total), static_argnums=1)
-    for ours, theirs in zip(gradient(args, block_bytes), gradient(args, 2**30), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+@pytest.mark.parametrize("tile", TILES)
+def test_gradients_of_attention_are_those_of_a_softmax_over_whole_rows(tile):
+    arrays, (layer, start, seen) = attention_case()
+    direction = np.random.default_rng(1).normal(size=arrays[0].shape).astype(np.float32)
+
+    def ours(*arrays):
+        return (attention.window_attention(*arrays, layer, start, seen, tile) * direction).sum()
+
+    def whole_rows(q, k, v, keys, values):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        keys, values = (jnp.repeat(x[layer], 2, axis=1) for x in (keys, values))
+        own = jnp.einsum("BTNH,BSNH->BNTS", q, k)
+        past = jnp.einsum("BTNH,BNMH->BNTM", q, keys)
+        index = jnp.arange(own.shape[-1])
+        own_seen = (start[..., None] <= index) & (index <= index[:, None])
+        past_seen = jnp.arange(past.shape[-1]) < seen[..., None]
+        scores = jnp.concatenate([own, past], -1) / np.sqrt(q.shape[-1])
+        visible = jnp.concatenate([own_seen, past_seen], -1)[:, None]
+        p = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        values = jnp.concatenate([jnp.moveaxis(v, 1, 2), values], axis=2)
+        return (jnp.einsum("BNTS,BNSH->BTNH", p, values) * direction).sum()
+
+    wanted = range(len(arrays))
+    expected = jax.jit(jax.grad(whole_rows, wanted))(*arrays)
+    for a, b in zip(jax.jit(jax.grad(ours, wanted))(*arrays), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_tiles_that_nobody_sees_are_not_computed():
+    """What stands in keys beyond every range cannot be felt, NaN included."""
+    (q, k, v, keys, values), (layer, start, seen) = attention_case(slots=16)
+    expected = attention.window_attention(q, k, v, keys, values, layer, start, seen, (8, 4))
+    keys[:, :, :, 12:] = np.nan
+    ours = attention.window_attention(q, k, v, keys, values, layer, start, seen, (8, 4))
+    np.testing.assert_array_equal(ours, expected)

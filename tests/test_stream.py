@@ -27,12 +27,11 @@ def test_text_and_one_compressed_block():
     )
     assert stream.kind.tolist() == [0, 0, 1, 1, 2, 1, 1, 2, 1, 0]
     assert stream.source.tolist() == [7, 8, 0, 1, 0, 2, 3, 0, 4, 9]
-    # Two persistent tokens before the first visual window, four before the second and the text.
-    assert stream.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 4, 4]
     assert stream.rank.tolist() == [0, 1, X, X, 2, X, X, 3, X, 4]
     # The last visual token, not the beacon, predicts the text that follows.
     assert stream.target.tolist() == [8, -100, -100, -100, -100, -100, -100, -100, 9, -100]
     assert stream.window_start.tolist() == [0, 2, 8, 9]
+    # Two persistent tokens before the first visual window, four before the second and the text.
     assert stream.window_memory.tolist() == [0, 2, 4, 4]
     assert stream.persistent == 5
 
@@ -50,7 +49,7 @@ def test_ratio_over_the_window_keeps_nothing():
 
 def test_uncompressed_block_is_plain_qwen2():
     stream = plan_stream([5, IMAGE_TOKEN, 6], [3], window=2, ratio=None)
-    assert stream.position.tolist() == stream.rank.tolist() == [0, 1, 2, 3, 4]
+    assert stream.rank.tolist() == [0, 1, 2, 3, 4]
     assert stream.kind.tolist() == [TEXT, VISUAL, VISUAL, VISUAL, TEXT]
 
 
@@ -69,11 +68,10 @@ def test_one_ratio_for_each_window():
             plan_stream([IMAGE_TOKEN], [8], window=4, ratio=ratios)
 
 
-def test_long_text_is_cut_into_windows_that_change_nothing():
+def test_long_text_is_cut_into_windows():
     cut = plan_stream(np.arange(7), [], window=3, ratio=2)
-    whole = plan_stream(np.arange(7), [], window=9, ratio=2)
-    assert cut.window_start.tolist() == [0, 3, 6]
-    assert cut.position.tolist() == whole.position.tolist() == list(range(7))
+    assert cut.window_start.tolist() == cut.window_memory.tolist() == [0, 3, 6]
+    assert cut.rank.tolist() == list(range(7))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +117,7 @@ def test_batch_of_two_streams_in_groups_of_one_window():
     # Aligned at the last group: the short sample is padding before it.
     assert (batch.kind[:2, 1] == PAD).all()
     assert batch.kind[2, 1].tolist() == [0, 0, 3, 3, 3]
-    assert batch.window_memory[:, 0, 0].tolist() == [0, 1, 2]
+    assert batch.window_memory[:, 0].tolist() == [[0] * 5, [1] * 5, [2, 0, 0, 0, 0]]
     assert batch.last.tolist() == [0, 1]
     assert batch.length.tolist() == [3, 2]
     # The visual token before the beacon is token 8 of 15, its target is 9.
@@ -127,12 +125,18 @@ def test_batch_of_two_streams_in_groups_of_one_window():
     assert batch.label.tolist() == [[9], [6]]
 
 
-def test_batch_in_one_group_places_tokens_in_windows():
+def test_every_token_knows_its_window_in_its_group():
     stream = plan_stream([7, IMAGE_TOKEN, 9], [4], window=2, ratio=2)
     batch = batch_streams([stream])
-    assert batch.window_tokens == 3
-    assert batch.window_start[0, 0].tolist() == [0, 1, 4, 7]
-    assert batch.place[0, 0].tolist() == [0, 3, 4, 5, 6, 7, 8, 9]
+    assert batch.window_start[0, 0].tolist() == [0, 1, 1, 1, 4, 4, 4, 7]
+    assert batch.window_memory[0, 0].tolist() == [0, 1, 1, 1, 2, 2, 2, 3]
+    batch = batch_streams([stream], windows_per_group=2)
+    assert batch.window_start[:, 0].tolist() == [[0, 1, 1, 1], [0, 0, 0, 3]]
+    assert batch.window_memory[:, 0].tolist() == [[0, 1, 1, 1], [2, 2, 2, 3]]
+    # Padding is a window of its own in each place.
+    batch = batch_streams([stream, plan_stream([1], [], window=2, ratio=2)])
+    assert batch.window_start[0, 1].tolist() == list(range(8))
+    assert batch.window_memory[0, 1].tolist() == [0] * 8
 
 
 def test_left_out_sample_is_all_padding():

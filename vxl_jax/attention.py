@@ -1,22 +1,25 @@
-"""Attention in two parts: every query sees the memory and, causally, its own window.
+"""Attention: every query sees the memory before its window and, causally, its own window.
 
-The two parts share one softmax. Scores are made block by block so that they never stand whole in
-memory. Axis letters as in `vxl_jax`: B W Q S M N K G H, with S the keys of the own window, M the
-memory's slots and G = N / K query heads per key head.
+Scores are made tile by tile and never stand whole: one running softmax over all tiles, and scores
+made again in the backward pass (FlashAttention, arXiv 2205.14135). Tiles that none of their queries
+sees are left out. Axis letters as in CONTRIBUTING.md: B T N K H M L, with S a source's keys, R the
+queries of a block, G = N / K query heads per key head.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array, lax
 
-BLOCK_BYTES = 2**27
-"""Float32 scores held at once, in bytes; above it windows, and then queries, are taken in turn."""
-
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-"""Score of a key that is not seen: finite, so that a row with no memory has no NaN."""
+"""Score of a key that is not seen: finite, so that differences of two have no NaN."""
+
+Sources = tuple[tuple[Array, Array], ...]
+"""Keys and values [L, B, K, S, H] of each source of keys: the own windows (L = 1), the memory."""
 
 
 def rope_angles(positions: Array, head_size: int, theta: float) -> tuple[Array, Array]:
@@ -34,99 +37,220 @@ def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
     return rotated.astype(x.dtype)
 
 
+def tile_bytes() -> int:
+    """Bytes of float32 scores in one tile: within a CPU's cache, and enough to fill a GPU."""
+    return 2**21 if jax.default_backend() == "cpu" else 2**28
+
+
 def window_attention(
     q: Array,
     k: Array,
     v: Array,
     memory_keys: Array,
     memory_values: Array,
-    memory_length: Array,
-    block_bytes: int | None = None,
+    layer: Array | int,
+    window_start: Array,
+    window_memory: Array,
+    tile: tuple[int, int] | None = None,
 ) -> Array:
-    """Attend from each window to the memory before it and causally to itself.
+    """Attend from each token to the memory before its window and causally to its window.
 
     Args:
-        q: [B, W, Q, N, H] rotated queries.
-        k: [B, W, Q, K, H] rotated keys of the same windows.
-        v: [B, W, Q, K, H] their values.
-        memory_keys: [B, M, K, H] keys rotated at their memory position.
-        memory_values: [B, M, K, H] their values.
-        memory_length: [B, W] number of leading memory slots that each window sees.
-        block_bytes: bound on the scores held at once, `BLOCK_BYTES` by default.
+        q: [B, T, N, H] rotated queries.
+        k: [B, T, K, H] rotated keys of the same tokens.
+        v: [B, T, K, H] their values.
+        memory_keys: [L, B, K, M, H] keys rotated at their memory position.
+        memory_values: [L, B, K, M, H] their values.
+        layer: which of the L to read.
+        window_start: [B, T] index of the first token of each token's window.
+        window_memory: [B, T] number of leading memory slots that each token sees.
+        tile: most queries and keys of a tile; from `tile_bytes` by default.
 
     Returns:
-        [B, W, Q, N, H] in the dtype of q. Softmax in float32.
+        [B, T, N, H] in the dtype of q. Softmax in float32. Differentiable once, in reverse mode, in
+        q, keys and values.
     """
-    batch, windows, queries, heads, _ = q.shape
-    keys = memory_keys.shape[1] + queries
-    block_bytes = block_bytes or BLOCK_BYTES
-    rows = max(1, block_bytes // (4 * batch * heads * keys))  # queries scored at once
-    windows_at_once = max(1, rows // queries)
-
-    attend = partial(_attend_window, memory_keys, memory_values, rows_at_once=rows)
-    if windows_at_once >= windows:
-        return jax.vmap(attend, in_axes=1, out_axes=1)(q, k, v, memory_length)
-    by_window = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, memory_length)]
-    out = lax.map(
-        jax.checkpoint(lambda window: attend(*window)), by_window, batch_size=windows_at_once
-    )
-    return jnp.moveaxis(out, 0, 1)
+    batch, tokens, heads, head_size = q.shape
+    if tile is None:
+        side = int((tile_bytes() / (4 * batch * heads)) ** 0.5)
+        tile = side, side if tokens > 1 else 4 * side
+    q = rearrange(q * head_size**-0.5, "B T (K G) H -> B K G T H", K=k.shape[2])
+    own = tuple(rearrange(x, "B T K H -> 1 B K T H") for x in (k, v))
+    causal = jnp.broadcast_to(jnp.arange(1, tokens + 1), window_start.shape)
+    first = jnp.stack([window_start, jnp.zeros_like(window_memory)])
+    end = jnp.stack([causal, window_memory])
+    sources = (own, (memory_keys, memory_values))
+    out = _attend(tile, q, sources, (0, layer), first, end)
+    return rearrange(out, "B K G T H -> B T (K G) H")
 
 
-def _attend_window(
-    memory_keys: Array,
-    memory_values: Array,
-    q: Array,
-    k: Array,
-    v: Array,
-    memory_length: Array,
-    *,
-    rows_at_once: int,
-) -> Array:
-    """One window: q [B, Q, N, H], k and v [B, Q, K, H], memory_length [B] -> [B, Q, N, H]."""
-    queries = q.shape[1]
-    index = jnp.arange(queries)
-    if rows_at_once >= queries:
-        return _attend(memory_keys, memory_values, q, k, v, memory_length, index)
-    blocks = -(-queries // rows_at_once)
-    padding = blocks * rows_at_once - queries
-    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    q = rearrange(q, "B (blocks rows) N H -> blocks B rows N H", blocks=blocks)
-    index = jnp.pad(index, (0, padding)).reshape(blocks, rows_at_once)
-    attend = jax.checkpoint(
-        lambda block: _attend(memory_keys, memory_values, block[0], k, v, memory_length, block[1])
-    )
-    out = rearrange(lax.map(attend, (q, index)), "blocks B rows N H -> B (blocks rows) N H")
-    return out[:, :queries]
-
-
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    memory_keys: Array,
-    memory_values: Array,
+    tile: tuple[int, int],
     q: Array,
-    k: Array,
-    v: Array,
-    memory_length: Array,
-    index: Array,
+    sources: Sources,
+    layers: tuple[Array | int, ...],
+    first: Array,
+    end: Array,
 ) -> Array:
-    """Queries at `index` [Q] of a window with keys k [B, S, K, H]; see `_attend_window`."""
-    kv_heads, head_size = k.shape[-2:]
-    # Heads before rows: the products are then batched over B and K without a transposed copy of
-    # the scores, and dividing the output is cheaper than dividing them.
-    q = rearrange(q * head_size**-0.5, "B Q (K G) H -> B K G Q H", K=kv_heads)
-    k, v, memory_keys, memory_values = (
-        rearrange(x, "B S K H -> B K S H") for x in (k, v, memory_keys, memory_values)
-    )
-    score = partial(jnp.einsum, "BKGQH,BKSH->BKGQS", preferred_element_type=jnp.float32)
-    own, past = score(q, k), score(q, memory_keys)
-    own = jnp.where(jnp.arange(own.shape[-1]) <= index[:, None], own, MASKED)
-    seen = jnp.arange(past.shape[-1]) < memory_length[:, None]
-    past = jnp.where(seen[:, None, None, None], past, MASKED)
+    """Attend from q [B, K, G, T, H] to the keys `first` <= i < `end` [source, B, T] of each source.
 
-    highest = jnp.maximum(own.max(-1), past.max(-1, initial=MASKED))[..., None]
-    highest = lax.stop_gradient(highest)
-    own, past = jnp.exp(own - highest), jnp.exp(past - highest)
-    total = own.sum(-1, keepdims=True) + past.sum(-1, keepdims=True)
-    mix = partial(jnp.einsum, "BKGQS,BKSH->BKGQH", preferred_element_type=jnp.float32)
-    out = mix(own.astype(v.dtype), v) + mix(past.astype(v.dtype), memory_values)
-    return rearrange(out / total, "B K G Q H -> B Q (K G) H").astype(k.dtype)
+    Every query has to see at least one key. Returns the shape and dtype of q.
+    """
+    return _forward(tile, q, sources, layers, first, end)[0]
+
+
+def _forward(
+    tile: tuple[int, int],
+    q: Array,
+    sources: Sources,
+    layers: tuple[Array | int, ...],
+    first: Array,
+    end: Array,
+) -> tuple[Array, Any]:
+    def attend_block(block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        q, first, end = block
+
+        def add_tile(state: Any, keys: Array, values: Array, _: Array, seen: Array) -> Any:
+            highest, total, out = state
+            scores = jnp.where(seen, _scores(q, keys), MASKED)
+            new_highest = jnp.maximum(highest, scores.max(-1, keepdims=True))
+            likely, shrink = jnp.exp(scores - new_highest), jnp.exp(highest - new_highest)
+            total = total * shrink + likely.sum(-1, keepdims=True)
+            return new_highest, total, out * shrink + _mix(likely.astype(values.dtype), values)
+
+        zero = jnp.zeros(q.shape, jnp.float32)
+        state = zero[..., :1] + MASKED, zero[..., :1], zero
+        for i, (keys, values) in enumerate(sources):
+            over = partial(_over_tiles, keys, values, layers[i], first[i], end[i], tile[1])
+            state = over(add_tile, state)
+        highest, total, out = state
+        return (out / total).astype(q.dtype), highest + jnp.log(total)
+
+    out, normaliser = lax.map(attend_block, _all_blocks(tile[0], q, first, end))
+    residuals = q, sources, layers, first, end, out, normaliser
+    return _join(out, q.shape[3]), residuals
+
+
+def _backward(tile: tuple[int, int], residuals: Any, gradient: Array) -> tuple[Any, ...]:
+    q, sources, layers, first, end, out, normaliser = residuals
+
+    def attend_block(carry: Any, block: Any) -> tuple[Any, Array]:
+        (q, first, end), gradient, out, normaliser = block
+        gradient_out = (gradient.astype(jnp.float32) * out).sum(-1, keepdims=True)
+
+        def add_tile(state: Any, keys: Array, values: Array, start: Array, seen: Array) -> Any:
+            q_gradient, keys_gradient, values_gradient = state
+            likely = jnp.exp(jnp.where(seen, _scores(q, keys), MASKED) - normaliser)
+            slope = (likely * (_scores(gradient, values) - gradient_out)).astype(q.dtype)
+            likely = likely.astype(q.dtype)
+            return (
+                q_gradient + _mix(slope, keys),
+                _add_at(keys_gradient, start, _mix_back(slope, q)),
+                _add_at(values_gradient, start, _mix_back(likely, gradient)),
+            )
+
+        q_gradient, carry = jnp.zeros(q.shape, jnp.float32), list(carry)
+        for i, (keys, values) in enumerate(sources):
+            over = partial(_over_tiles, keys, values, layers[i], first[i], end[i], tile[1])
+            q_gradient, *carry[i] = over(add_tile, (q_gradient, *carry[i]))
+        return tuple(map(tuple, carry)), q_gradient
+
+    empty = tuple(tuple(jnp.zeros(x.shape[1:], jnp.float32) for x in source) for source in sources)
+    blocks = _all_blocks(tile[0], q, first, end), _query_blocks(gradient, tile[0])
+    source_gradients, q_gradient = lax.scan(attend_block, empty, (*blocks, out, normaliser))
+    source_gradients = tuple(
+        tuple(
+            _put_layer(x, g.astype(x.dtype), layer) for x, g in zip(source, gradients, strict=True)
+        )
+        for source, gradients, layer in zip(sources, source_gradients, layers, strict=True)
+    )
+    return _join(q_gradient, q.shape[3]).astype(q.dtype), source_gradients, None, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _over_tiles(
+    keys: Array,
+    values: Array,
+    layer: Array | int,
+    first: Array,
+    end: Array,
+    most: int,
+    add_tile: Callable[[Any, Array, Array, Array, Array], Any],
+    state: Any,
+) -> Any:
+    """Apply `add_tile(state, keys, values, start, seen)` to the tiles that any query sees.
+
+    first, end: [B, R] range of keys that each query of the block sees. A tile has keys and values
+    [B, K, S', H], which start at `start` of the source, and `seen` [B, 1, 1, R, S'].
+    """
+    size = _even(keys.shape[3], most)
+
+    def step(index: Array, state: Any) -> Any:
+        # The last tile is moved back into bounds; what it has in common with the one before it
+        # is not seen again.
+        start = jnp.minimum(index * size, keys.shape[3] - size)
+        key = start + jnp.arange(size)
+        lowest = jnp.maximum(first, index * size)
+        seen = (lowest[..., None] <= key) & (key < end[..., None])
+        corner = (layer, 0, 0, start, 0)
+        sizes = (1, *keys.shape[1:3], size, keys.shape[4])
+        tile_keys, tile_values = (lax.dynamic_slice(x, corner, sizes)[0] for x in (keys, values))
+        return add_tile(state, tile_keys, tile_values, start, seen[:, None, None])
+
+    return lax.fori_loop(first.min() // size, -(-end.max() // size), step, state)
+
+
+def _even(count: int, most: int) -> int:
+    """Size of the parts when `count` is cut into as few as sizes up to `most` allow."""
+    return -(-count // -(-count // max(1, most)))
+
+
+def _all_blocks(most: int, q: Array, first: Array, end: Array) -> tuple[Array, Array, Array]:
+    """Blocks of queries and of the ranges they see, the last one's repeated to fill a block."""
+    ranges = (_blocks(x, 2, most, "edge") for x in (first, end))
+    return _query_blocks(q, most), *ranges
+
+
+def _query_blocks(x: Array, most: int) -> Array:
+    """[B, K, G, T, H] -> [blocks, B, K, G, R, H], filled up with zeros."""
+    return _blocks(x, 3, most, "constant")
+
+
+def _blocks(x: Array, axis: int, most: int, fill: str) -> Array:
+    """Cut the axis of queries into even blocks, put first."""
+    tokens = x.shape[axis]
+    rows = _even(tokens, most)
+    padding = [(0, -tokens % rows if i == axis else 0) for i in range(x.ndim)]
+    x = jnp.pad(x, padding, mode=fill)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, rows, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _join(blocks: Array, tokens: int) -> Array:
+    """[blocks, B, K, G, R, H] -> [B, K, G, T, H]."""
+    return rearrange(blocks, "blocks B K G R H -> B K G (blocks R) H")[:, :, :, :tokens]
+
+
+def _scores(q: Array, k: Array) -> Array:
+    return jnp.einsum("BKGRH,BKSH->BKGRS", q, k, preferred_element_type=jnp.float32)
+
+
+def _mix(weights: Array, v: Array) -> Array:
+    return jnp.einsum("BKGRS,BKSH->BKGRH", weights, v, preferred_element_type=jnp.float32)
+
+
+def _mix_back(weights: Array, x: Array) -> Array:
+    return jnp.einsum("BKGRS,BKGRH->BKSH", weights, x, preferred_element_type=jnp.float32)
+
+
+def _add_at(total: Array, start: Array, part: Array) -> Array:
+    """Add part [B, K, S', H] to total [B, K, S, H] from `start` of S on."""
+    old = lax.dynamic_slice_in_dim(total, start, part.shape[2], axis=2)
+    return lax.dynamic_update_slice_in_dim(total, old + part, start, axis=2)
+
+
+def _put_layer(like: Array, layer_gradient: Array, layer: Array | int) -> Array:
+    """Zeros like an [L, ...] array but for one layer."""
+    return lax.dynamic_update_slice_in_dim(jnp.zeros_like(like), layer_gradient[None], layer, 0)

@@ -28,29 +28,22 @@ class Group:
 
     is_beacon: Array | None  # [B, T], None where the stream has no beacon
     rank: Array  # [B, T]
-    place: Array  # [B, T]
-    window_index: Array | None  # [B, W * Q] flat token at each place; None if the layouts agree
-    window_memory: Array  # [B, W]
+    window_start: Array  # [B, T]
+    window_memory: Array  # [B, T]
     own_angles: Angles  # [B, T, 1, H/2] at the position in the own window
     memory_angles: Angles  # [B, T, 1, H/2] at the rank
 
 
 def make_group(config: LanguageConfig, streams: StreamBatch) -> Group:
     """Device arrays that all layers share, from a batch whose group axis is taken off."""
-    batch, tokens = streams.kind.shape
-    windows, queries = streams.window_start.shape[1], streams.window_tokens
-    index = None
-    if (windows, queries) != (1, tokens):
-        index = streams.window_start[:, :, None] + jnp.arange(queries)
-        index = jnp.minimum(index.reshape(batch, windows * queries), tokens - 1)
+    offset = jnp.arange(streams.kind.shape[1]) - streams.window_start
     angles = partial(rope_angles, head_size=config.head_size, theta=config.rope_theta)
     return Group(
         is_beacon=streams.kind == BEACON if streams.has_beacons else None,
         rank=streams.rank,
-        place=streams.place,
-        window_index=index,
+        window_start=streams.window_start,
         window_memory=streams.window_memory,
-        own_angles=angles(streams.position),
+        own_angles=angles(streams.window_memory + offset),
         memory_angles=angles(streams.rank),
     )
 
@@ -105,37 +98,19 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Array, Array]:
         """Write the group's persistent tokens into `layer` of the memory, then attend.
 
-        x [B, T, D]; keys and values [L, B, M, K, H]. Returns the output [B, T, D] and the updated
+        x [B, T, D]; keys and values [L, B, K, M, H]. Returns the output [B, T, D] and the updated
         memory. The group's own entries are in the memory before anyone reads it: a window sees only
         the slots before its start.
         """
         q, k, v = self.project(x, group.is_beacon)
         sample = jnp.arange(x.shape[0])[:, None]
-        slot = (layer, sample, group.rank)
-        keys = keys.at[slot].set(rotate(k, group.memory_angles), mode="drop")
-        values = values.at[slot].set(v, mode="drop")
+        slots = (layer, sample, slice(None), group.rank)
+        keys = keys.at[slots].set(rotate(k, group.memory_angles), mode="drop")
+        values = values.at[slots].set(v, mode="drop")
         q, k = rotate(q, group.own_angles), rotate(k, group.own_angles)
-        windows = group.window_memory.shape[1]
-        q, k, v = (_to_windows(y, group.window_index, windows) for y in (q, k, v))
-        out = window_attention(
-            q,
-            k,
-            v,
-            lax.dynamic_index_in_dim(keys, layer, keepdims=False),
-            lax.dynamic_index_in_dim(values, layer, keepdims=False),
-            group.window_memory,
-        )
-        out = out.reshape(x.shape[0], -1, x.shape[-1])
-        if group.window_index is not None:
-            out = _take(out, group.place)
-        return self.o(out), keys, values
-
-
-def _to_windows(x: Array, index: Array | None, windows: int) -> Array:
-    """[B, T, heads, H] -> [B, W, Q, heads, H]."""
-    if index is not None:
-        x = _take(x, index)
-    return x.reshape(x.shape[0], windows, -1, *x.shape[2:])
+        start, seen = group.window_start, group.window_memory
+        out = window_attention(q, k, v, keys, values, layer, start, seen)
+        return self.o(out.reshape(x.shape)), keys, values
 
 
 def _take(x: Array, index: Array) -> Array:
@@ -233,7 +208,7 @@ class LanguageModel(nnx.Module):
         """
         c = self.config.language
         graph, params = nnx.split(self.layers)
-        shape = (1, x.shape[0], capacity, c.kv_heads, c.head_size)
+        shape = (1, x.shape[0], c.kv_heads, capacity, c.head_size)
 
         def body(x: Array, layer_params: Any) -> tuple[Array, None]:
             empty = jnp.zeros(shape, x.dtype)

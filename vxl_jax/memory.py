@@ -14,8 +14,8 @@ from vxl_jax.config import DTYPES, VideoXLConfig
 class Memory:
     """Keys and values of the persistent tokens of B samples, in stream order.
 
-    keys:   [L, B, M, K, H] already rotated at the entry's rank, which is its slot
-    values: [L, B, M, K, H]
+    keys:   [L, B, K, M, H] already rotated at the entry's rank, which is its slot
+    values: [L, B, K, M, H]
     length: [B] int32, slots in use
 
     Writes past the capacity M are dropped by XLA without a word, so the host checks it first
@@ -29,12 +29,12 @@ class Memory:
     @property
     def capacity(self) -> int:
         """Slots for one sample (M)."""
-        return self.keys.shape[2]
+        return self.keys.shape[3]
 
 
 def empty_memory(config: VideoXLConfig, batch: int, capacity: int) -> Memory:
     """Memory of `batch` samples with no entry, in the compute dtype."""
     language = config.language
-    shape = (language.layers, batch, capacity, language.kv_heads, language.head_size)
+    shape = (language.layers, batch, language.kv_heads, capacity, language.head_size)
     dtype = DTYPES[config.dtype]
     return Memory(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))

@@ -18,7 +18,7 @@ from vxl_jax.memory import Memory, empty_memory
 from vxl_jax.stream import IGNORE, StreamBatch
 from vxl_jax.vision import Projector, VisionTower
 
-GROUP_FIELDS = ("kind", "source", "position", "rank", "place", "window_start", "window_memory")
+GROUP_FIELDS = ("kind", "source", "rank", "window_start", "window_memory")
 
 
 FRAME_BLOCK_BYTES = 2**29
@@ -169,21 +169,18 @@ def decode_step(graph: Any, params: Any, memory: Memory, token: Array) -> tuple[
     drop the entry.
     """
     model = nnx.merge(graph, params)
-    one = memory.length[None, :, None]  # [G, B, T] and [G, B, W] alike
+    one = memory.length[None, :, None]  # [G, B, T]
     zero = jnp.zeros_like(one)
     streams = StreamBatch(
         kind=zero,
         source=token[None, :, None],
-        position=one,
         rank=one,
-        place=zero,
         window_start=zero,
         window_memory=one,
         last=zero[0, :, 0],
         length=jnp.ones_like(token),
         label_index=zero[0],
         label=zero[0],
-        window_tokens=1,
         memory=memory.capacity,
         has_beacons=False,
     )

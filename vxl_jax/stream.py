@@ -42,7 +42,6 @@ class Stream:
 
     kind:          [T] TEXT, VISUAL or BEACON
     source:        [T] token id (text), index among the sample's features (visual), 0 (beacon)
-    position:      [T] RoPE position in the own window
     rank:          [T] position among the persistent tokens, which is also the token's memory slot;
                    NO_SLOT for transient tokens
     target:        [T] id that the token should predict, or IGNORE
@@ -52,7 +51,6 @@ class Stream:
 
     kind: np.ndarray
     source: np.ndarray
-    position: np.ndarray
     rank: np.ndarray
     target: np.ndarray
     window_start: np.ndarray
@@ -162,19 +160,18 @@ class _Builder:
     ) -> None:
         self.starts.append(self.tokens)
         self.memory.append(self.kept)
-        position = self.kept + np.arange(len(kind))
         persistent = (kind != VISUAL) | keep_all
         rank = np.where(persistent, self.kept + np.cumsum(persistent) - 1, NO_SLOT)
-        self.parts.append((kind, source, position, rank, target))
+        self.parts.append((kind, source, rank, target))
         self.tokens += len(kind)
         self.kept += int(persistent.sum())
 
     def stream(self) -> Stream:
-        kind, source, position, rank, target = (
+        kind, source, rank, target = (
             np.concatenate(column).astype(np.int32) for column in zip(*self.parts, strict=True)
         )
         starts, memory = np.array(self.starts, np.int32), np.array(self.memory, np.int32)
-        return Stream(kind, source, position, rank, target, starts, memory)
+        return Stream(kind, source, rank, target, starts, memory)
 
 
 def _ratio_function(ratio: Ratio) -> Callable[[int], int | None]:
@@ -207,15 +204,13 @@ def draw_ratio(ratios: Sequence[int], rng: np.random.Generator) -> Callable[[int
 class StreamShape:
     """Padded sizes of a `StreamBatch`: one compilation for each that occurs.
 
-    groups: G; tokens: T of one group; windows: W of one group; window_tokens: Q, the longest
-    window; memory: M, slots for persistent tokens; labels: loss positions of a sample; beacons: 1
-    if there may be beacons, whose projections text alone does not need, else 0.
+    groups: G; tokens: T of one group; memory: M, slots for persistent tokens; labels: loss
+    positions of a sample; beacons: 1 if there may be beacons, whose projections text alone does not
+    need, else 0.
     """
 
     groups: int
     tokens: int
-    windows: int
-    window_tokens: int
     memory: int
     labels: int
     beacons: int
@@ -227,9 +222,7 @@ class StreamShape:
         return cls(
             groups=len(groups),
             tokens=max(stop - start for start, stop in map(_span(stream), groups)),
-            windows=max(last - first for first, last in groups),
-            window_tokens=int(stream.window_lengths.max()),
-            memory=stream.persistent,
+            memory=max(1, stream.persistent),
             labels=max(1, int((stream.target != IGNORE).sum())),
             beacons=int((stream.kind == BEACON).any()),
         )
@@ -264,29 +257,25 @@ class StreamBatch:
     Streams are aligned at their last group, so that the last token of every sample is in group
     G - 1. Padding tokens have kind PAD; nothing that is not padding ever sees them.
 
-    kind, source, position, rank: [G, B, T] int32, see `Stream`
-    place:         [G, B, T] w * Q + offset: where a token stands in the window layout [W, Q]
-    window_start:  [G, B, W] index in the group of each window's first token
-    window_memory: [G, B, W] persistent tokens before each window
+    kind, source, rank: [G, B, T] int32, see `Stream`
+    window_start:  [G, B, T] index in the group of the first token of the token's window
+    window_memory: [G, B, T] persistent tokens before the token's window
     last:          [B] index in the last group of each sample's last token that is no beacon
     length:        [B] persistent tokens of each sample
     label_index:   [B, N] index into the flattened [G * T] tokens of those with a target
     label:         [B, N] their targets; IGNORE for padding
-    window_tokens, memory, has_beacons: static (Q, M, whether beacon projections are needed)
+    memory, has_beacons: static (M, whether beacon projections are needed)
     """
 
     kind: Any
     source: Any
-    position: Any
     rank: Any
-    place: Any
     window_start: Any
     window_memory: Any
     last: Any
     length: Any
     label_index: Any
     label: Any
-    window_tokens: int
     memory: int
     has_beacons: bool
 
@@ -294,7 +283,7 @@ class StreamBatch:
 jax.tree_util.register_dataclass(
     StreamBatch,
     data_fields=[f.name for f in fields(StreamBatch) if f.type is Any],
-    meta_fields=["window_tokens", "memory", "has_beacons"],
+    meta_fields=["memory", "has_beacons"],
 )
 
 
@@ -323,11 +312,12 @@ def batch_streams(
         if shape.union(small) != shape:
             raise ValueError(f"a stream needs {small}, more than the batch's {shape}")
 
-    g, b, t, w = shape.groups, len(streams), shape.tokens, shape.windows
-    token_fields = {name: np.zeros((g, b, t), np.int32) for name in ("source", "position", "place")}
+    g, b, t = shape.groups, len(streams), shape.tokens
+    token_fields = {name: np.zeros((g, b, t), np.int32) for name in ("source", "window_memory")}
     token_fields["kind"] = np.full((g, b, t), PAD, np.int32)
     token_fields["rank"] = np.full((g, b, t), NO_SLOT, np.int32)
-    window_start, window_memory = np.zeros((2, g, b, w), np.int32)
+    # Padding is a window of its own in each place, and sees itself alone.
+    token_fields["window_start"] = np.tile(np.arange(t, dtype=np.int32), (g, b, 1))
     last, length = np.zeros((2, b), np.int32)
     label_index = np.zeros((b, shape.labels), np.int32)
     label = np.full((b, shape.labels), IGNORE, np.int32)
@@ -336,17 +326,18 @@ def batch_streams(
             continue
         groups = _groups(stream, windows_per_group)
         flat_index = np.zeros(stream.length, np.int32)
+        window = np.repeat(np.arange(len(stream.window_start)), stream.window_lengths)
         for group, (first, final) in enumerate(groups, start=g - len(groups)):
             start, stop = _span(stream)((first, final))
-            for name in ("kind", "source", "position", "rank"):
-                token_fields[name][group, i, : stop - start] = getattr(stream, name)[start:stop]
-            starts = stream.window_start[first:final] - start
-            lengths = stream.window_lengths[first:final]
-            window_start[group, i, : final - first] = starts
-            window_memory[group, i, : final - first] = stream.window_memory[first:final]
-            offset = np.arange(stop - start) - np.repeat(starts, lengths)
-            place = np.repeat(np.arange(final - first) * shape.window_tokens, lengths) + offset
-            token_fields["place"][group, i, : stop - start] = place
+            of_token = {
+                "kind": stream.kind,
+                "source": stream.source,
+                "rank": stream.rank,
+                "window_start": stream.window_start[window] - start,
+                "window_memory": stream.window_memory[window],
+            }
+            for name, values in of_token.items():
+                token_fields[name][group, i, : stop - start] = values[start:stop]
             flat_index[start:stop] = group * t + np.arange(stop - start)
             # After an image, the last raw token predicts what follows, not the beacon behind it.
             last[i] = np.flatnonzero(stream.kind[start:stop] != BEACON)[-1]
@@ -356,13 +347,10 @@ def batch_streams(
         label[i, : len(labelled)] = stream.target[labelled]
     return StreamBatch(
         **token_fields,
-        window_start=window_start,
-        window_memory=window_memory,
         last=last,
         length=length,
         label_index=label_index,
         label=label,
-        window_tokens=shape.window_tokens,
         memory=shape.memory,
         has_beacons=bool(shape.beacons),
     )

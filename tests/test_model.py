@@ -1,7 +1,6 @@
 """The network against an independent NumPy implementation, and invariants no reference can give."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp

@@ -19,6 +19,15 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def exact_products():
+    """Matrix products in full float32 wherever the tests run."""
+    import jax
+
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 MEDIA = ("tile", "wide", "grid", "needle", "pair")
 
 

@@ -25,13 +25,9 @@ from vxl_jax.model import (
 )
 from vxl_jax.stream import IGNORE, IMAGE_TOKEN, PAD, StreamShape, batch_streams, plan_stream
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 I = IMAGE_TOKEN
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,9 @@ from vxl_jax.config import VideoXLConfig, tiny
 from vxl_jax.model import VideoXL, prefill
 from vxl_jax.stream import IGNORE, IMAGE_TOKEN, batch_streams, plan_stream
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 MICRO = Path(__file__).parent / "golden" / "micro"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact_products():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -210,8 +210,7 @@ def _even(count: int, most: int) -> int:
 
 def _all_blocks(most: int, q: Array, first: Array, end: Array) -> tuple[Array, Array, Array]:
     """Blocks of queries and of the ranges they see, the last one's repeated to fill a block."""
-    ranges = (_blocks(x, 2, most, "edge") for x in (first, end))
-    return _query_blocks(q, most), *ranges
+    return _query_blocks(q, most), _blocks(first, 2, most, "edge"), _blocks(end, 2, most, "edge")
 
 
 def _query_blocks(x: Array, most: int) -> Array:

@@ -307,16 +307,6 @@ def probe_video(path: str | Path, num_threads: int = 1) -> VideoInfo:
     return VideoInfo(frames=len(reader), fps=fps, width=width, height=height)
 
 
-def load_video(path: str | Path, indices: Sequence[int], num_threads: int = 1) -> np.ndarray:
-    """Decodes frames of a video at their own size: uint8 [F, H, W, 3].
-
-    Arguments and errors as for `load_video_frames`, which needs far less memory for large frames.
-    """
-    reader = _open_video(path, num_threads)
-    _check_indices(reader, path, indices)
-    return np.stack(_read_frames(reader, path, indices))
-
-
 def load_video_frames(
     path: str | Path, indices: Sequence[int], size: int, num_threads: int = 1
 ) -> np.ndarray:

@@ -129,5 +129,6 @@ def to_published(params: dict[str, Any], config: VideoXLConfig) -> dict[str, np.
         value = flat[row.ours]
         layers = value if row.layers else value[None]
         for name, layer in zip(row.names(), layers, strict=True):
-            named[name] = row.layout.to_theirs(layer)
+            # safetensors would store the memory of a transposed view, in the wrong order.
+            named[name] = np.ascontiguousarray(row.layout.to_theirs(layer))
     return named

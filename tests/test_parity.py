@@ -73,6 +73,77 @@ def test_tensors_and_cases_that_nothing_compares_fail(tmp_path, capsys):
     assert "a case cannot be run (KeyError: 'ratio')" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def made_set(model, tmp_path_factory):
+    """A set of the other kinds of case: drawn frames, thinned tensors, a picture, training."""
+    draw = np.random.RandomState(7)
+    highest = model.config.language.vocab_size - 12
+    prefix, suffix = (draw.randint(0, highest, n).tolist() for n in (3, 4))
+    frames = (draw.randint(-128, 128, (4, 3, 112, 112)) / 64).astype(np.float32)
+
+    def encode(frames, model=model):
+        return model.encode(frames.transpose(0, 2, 3, 1)[None])[0]
+
+    ids, labels = [*prefix, IMAGE_TOKEN, *suffix], [IGNORE] * 5 + suffix[1:]
+    stream = plan_stream(ids, [64], window=160, ratio=[8], labels=labels)
+    loss, gradients = loss_and_gradients(model, stream, lambda model: encode(frames, model))
+    a_name = "model.layers.1.self_attn.beacon_v_proj.weight"
+    directory = tmp_path_factory.mktemp("made")
+    save_file(
+        {
+            "drawn/visual_features": np.asarray(encode(frames))[::5].copy(),
+            "input/picture": frames[:3],
+            "picture/visual_features": np.asarray(encode(frames[1:3])),
+            "train/loss": np.array([loss], np.float32),
+            f"train/grad/{a_name}": gradients[a_name],
+        },
+        directory / "golden.safetensors",
+    )
+    norms = {name: float(np.linalg.norm(g)) for name, g in gradients.items()}
+    train = {"name": "train", "window_ratios": [8], "labels": labels, "grad_norms": norms}
+    picture = {"name": "picture", "frames": "picture", "modality": "image", "ratio": 4}
+    meta = {
+        "prefix": prefix,
+        "suffix": suffix,
+        "frames": {"seed": 7, "n": 4, "size": 112},
+        "cases": [{"name": "drawn", "ratio": 4}, picture, train],
+    }
+    (directory / "golden.json").write_text(json.dumps(meta))
+    return directory
+
+
+def test_drawn_frames_pictures_and_training_cases(made_set, model, capsys):
+    assert parity.main([str(MICRO / "hf"), str(made_set)]) == 0
+    gradients = len(table_names(model.config))
+    assert f"{4 + gradients} tensors, 0 failed" in capsys.readouterr().out
+
+
+def test_wrong_losses_gradients_and_pictures_fail(made_set, model, tmp_path, capsys):
+    tensors = load_file(made_set / "golden.safetensors")
+    for name in tensors:
+        if not name.startswith("input/"):
+            tensors[name] = tensors[name] * np.float32(1.0002)
+    save_file(tensors, tmp_path / "golden.safetensors")
+    meta = json.loads((made_set / "golden.json").read_text())
+    norms = meta["cases"][2]["grad_norms"]
+    meta["cases"][2]["grad_norms"] = {name: 1.0002 * norm for name, norm in norms.items()}
+    (tmp_path / "golden.json").write_text(json.dumps(meta))
+    assert parity.main([str(MICRO / "hf"), str(tmp_path)]) == 1
+    output = capsys.readouterr().out
+    passed = [line for line in output.splitlines() if line.startswith("ok")]
+    # The tower's biases of keys (`parity.ZERO_GRADIENT`), and the last layer's beacon queries.
+    assert len(passed) == 5
+    assert all(line.endswith("zero but for rounding") for line in passed)
+    meta["frames"]["seed"] = 8
+    (tmp_path / "golden.json").write_text(json.dumps(meta))
+    assert parity.main([str(MICRO / "hf"), str(tmp_path)]) == 2
+    assert "the seed does not give the stated prefix" in capsys.readouterr().err
+
+
+def table_names(config):
+    return [name for row in table(config) for name in row.names()]
+
+
 def test_thinned_tensors_are_compared_with_the_step_that_was_used():
     ours = np.random.default_rng(0).normal(size=(2, 9, 4))
     assert parity.compare_thinned("keys", ours, ours[:, ::7], axis=1).passed
@@ -104,6 +175,26 @@ def _logits(model, streams, visual):
     return model.logits(model(streams, visual))
 
 
+def loss_and_gradients(model, stream, visual_of):
+    """Mean loss over the targets and all gradients by published name.
+
+    visual_of: function from the model to visual features [V, D].
+    """
+    graph, params = nnx.split(model)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss_of(params):
+        model = nnx.merge(graph, params)
+        logits = _logits(model, batch_streams([stream]), visual_of(model)[None])[0]
+        rows = np.flatnonzero(stream.target != IGNORE)
+        chosen = jax.nn.log_softmax(logits[rows])[np.arange(len(rows)), stream.target[rows]]
+        return -chosen.mean()
+
+    loss, gradients = loss_of(params)
+    return float(loss), to_published(nnx.to_pure_dict(gradients), model.config)
+
+
 @pytest.mark.parametrize("case", ["train_r8", "train_step"])
 def test_language_model_loss_and_gradients(case, model, language):
     meta, tensors = language
@@ -115,21 +206,8 @@ def test_language_model_loss_and_gradients(case, model, language):
         ratio=info["window_ratios"],
         labels=info["labels"],
     )
-    streams = batch_streams([stream])
-    graph, params = nnx.split(model)
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss_of(params):
-        model = nnx.merge(graph, params)
-        logits = model.logits(model(streams, tensors["visual_features"][None]))[0]
-        rows = np.flatnonzero(stream.target != IGNORE)
-        chosen = jax.nn.log_softmax(logits[rows])[np.arange(len(rows)), stream.target[rows]]
-        return -chosen.mean()
-
-    loss, gradients = loss_of(params)
-    assert float(loss) == pytest.approx(float(tensors[f"{case}/loss"][0]), rel=1e-5)
-    ours = to_published(nnx.to_pure_dict(gradients), model.config)
+    loss, ours = loss_and_gradients(model, stream, lambda model: tensors["visual_features"])
+    assert loss == pytest.approx(float(tensors[f"{case}/loss"][0]), rel=1e-5)
     compared = [name for name in tensors if name.startswith(f"{case}/grad/")]
     assert len(compared) == 4
     for name in compared:
@@ -150,7 +228,7 @@ def test_the_table_covers_every_parameter_once():
         model = nnx.eval_shape(lambda config=config: VideoXL(config, rngs=nnx.Rngs(0)))
         paths = [path for path, _ in nnx.state(model).flat_state()]
         assert sorted(paths) == sorted(row.ours for row in table(config))
-        names = [name for row in table(config) for name in row.names()]
+        names = table_names(config)
         assert len(names) == len(set(names))
 
 

@@ -6,6 +6,7 @@ sees are left out. Axis letters as in CONTRIBUTING.md: B T N K H M L, with S a s
 queries of a block, G = N / K query heads per key head.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -38,7 +39,7 @@ def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
 
 
 def tile_bytes() -> int:
-    """Bytes of float32 scores in one tile: within a CPU's cache, and enough to fill a GPU."""
+    """Bytes of float32 scores in one tile: within a CPU's cache, or enough to fill a GPU."""
     return 2**21 if jax.default_backend() == "cpu" else 2**28
 
 
@@ -72,8 +73,9 @@ def window_attention(
     """
     batch, tokens, heads, head_size = q.shape
     if tile is None:
-        side = int((tile_bytes() / (4 * batch * heads)) ** 0.5)
-        tile = side, side if tokens > 1 else 4 * side
+        scores = tile_bytes() // (4 * batch * heads)
+        rows = max(1, min(tokens, math.isqrt(scores)))
+        tile = rows, max(1, scores // rows)
     q = rearrange(q * head_size**-0.5, "B T (K G) H -> B K G T H", K=k.shape[2])
     own = tuple(rearrange(x, "B T K H -> 1 B K T H") for x in (k, v))
     causal = jnp.broadcast_to(jnp.arange(1, tokens + 1), window_start.shape)
@@ -112,6 +114,7 @@ def _forward(
         q, first, end = block
 
         def add_tile(state: Any, keys: Array, values: Array, _: Array, seen: Array) -> Any:
+            # What a query has summed before it saw any key is shrunk to nothing when it sees one.
             highest, total, out = state
             scores = jnp.where(seen, _scores(q, keys), MASKED)
             new_highest = jnp.maximum(highest, scores.max(-1, keepdims=True))
@@ -128,12 +131,17 @@ def _forward(
         return (out / total).astype(q.dtype), highest + jnp.log(total)
 
     out, normaliser = lax.map(attend_block, _all_blocks(tile[0], q, first, end))
-    residuals = q, sources, layers, first, end, out, normaliser
-    return _join(out, q.shape[3]), residuals
+    # Of a memory of many layers, the backward pass needs the one that was read.
+    read = tuple(
+        tuple(lax.dynamic_index_in_dim(x, layer) for x in source)
+        for source, layer in zip(sources, layers, strict=True)
+    )
+    empty = jax.tree.map(lambda x: x[..., :0], sources)  # how many layers there were
+    return _join(out, q.shape[3]), (q, read, empty, layers, first, end, out, normaliser)
 
 
 def _backward(tile: tuple[int, int], residuals: Any, gradient: Array) -> tuple[Any, ...]:
-    q, sources, layers, first, end, out, normaliser = residuals
+    q, sources, empty, layers, first, end, out, normaliser = residuals
 
     def attend_block(carry: Any, block: Any) -> tuple[Any, Array]:
         (q, first, end), gradient, out, normaliser = block
@@ -152,18 +160,16 @@ def _backward(tile: tuple[int, int], residuals: Any, gradient: Array) -> tuple[A
 
         q_gradient, carry = jnp.zeros(q.shape, jnp.float32), list(carry)
         for i, (keys, values) in enumerate(sources):
-            over = partial(_over_tiles, keys, values, layers[i], first[i], end[i], tile[1])
+            over = partial(_over_tiles, keys, values, 0, first[i], end[i], tile[1])
             q_gradient, *carry[i] = over(add_tile, (q_gradient, *carry[i]))
         return tuple(map(tuple, carry)), q_gradient
 
-    empty = tuple(tuple(jnp.zeros(x.shape[1:], jnp.float32) for x in source) for source in sources)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], jnp.float32), sources)
     blocks = _all_blocks(tile[0], q, first, end), _query_blocks(gradient, tile[0])
-    source_gradients, q_gradient = lax.scan(attend_block, empty, (*blocks, out, normaliser))
+    source_gradients, q_gradient = lax.scan(attend_block, zeros, (*blocks, out, normaliser))
     source_gradients = tuple(
-        tuple(
-            _put_layer(x, g.astype(x.dtype), layer) for x, g in zip(source, gradients, strict=True)
-        )
-        for source, gradients, layer in zip(sources, source_gradients, layers, strict=True)
+        tuple(_put_layer(like, x, layer) for like, x in zip(likes, gradients, strict=True))
+        for likes, gradients, layer in zip(empty, source_gradients, layers, strict=True)
     )
     return _join(q_gradient, q.shape[3]).astype(q.dtype), source_gradients, None, None, None
 
@@ -183,12 +189,15 @@ def _over_tiles(
 ) -> Any:
     """Apply `add_tile(state, keys, values, start, seen)` to the tiles that any query sees.
 
-    first, end: [B, R] range of keys that each query of the block sees. A tile has keys and values
-    [B, K, S', H], which start at `start` of the source, and `seen` [B, 1, 1, R, S'].
+    first, end: [B, R] range of keys that each query of the block sees. most: keys of a tile. A tile
+    has keys and values [B, K, S', H], which start at `start` of the source, and `seen`
+    [B, 1, 1, R, S'].
     """
+    if keys.shape[3] == 0:
+        return state
     size = _even(keys.shape[3], most)
 
-    def step(index: Array, state: Any) -> Any:
+    def step(index: Array | int, state: Any) -> Any:
         # The last tile is moved back into bounds; what it has in common with the one before it
         # is not seen again.
         start = jnp.minimum(index * size, keys.shape[3] - size)
@@ -200,6 +209,8 @@ def _over_tiles(
         tile_keys, tile_values = (lax.dynamic_slice(x, corner, sizes)[0] for x in (keys, values))
         return add_tile(state, tile_keys, tile_values, start, seen[:, None, None])
 
+    if size == keys.shape[3]:  # a loop whose length the device decides costs more than it saves
+        return step(0, state)
     return lax.fori_loop(first.min() // size, -(-end.max() // size), step, state)
 
 
@@ -250,6 +261,7 @@ def _add_at(total: Array, start: Array, part: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(total, old + part, start, axis=2)
 
 
-def _put_layer(like: Array, layer_gradient: Array, layer: Array | int) -> Array:
-    """Zeros like an [L, ...] array but for one layer."""
-    return lax.dynamic_update_slice_in_dim(jnp.zeros_like(like), layer_gradient[None], layer, 0)
+def _put_layer(like: Array, gradient: Array, layer: Array | int) -> Array:
+    """[B, K, S, H] -> [L, B, K, S, H] with zeros in the other layers; `like` gives L and dtype."""
+    zeros = jnp.zeros((like.shape[0], *gradient.shape), like.dtype)
+    return lax.dynamic_update_index_in_dim(zeros, gradient.astype(like.dtype), layer, 0)

@@ -2,9 +2,10 @@
 
     python -m convert.parity HF_DIR GOLDEN_DIR
 
-HF_DIR is a checkpoint in the published layout. GOLDEN_DIR holds `golden.json` (the cases) and
-`golden.safetensors` (their inputs and outputs); `docs/parity.md` describes the format. Prints a row
-a tensor, and exits 1 if a relative error ‖ours − golden‖ / ‖golden‖ is over 1e-4 or ids differ.
+HF_DIR is a checkpoint, in the published layout or converted. GOLDEN_DIR holds `golden.json` (the
+cases) and `golden.safetensors` (their inputs and outputs); `docs/parity.md` describes the format.
+Prints a row a tensor, and exits 1 if a relative error ‖ours − golden‖ / ‖golden‖ is over 1e-4 or
+ids differ.
 """
 
 import argparse
@@ -22,13 +23,14 @@ from jax.typing import ArrayLike
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from convert.names import to_published
-from convert.published import CheckpointError, load_published, read_json
 from vxl_jax.attention import rope_angles, rotate
+from vxl_jax.checkpoint import load
 from vxl_jax.config import ConfigError
 from vxl_jax.generate import generate
 from vxl_jax.model import VideoXL, loss_and_metrics, prefill
+from vxl_jax.names import to_published
 from vxl_jax.stream import BEACON, IMAGE_TOKEN, Stream, batch_streams, plan_stream
+from vxl_jax.tensors import CheckpointError, read_json
 
 TOLERANCE = 1e-4
 
@@ -236,8 +238,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = []
     try:
+        model = load(options.hf_dir, dtype="float32", param_dtype="float32")
         with jax.default_matmul_precision("highest"):
-            for row in check(load_published(options.hf_dir), Golden(options.golden_dir)):
+            for row in check(model, Golden(options.golden_dir)):
                 rows.append(row)
                 mark = "ok  " if row.passed else "FAIL"
                 print(f"{mark} {row.error:9.2e}  {row.name}  {row.note}".rstrip(), flush=True)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.names import to_published
 from tests.oracle import Oracle
 from vxl_jax import attention
 from vxl_jax import model as model_module
@@ -23,6 +22,7 @@ from vxl_jax.model import (
     scan_groups,
     take_group,
 )
+from vxl_jax.names import to_published
 from vxl_jax.stream import IGNORE, IMAGE_TOKEN, PAD, StreamShape, batch_streams, plan_stream
 
 pytestmark = pytest.mark.usefixtures("exact_products")

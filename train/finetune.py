@@ -22,7 +22,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from convert.published import CheckpointError, load_published, read_config
 from train.batches import Bucket, Epochs, Loader, WorkerError, bucket_of, load_batches
 from train.config import TrainConfig, compare, load_config, save_config
 from train.evaluate import accuracy, answer_questions, chance
@@ -38,8 +37,11 @@ from train.step import (
     update,
 )
 from vxl_jax.chat import encode_prompt
+from vxl_jax.checkpoint import load
 from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig, cross_check_vocabulary
 from vxl_jax.model import VideoXL, parameter_count
+from vxl_jax.published import read_config
+from vxl_jax.tensors import CheckpointError
 
 
 class TrainingError(RuntimeError):
@@ -286,7 +288,7 @@ def check_same_samples(run_dir: Path, samples: list[Sample], step: int) -> None:
 def make_model(config: TrainConfig, model_config: VideoXLConfig) -> VideoXL:
     """Published weights, or random ones from the run's seed."""
     if config.model.checkpoint is not None:
-        return load_published(config.model.checkpoint, **config.model.changes())
+        return load(config.model.checkpoint, **config.model.changes())
     return random_model(model_config, config.run.seed)
 
 

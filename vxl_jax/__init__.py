@@ -5,6 +5,7 @@ shape comment uses.
 """
 
 from vxl_jax.chat import encode_caption, encode_conversation, encode_prompt
+from vxl_jax.checkpoint import load
 from vxl_jax.config import ConfigError, LanguageConfig, VideoXLConfig, VisionConfig
 from vxl_jax.generate import Sampling
 from vxl_jax.memory import Memory, empty_memory
@@ -29,6 +30,7 @@ __all__ = [
     "encode_caption",
     "encode_conversation",
     "encode_prompt",
+    "load",
     "loss_and_metrics",
     "plan_stream",
     "prefill",

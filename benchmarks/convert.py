@@ -1,0 +1,129 @@
+"""Seconds and peak memory of conversion, beside `cp` of the same bytes, in one run.
+
+    python -m benchmarks.convert                 # 3 layers of the 7B shapes: 4.3 GB in bfloat16
+    python -m benchmarks.convert --layers 28     # all of it: 16.8 GB
+
+Makes a sharded checkpoint in the published layout with the real 7B tensor shapes and random weights
+in a temporary directory, and runs in turn, each in a process of its own: `cp`, `convert.from_hf`,
+`cp`, `convert.to_hf`. The least seconds of all rounds and the largest memory count. Needs four
+times the checkpoint's bytes on the disk. Writes benchmarks/results/convert.json.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.core import RESULTS, machine
+from convert.writing import Planned, published_config, write_json, write_shards, write_tower
+from vxl_jax.checkpoint import abstract_params
+from vxl_jax.config import LanguageConfig, VideoXLConfig
+from vxl_jax.names import table
+
+LIMIT = 1.3, 2e9
+"""Most memory that conversion may take: times the checkpoint's bytes, plus bytes."""
+
+
+def make_checkpoint(directory: Path, layers: int) -> int:
+    """Write a checkpoint with random weights; returns its bytes."""
+    directory.mkdir()
+    config = VideoXLConfig(language=LanguageConfig(layers=layers), param_dtype="bfloat16")
+    write_json(directory / "config.json", published_config(config))
+    write_tower(config.vision, directory)
+    _, shapes = abstract_params(config)
+    block = np.random.default_rng(0).integers(0, 2**16, 2**24, np.uint16)
+    block &= 0xBFFF  # no exponent of all ones: finite weights
+
+    def pieces(size: int) -> Iterator[np.ndarray]:
+        for start in range(0, size, len(block)):
+            yield block[: min(len(block), size - start)]
+
+    planned = []
+    for row in table(config):
+        shape = shapes[row.ours].shape[1 if row.layers else 0 :]
+        shape = row.layout.to_theirs(np.broadcast_to(np.int8(0), shape)).shape
+        for name in row.names():
+            size = int(np.prod(shape))
+            planned.append(Planned(name, "BF16", shape, lambda size=size: pieces(size)))
+    write_shards(directory, planned, 5 * 10**9, lambda size: None)
+    return sum(tensor.bytes for tensor in planned)
+
+
+def measure(command: list[str]) -> dict[str, float]:
+    """Seconds and peak resident memory of a process."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    error = process.stderr.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{error}")
+    return {"seconds": time.perf_counter() - began, "peak_bytes": usage.ru_maxrss * 1024}
+
+
+def main() -> None:
+    """Run all, print a table, write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=3, help="of the language model")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--directory", type=Path, help="where to work (default: a temporary one)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+        source, copy, ours, back = (Path(folder) / name for name in ("hf", "copy", "ours", "back"))
+        size = make_checkpoint(source, options.layers)
+        python = [sys.executable, "-m"]
+        commands = {
+            "from_hf": (source, [*python, "convert.from_hf", str(source), str(ours)], ours),
+            "to_hf": (ours, [*python, "convert.to_hf", str(ours), str(back)], back),
+        }
+        rounds: dict[str, list[Any]] = {name: [] for name in ("cp", *commands)}
+        for _ in range(options.rounds):
+            for made in (ours, back):
+                shutil.rmtree(made, ignore_errors=True)
+            for name, (read, command, _) in commands.items():
+                rounds["cp"].append(measure(["cp", "-r", str(read), str(copy)]))
+                shutil.rmtree(copy)
+                rounds[name].append(measure(command))
+    results = {
+        name: {
+            "seconds": min(r["seconds"] for r in runs),
+            "peak_bytes": max(r["peak_bytes"] for r in runs),
+        }
+        for name, runs in rounds.items()
+    }
+    print(
+        f"{size / 1e9:.2f} GB of weights; memory limit {(LIMIT[0] * size + LIMIT[1]) / 1e9:.2f} GB"
+    )
+    print(f"{'':10}{'seconds':>9}{'times cp':>10}{'peak GB':>9}")
+    for name, values in results.items():
+        values["times_cp"] = values["seconds"] / results["cp"]["seconds"]
+        print(
+            f"{name:10}{values['seconds']:9.2f}{values['times_cp']:10.2f}"
+            f"{values['peak_bytes'] / 1e9:9.2f}"
+        )
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "convert.json"
+    write_json(
+        path,
+        {
+            "command": "python -m benchmarks.convert " + " ".join(sys.argv[1:]),
+            "machine": machine(),
+            "weights_bytes": size,
+            "layers": options.layers,
+            "results": results,
+        },
+    )
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Convert a checkpoint in the published layout into one of this library.
+
+    python -m convert.from_hf SRC DST [--dtype bfloat16] [--vision DIR]
+
+SRC has config.json, tokenizer files, and one or several safetensors files. DST is enough by itself
+for generation and training; `vxl_jax.checkpoint` describes it. Every tensor is accounted for before
+anything is written.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from safetensors.numpy import save_file
+
+from convert.command import run
+from convert.writing import check_apart, copy_files, new_directory, progress_bar, set_dtype, watched
+from vxl_jax.checkpoint import PARAMS, UNUSED, Shapes, abstract_params, save_params
+from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.names import Row, is_unused, table
+from vxl_jax.published import read_config
+from vxl_jax.tensors import (
+    CheckpointError,
+    Tensor,
+    as_dtype,
+    check_finite,
+    check_tensors,
+    find_tensors,
+    not_finite,
+    raise_problems,
+    read_part,
+    stored_dtype,
+)
+
+
+def convert_from_hf(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: str | None = None,
+    vision: str | Path | None = None,
+    ignore: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Convert `source`, in the published layout, into `destination`.
+
+    Args:
+        source: directory with config.json and safetensors files.
+        destination: directory that is made, whole or not at all.
+        dtype: float32 or bfloat16; that of the source if None.
+        vision: directory with the vision tower's config.json, where the source does not have it and
+            its `mm_vision_tower` is not a tower known by name.
+        ignore: regular expression; tensors whose whole name it matches are left out.
+        overwrite: replace a checkpoint at `destination`.
+
+    Raises: CheckpointError that lists every missing, unexpected, duplicate or misshapen tensor, and
+        every one whose weights are not finite, before anything is written.
+    """
+    source, destination = Path(source), Path(destination)
+    check_apart(source, destination)
+    left_out: set[str] = set()
+    tensors, problems = find_tensors(source, partial(_leave_out, _pattern(ignore), left_out))
+    config = read_config(source, vision=vision, param_dtype=dtype or stored_dtype(tensors))
+    _, shapes = abstract_params(config)
+    problems += check_tensors(
+        tensors, table(config), shapes, lambda name: is_unused(name, config), dtype
+    )
+    if problems:
+        raise_problems(source, problems + not_finite(tensors))
+    for name in sorted(left_out):
+        print(f"left out {name} (--ignore)", file=sys.stderr)
+
+    def write_files(part: Path) -> None:
+        copy_files(source, part, vision)
+        if dtype:
+            set_dtype(part, dtype)
+
+    write_checkpoint(
+        source, destination, tensors, config, shapes, write_files, overwrite, unused_dtype=dtype
+    )
+
+
+def _pattern(ignore: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if ignore is None else re.compile(ignore)
+    except re.error as error:
+        raise CheckpointError(f"--ignore {ignore!r}: not a regular expression ({error})") from error
+
+
+def _leave_out(pattern: re.Pattern[str] | None, left_out: set[str], name: str) -> bool:
+    if pattern is None or not pattern.fullmatch(name):
+        return False
+    left_out.add(name)
+    return True
+
+
+def write_checkpoint(
+    source: Path,
+    destination: Path,
+    tensors: dict[str, Tensor],
+    config: VideoXLConfig,
+    shapes: Shapes,
+    write_files: Callable[[Path], None],
+    overwrite: bool,
+    unused_dtype: str | None,
+) -> None:
+    """Read tensors that have been checked, and write a checkpoint of `config.param_dtype`.
+
+    write_files: writes everything but the weights into the directory it is given. unused_dtype: of
+    the tensors that the network never reads; as they are stored if None.
+    """
+    rows = table(config)
+    dtype = DTYPES[config.param_dtype]
+    used = {name for row in rows for name in row.names()}
+    unused = {name: tensor for name, tensor in tensors.items() if name not in used}
+    size = sum(struct.size * struct.dtype.itemsize for struct in shapes.values())
+    size += sum(tensor.bytes for tensor in unused.values())
+    with new_directory(destination, size, overwrite) as part:
+        problems: list[str] = []
+        with progress_bar("reading", sum(t.bytes for t in tensors.values())) as bar:
+            params = {
+                row.ours: read_part(row, tensors, _whole(shapes, row), dtype, problems, bar.update)
+                for row in rows
+            }
+            kept = {}
+            for name, tensor in unused.items():
+                values = tensor.read()
+                check_finite(name, tensor, values, problems)
+                bar.update(values.nbytes)
+                kept[name] = as_dtype(values, tensor, unused_dtype).copy()
+        raise_problems(source, problems)
+        write_files(part)
+        if kept:
+            save_file(kept, part / UNUSED)
+        with progress_bar("writing", size) as bar, watched(part, bar):
+            save_params(part / PARAMS, params)
+
+
+def _whole(shapes: Shapes, row: Row) -> tuple[slice, ...]:
+    return tuple(slice(0, size) for size in shapes[row.ours].shape)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint to read")
+    parser.add_argument("destination", type=Path, metavar="DST", help="directory to make")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the weights; default: SRC's")
+    parser.add_argument(
+        "--vision", type=Path, metavar="DIR", help="directory of the tower's config"
+    )
+    parser.add_argument("--ignore", metavar="REGEX", help="leave out tensors with such a name")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at DST")
+    options = parser.parse_args(arguments)
+    return run(lambda: convert_from_hf(**vars(options)), f"wrote {options.destination}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Start a new Video-XL from a Qwen2 and a CLIP checkpoint.
+
+    python -m convert.init QWEN_DIR CLIP_DIR DST [--projector FILE_OR_RUN] [--seed 0]
+
+QWEN_DIR (such as Qwen2-7B-Instruct) and CLIP_DIR (such as clip-vit-large-patch14-336) have
+config.json and safetensors. Beacon projections start as copies of q, k and v, the beacon embedding
+as that of the end-of-sequence token; the projector is new, or comes from a first stage of training.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.command import run
+from convert.from_hf import write_checkpoint
+from convert.sources import open_source
+from convert.writing import check_apart, copy_small_files, published_config, write_json, write_tower
+from vxl_jax.checkpoint import abstract_params
+from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.names import is_unused, table
+from vxl_jax.published import Fields, read_language, read_vision
+from vxl_jax.tensors import (
+    STORED_NAME,
+    CheckpointError,
+    Tensor,
+    check_tensors,
+    find_tensors,
+    not_finite,
+    raise_problems,
+    read_json,
+    stored_dtype,
+    tensors_of,
+)
+
+TOWER_PREFIX = "model.vision_tower.vision_tower."
+NOT_OF_THE_TOWER = r"text_model\..*|logit_scale|(text|visual)_projection\.weight"
+"""Tensors of CLIP that a Video-XL has no use for."""
+
+PROJECTOR = "model.mm_projector."
+
+
+def init_checkpoint(
+    qwen: str | Path,
+    clip: str | Path,
+    destination: str | Path,
+    *,
+    projector: str | Path | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Assemble a new Video-XL in `destination`.
+
+    Args:
+        qwen: directory of a Qwen2 checkpoint with its tokenizer.
+        clip: directory of a CLIP checkpoint, or of its vision tower alone.
+        destination: directory that is made, whole or not at all.
+        projector: safetensors file with tensors `…mm_projector.0.weight` and so on, or directory of
+            a training run or checkpoint whose projector is taken. New weights if None.
+        seed: of new weights: uniform within ±1/√inputs, as torch starts a linear layer.
+        dtype: float32 or bfloat16; that of `qwen` if None.
+        overwrite: replace a checkpoint at `destination`.
+
+    Raises: CheckpointError that lists every missing, unexpected or misshapen tensor, and every one
+        whose weights are not finite, before anything is written.
+    """
+    qwen, clip, destination = Path(qwen), Path(clip), Path(destination)
+    for source in (qwen, clip, *([] if projector is None else [Path(projector)])):
+        check_apart(source, destination)
+    values = Fields(read_json(qwen / "config.json"), qwen / "config.json")
+    values.require({"model_type": ("qwen2",)})
+    tensors, problems = find_tensors(qwen)
+    tower, tower_problems = find_tensors(clip)
+    dtype = dtype or stored_dtype(tensors)
+    config = VideoXLConfig(
+        vision=read_vision(clip), language=read_language(values), param_dtype=dtype
+    )
+    tensors |= _beacons(tensors, _end_of_sequence(values))
+    tensors |= {
+        TOWER_PREFIX + name: tensor
+        for name, tensor in tower.items()
+        if not re.fullmatch(NOT_OF_THE_TOWER, name)
+    }
+    if projector is None:
+        tensors |= _new_projector(config, seed)
+    else:
+        tensors |= _read_projector(Path(projector))
+    _, shapes = abstract_params(config)
+    problems += tower_problems + check_tensors(
+        tensors, table(config), shapes, lambda name: is_unused(name, config), dtype
+    )
+    if problems:
+        raise_problems(f"{qwen} and {clip}", problems + not_finite(tensors))
+
+    def write_files(part: Path) -> None:
+        copy_small_files(qwen, part, leave=("config.json",))
+        write_json(part / "config.json", {**values.values, **published_config(config)})
+        write_tower(clip, part)
+
+    write_checkpoint(
+        qwen, destination, tensors, config, shapes, write_files, overwrite, unused_dtype=dtype
+    )
+
+
+def _beacons(tensors: dict[str, Tensor], end: int) -> dict[str, Tensor]:
+    """Beacon parameters as copies: of q, k and v, and of one token's embedding."""
+    made = {
+        re.sub(r"self_attn\.([qkv])_proj", r"self_attn.beacon_\1_proj", name): tensor
+        for name, tensor in tensors.items()
+        if re.search(r"self_attn\.[qkv]_proj", name)
+    }
+    embedding = tensors.get("model.embed_tokens.weight")
+    if embedding is not None and end < embedding.shape[0]:
+        made["model.beacon_embed_tokens.weight"] = embedding.rows(end, end + 1)
+    return made
+
+
+def _end_of_sequence(values: Fields) -> int:
+    end = values["eos_token_id"]
+    end = end[0] if isinstance(end, list) and end else end
+    if not isinstance(end, int) or not 0 <= end < values["vocab_size"]:
+        raise CheckpointError(f"{values.path}: eos_token_id {end!r} is not a token")
+    return end
+
+
+def _new_projector(config: VideoXLConfig, seed: int) -> dict[str, Tensor]:
+    rng = np.random.default_rng(seed)
+    made = {}
+    width = config.language.width
+    for i, inputs in ((0, config.vision.width), (2, width)):
+        bound = inputs**-0.5
+        for name, shape in (("weight", (width, inputs)), ("bias", (width,))):
+            values = rng.uniform(-bound, bound, shape).astype(np.float32)
+            made[f"{PROJECTOR}{i}.{name}"] = _in_memory(values)
+    return made
+
+
+def _read_projector(path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        source = open_source(path)
+        rows = [row for row in table(source.config) if row.ours[0] == "projector"]
+        return {row.theirs: _in_memory(row.layout.to_theirs(source.read(row))) for row in rows}
+    found = {
+        PROJECTOR + name.partition("mm_projector.")[2]: tensor
+        for name, tensor in tensors_of(path).items()
+        if "mm_projector." in name
+    }
+    if not found:
+        raise CheckpointError(f"{path}: has no tensor named …mm_projector.0.weight or the like")
+    return found
+
+
+def _in_memory(values: np.ndarray) -> Tensor:
+    dtype = STORED_NAME[values.dtype.name]
+    return Tensor(Path("memory"), dtype, values.shape, array=np.ascontiguousarray(values))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("qwen", type=Path, metavar="QWEN_DIR", help="Qwen2 checkpoint")
+    parser.add_argument("clip", type=Path, metavar="CLIP_DIR", help="CLIP checkpoint")
+    parser.add_argument("destination", type=Path, metavar="DST", help="directory to make")
+    parser.add_argument("--projector", type=Path, help="safetensors file, or a run's directory")
+    parser.add_argument("--seed", type=int, default=0, help="of a new projector (default: 0)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the weights; default: Qwen's")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at DST")
+    options: Any = parser.parse_args(arguments)
+    return run(lambda: init_checkpoint(**vars(options)), f"wrote {options.destination}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Where `to_hf` reads from: a converted checkpoint, a training run, or the published layout."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from convert.writing import (
+    copy_files,
+    copy_small_files,
+    published_config,
+    write_json,
+    write_tower,
+)
+from train.config import ModelSection
+from vxl_jax.checkpoint import (
+    PARAMS,
+    UNUSED,
+    Shapes,
+    abstract_params,
+    compare_shapes,
+    read_params,
+    stored_shapes,
+)
+from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig
+from vxl_jax.names import Row, is_unused, table
+from vxl_jax.published import read_config
+from vxl_jax.tensors import (
+    CheckpointError,
+    Tensor,
+    check_tensors,
+    find_tensors,
+    raise_problems,
+    read_json,
+    read_part,
+    stored_dtype,
+    tensors_of,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is read a row of the table at a time.
+
+    shapes: shape of every parameter, and the dtype to write unless another is asked for. read: the
+    whole array of a row, which may have a wider dtype. unused: tensors that the network never
+    reads. write_files: writes what stands beside the weights.
+    """
+
+    config: VideoXLConfig
+    shapes: Shapes
+    read: Callable[[Row], np.ndarray]
+    unused: dict[str, Tensor]
+    write_files: Callable[[Path], None]
+
+
+def open_source(directory: Path) -> Source:
+    """Tell by its files what a directory is, and check that it is whole.
+
+    Raises: CheckpointError saying what is missing.
+    """
+    if (directory / PARAMS).is_dir():
+        return _converted(directory)
+    if (directory / "checkpoints").is_dir():
+        return _run(directory)
+    if (directory / "config.json").is_file():
+        return _published(directory)
+    raise CheckpointError(
+        f"{directory}: neither a converted checkpoint ({PARAMS}/), nor a training run "
+        "(checkpoints/), nor in the published layout (config.json)"
+    )
+
+
+def _converted(directory: Path) -> Source:
+    shapes = stored_shapes(directory / PARAMS)
+    config = read_config(directory)
+    raise_problems(directory / PARAMS, compare_shapes(abstract_params(config)[1], shapes))
+    unused = tensors_of(directory / UNUSED) if (directory / UNUSED).exists() else {}
+
+    def read(row: Row) -> np.ndarray:
+        return read_params(directory / PARAMS, {row.ours: shapes[row.ours]})[row.ours]
+
+    return Source(config, shapes, read, unused, partial(copy_files, directory))
+
+
+def _published(directory: Path) -> Source:
+    tensors, problems = find_tensors(directory)
+    config = read_config(directory, param_dtype=stored_dtype(tensors))
+    _, shapes = abstract_params(config)
+    rows = table(config)
+    problems += check_tensors(tensors, rows, shapes, lambda name: is_unused(name, config), None)
+    raise_problems(directory, problems)
+    used = {name for row in rows for name in row.names()}
+    unused = {name: tensor for name, tensor in tensors.items() if name not in used}
+
+    def read(row: Row) -> np.ndarray:
+        found: list[str] = []
+        struct = shapes[row.ours]
+        whole = tuple(slice(0, size) for size in struct.shape)
+        values = read_part(row, tensors, whole, struct.dtype, found)
+        raise_problems(directory, found)
+        return values
+
+    return Source(config, shapes, read, unused, partial(copy_files, directory))
+
+
+# A training run holds what it trained; the rest is in the checkpoint that it began with.
+
+
+def _run(directory: Path) -> Source:
+    section = _model_section(directory / "config.json")
+    step = latest_step(directory / "checkpoints")
+    tree = directory / "checkpoints" / str(step) / "default"
+    trained = {
+        path[1:]: struct for path, struct in stored_shapes(tree).items() if path[0] == "params"
+    }
+    base = open_source(Path(section.checkpoint)) if section.checkpoint else None
+    if base:
+        names = ("pool_stride", "ratios")
+        changes = {k: v for k, v in section.changes().items() if k in names}
+        config = replace(base.config, **changes)
+    else:
+        config = PRESETS[section.preset](**section.changes())
+    shapes = base.shapes if base else abstract_params(config)[1]
+    raise_problems(tree, compare_shapes({p: shapes[p] for p in trained if p in shapes}, trained))
+    lost = sorted(".".join(path) for path in shapes.keys() - trained)
+    if lost and base is None:
+        raise CheckpointError(
+            f"{directory}: began with random weights and did not train {', '.join(lost)}, which "
+            "are stored nowhere"
+        )
+
+    def read(row: Row) -> np.ndarray:
+        if base and row.ours not in trained:
+            return base.read(row)
+        path = "params", *row.ours
+        return read_params(tree, {path: trained[row.ours]})[path]  # float32, whatever the base is
+
+    def write_files(part: Path) -> None:
+        if base:
+            base.write_files(part)
+            values = read_json(part / "config.json")
+            values["mm_spatial_pool_stride"] = config.pool_stride
+            values["beacon_ratio"] = list(config.ratios)
+            write_json(part / "config.json", values)
+        else:
+            write_json(part / "config.json", published_config(config))
+            write_tower(config.vision, part)
+        if section.tokenizer:
+            tokenizer = Path(section.tokenizer.replace("{run_dir}", str(directory)))
+            copy_small_files(tokenizer, part, leave=("config.json",))
+
+    return Source(config, shapes, read, base.unused if base else {}, write_files)
+
+
+def _model_section(path: Path) -> ModelSection:
+    values: Any = read_json(path).get("model")
+    try:
+        return ModelSection(**{**values, "ratios": values["ratios"] and tuple(values["ratios"])})
+    except (TypeError, KeyError, ConfigError) as error:
+        raise CheckpointError(f"{path}: is not the configuration of a run ({error})") from error
+
+
+def latest_step(checkpoints: Path) -> int:
+    """The last step of a run that is whole.
+
+    Raises: CheckpointError if there is none.
+    """
+    steps = ocp.utils.checkpoint_steps(checkpoints)
+    if not steps:
+        raise CheckpointError(f"{checkpoints}: no step has been saved yet")
+    return max(steps)

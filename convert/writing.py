@@ -1,0 +1,338 @@
+"""Writing a checkpoint directory whole or not at all, and safetensors files piece by piece."""
+
+import fcntl
+import json
+import os
+import shutil
+import struct
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vxl_jax.checkpoint import PARAMS
+from vxl_jax.config import VideoXLConfig, VisionConfig
+from vxl_jax.published import (
+    KNOWN_TOWERS,
+    REQUIRED_LANGUAGE,
+    REQUIRED_MODEL,
+    TOWER_FOLDER,
+    find_tower,
+)
+from vxl_jax.tensors import INDEX, CheckpointError, bytes_of, read_json
+
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Tokenizer, image-processor and generation files, which every direction carries along."""
+
+SPARE_BYTES = 2**24
+"""Room on the disk for small files and metadata."""
+
+
+def check_apart(source: Path, destination: Path) -> None:
+    """Refuse to write over what is read.
+
+    Raises: CheckpointError if the destination is the source or a folder around it.
+    """
+    if source.resolve().is_relative_to(destination.resolve()):
+        raise CheckpointError(f"{destination}: holds {source}, which is read; choose another")
+
+
+@contextmanager
+def new_directory(path: Path, needed: int, overwrite: bool) -> Iterator[Path]:
+    """A directory to write into, which gets its name only when the block ends without an error.
+
+    Killed at any moment, there is nothing under the name, or the whole. What a killed run left
+    beside it is removed by the next.
+
+    Args:
+        path: the name.
+        needed: bytes that will be written; checked against the disk first.
+        overwrite: replace a checkpoint that has the name.
+
+    Raises: CheckpointError if the name is taken, another process is writing it, or the disk is too
+        small.
+    """
+    path = path.absolute()
+    part, old = (path.with_name(f".{path.name}.vxl-{end}") for end in ("part", "old"))
+    if path.is_symlink():
+        raise CheckpointError(f"{path}: is a link; name the directory itself")
+    if old.exists() and not path.exists():  # killed between the two renames
+        old.rename(path)
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path}: exists already; choose another, or --overwrite it")
+    if path.exists() and not _is_checkpoint(path):
+        raise CheckpointError(f"{path}: is no checkpoint, and not overwritten; remove it")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{part}: cannot be made ({error.strerror})") from error
+    lock = os.open(part, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            still_there = part.stat().st_ino == os.fstat(lock).st_ino
+        except OSError:
+            still_there = False
+        if not still_there:
+            raise CheckpointError(f"{path}: another process is writing it")
+        try:
+            _empty(part)
+            free = shutil.disk_usage(part).free
+            if free < needed + SPARE_BYTES:
+                raise CheckpointError(
+                    f"{path}: {needed / 1e9:.2f} GB will be written, and the disk has "
+                    f"{free / 1e9:.2f} GB left; make room, or choose another disk"
+                )
+            yield part
+            _put_in_place(part, path, old)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_in_place(part: Path, path: Path, old: Path) -> None:
+    if not path.exists():
+        part.rename(path)
+        return
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    try:
+        part.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a directory holds a model and no training run."""
+    has_weights = (path / PARAMS).is_dir() or any(path.glob("model*.safetensors"))
+    return has_weights and not (path / "checkpoints").exists()
+
+
+def _empty(directory: Path) -> None:
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def copy_small_files(source: Path, destination: Path, leave: Collection[str] = ()) -> None:
+    """Copy what stands beside the weights: configuration, tokenizer and processor files."""
+    for pattern in SMALL_FILES:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and file.name not in (INDEX, *leave):
+                shutil.copyfile(file, destination / file.name)
+
+
+def copy_files(source: Path, part: Path, vision: str | Path | None = None) -> None:
+    """Copy everything but the weights of a checkpoint, with its tower's configuration."""
+    copy_small_files(source, part)
+    name = read_json(source / "config.json")["mm_vision_tower"]
+    write_tower(find_tower(source, name, vision), part)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write an object so that a person can read it."""
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def set_dtype(part: Path, dtype: str) -> None:
+    """Let config.json say what dtype the weights have now."""
+    write_json(part / "config.json", {**read_json(part / "config.json"), "torch_dtype": dtype})
+
+
+TOWER_FILES = ("config.json", "preprocessor_config.json")
+
+
+def write_tower(tower: Path | VisionConfig, part: Path) -> None:
+    """Write the vision tower's configuration, and how its pixels are normalised."""
+    destination = part / TOWER_FOLDER
+    destination.mkdir()
+    if isinstance(tower, Path):
+        for name in TOWER_FILES:
+            if (tower / name).is_file():
+                shutil.copyfile(tower / name, destination / name)
+        return
+    for name, values in _tower_files(tower).items():
+        write_json(destination / name, values)
+
+
+def _tower_files(tower: VisionConfig) -> dict[str, dict[str, Any]]:
+    """A tower's config.json and preprocessor_config.json in the layout of transformers."""
+    return {
+        "config.json": {
+            "model_type": "clip_vision_model",
+            "image_size": tower.image_size,
+            "patch_size": tower.patch_size,
+            "num_channels": 3,
+            "hidden_size": tower.width,
+            "num_hidden_layers": tower.layers,
+            "num_attention_heads": tower.heads,
+            "intermediate_size": tower.mlp_width,
+            "layer_norm_eps": tower.norm_eps,
+            "hidden_act": "quick_gelu",
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor",
+            "crop_size": {"height": tower.image_size, "width": tower.image_size},
+            "size": {"shortest_edge": tower.image_size},
+            "do_center_crop": True,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+            "image_mean": list(tower.image_mean),
+            "image_std": list(tower.image_std),
+        },
+    }
+
+
+def published_config(config: VideoXLConfig) -> dict[str, Any]:
+    """Fields of config.json for a model that never had any."""
+    c = config.language
+    return {
+        **{name: allowed[0] for name, allowed in (REQUIRED_LANGUAGE | REQUIRED_MODEL).items()},
+        "architectures": ["LlavaQwenForCausalLM"],
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "intermediate_size": c.mlp_width,
+        "rope_theta": c.rope_theta,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tie_embeddings,
+        "beacon_window": config.window,
+        "beacon_stride": config.window,
+        "beacon_ratio": list(config.ratios),
+        "beacon_ratio_mix": "step-random",
+        "beacon_param": ["q", "k", "v"],
+        "beacon_embed_init": "eos",
+        "image_aspect_ratio": "anyres",
+        "mm_patch_merge_type": "unires",
+        "mm_spatial_pool_stride": config.pool_stride,
+        "mm_hidden_size": config.vision.width,
+        "mm_vision_select_layer": config.vision.feature_layer,
+        "mm_vision_tower": next(
+            (name for name, tower in KNOWN_TOWERS.items() if tower == config.vision), TOWER_FOLDER
+        ),
+        "torch_dtype": config.param_dtype,
+    }
+
+
+def progress_bar(what: str, total: int) -> tqdm:
+    """A bar in bytes, with rate and time left."""
+    return tqdm(
+        desc=what, total=total, unit="B", unit_scale=True, unit_divisor=1000, file=sys.stderr
+    )
+
+
+@contextmanager
+def watched(directory: Path, bar: tqdm) -> Iterator[None]:
+    """Let a bar follow the bytes in a directory that something else writes."""
+    done = threading.Event()
+
+    def follow() -> None:
+        while not done.wait(0.2):
+            bar.update(max(0, min(bar.total, _bytes_in(directory)) - bar.n))
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    bar.update(bar.total - bar.n)
+
+
+def _bytes_in(directory: Path) -> int:
+    total = 0
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            try:
+                total += os.stat(os.path.join(folder, file)).st_size
+            except FileNotFoundError:  # a temporary file that has got its name
+                continue
+    return total
+
+
+# Safetensors.
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: dtype as safetensors names it, and pieces of its bytes in order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its weights."""
+        return bytes_of(self.dtype, self.shape)
+
+
+def write_shards(
+    directory: Path, tensors: list[Planned], shard_bytes: int, progress: Callable[[int], None]
+) -> None:
+    """Write tensors in their order into `model*.safetensors`, with an index if there are several.
+
+    Pieces are written as they come, so that no tensor has to stand whole in memory (the safetensors
+    library takes whole arrays). A tensor larger than `shard_bytes` has a shard of its own.
+    """
+    shards: list[list[Planned]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.bytes for t in shards[-1]) + tensor.bytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        name = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        name = name if len(shards) > 1 else "model.safetensors"
+        _write_file(directory / name, shard, progress)
+        weight_map |= {tensor.name: name for tensor in shard}
+    if len(shards) > 1:
+        total = sum(tensor.bytes for tensor in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(directory / INDEX, index)
+
+
+def _write_file(path: Path, tensors: list[Planned], progress: Callable[[int], None]) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.bytes
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            for piece in tensor.pieces():
+                written = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+                # Twice as fast as one call for all of it: what is copied stays in the cache.
+                for start in range(0, len(written), 2**17):
+                    file.write(written[start : start + 2**17])
+                progress(piece.nbytes)
+        if file.tell() != 8 + len(text) + offset:
+            raise CheckpointError(f"{path}: {file.tell()} bytes written, not those planned")

@@ -1,0 +1,215 @@
+"""Checkpoints of this library, and loading a model from these or from the published layout.
+
+A checkpoint directory stands by itself: the published `config.json`, tokenizer and image-processor
+files as they are, `vision_tower/` with the tower's configuration, `params/` with the parameters as
+an Orbax tree, and `unused.safetensors` with the tensors that the network never reads.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding
+from orbax.checkpoint import type_handlers
+
+from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.model import VideoXL
+from vxl_jax.names import Row, is_unused, table
+from vxl_jax.published import read_config
+from vxl_jax.tensors import (
+    CheckpointError,
+    Tensor,
+    check_tensors,
+    find_tensors,
+    raise_problems,
+    read_part,
+    stored_dtype,
+)
+
+PARAMS, UNUSED = "params", "unused.safetensors"
+
+CHUNK_BYTES = 2**24
+"""Most bytes of a stored chunk: small enough for a device to read its part alone."""
+
+ParamPath = tuple[str, ...]
+Params = dict[ParamPath, Any]
+Shapes = dict[ParamPath, jax.ShapeDtypeStruct]
+Placement = Callable[[ParamPath, tuple[int, ...]], Sharding]
+
+
+def load(
+    directory: str | Path,
+    *,
+    vision: str | Path | None = None,
+    placement: Placement | None = None,
+    **changes: Any,
+) -> VideoXL:
+    """The model of a checkpoint directory, converted or in the published layout.
+
+    Args:
+        directory: from `convert.from_hf`, or with `config.json` and safetensors files.
+        vision: directory of the vision tower's config.json, where the checkpoint has none.
+        placement: function from a parameter's path and shape to its sharding; each device's part is
+            read by itself. All on the default device if None.
+        changes: fields of VideoXLConfig. `param_dtype` and `dtype` are those of the stored weights
+            unless given.
+
+    Raises: CheckpointError that lists every missing, unexpected or misshapen tensor, and every one
+        whose weights are not finite.
+    """
+    directory = Path(directory)
+    if (directory / PARAMS).is_dir():
+        return _load_converted(directory, vision, placement, changes)
+    return _load_published(directory, vision, placement, changes)
+
+
+def abstract_params(config: VideoXLConfig) -> tuple[Any, Shapes]:
+    """Graph of the model, and shape and dtype of every parameter by path; nothing is allocated."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: VideoXL(config, rngs=nnx.Rngs(0))))
+    return graph, {
+        tuple(map(str, path)): jax.ShapeDtypeStruct(leaf.get_value().shape, leaf.get_value().dtype)
+        for path, leaf in state.flat_state()
+    }
+
+
+def _load_published(
+    directory: Path, vision: Any, placement: Placement | None, changes: dict[str, Any]
+) -> VideoXL:
+    tensors, problems = find_tensors(directory)
+    dtype = changes.get("param_dtype")
+    config = read_config(
+        directory, vision=vision, **_with_dtype(changes, dtype or stored_dtype(tensors))
+    )
+    graph, shapes = abstract_params(config)
+    rows = table(config)
+    problems += check_tensors(tensors, rows, shapes, lambda name: is_unused(name, config), dtype)
+    raise_problems(directory, problems)
+    arrays: Params = {}
+    for row in rows:
+        shape, dtype = shapes[row.ours].shape, DTYPES[config.param_dtype]
+        read = partial(_read_index, row, tensors, shape, dtype, problems)
+        if placement is None:
+            arrays[row.ours] = jnp.asarray(read((slice(None),) * len(shape)))
+        else:
+            sharding = placement(row.ours, shape)
+            arrays[row.ours] = jax.make_array_from_callback(shape, sharding, read)
+    raise_problems(directory, problems)
+    return nnx.merge(graph, unflatten_dict(arrays))
+
+
+def _read_index(
+    row: Row,
+    tensors: dict[str, Tensor],
+    shape: tuple[int, ...],
+    dtype: Any,
+    problems: list[str],
+    index: Any,
+) -> np.ndarray:
+    whole = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
+    return read_part(row, tensors, whole, dtype, problems)
+
+
+def _load_converted(
+    directory: Path, vision: Any, placement: Placement | None, changes: dict[str, Any]
+) -> VideoXL:
+    stored = stored_shapes(directory / PARAMS)
+    dtypes = {struct.dtype.name for struct in stored.values()}
+    config = read_config(directory, vision=vision, **_with_dtype(changes, sorted(dtypes)[0]))
+    graph, shapes = abstract_params(config)
+    raise_problems(directory / PARAMS, compare_shapes(shapes, stored))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = {
+        path: jax.ShapeDtypeStruct(
+            struct.shape,
+            struct.dtype,
+            sharding=device if placement is None else placement(path, struct.shape),
+        )
+        for path, struct in shapes.items()
+    }
+    return nnx.merge(graph, unflatten_dict(read_params(directory / PARAMS, target)))
+
+
+def _with_dtype(changes: dict[str, Any], dtype: str) -> dict[str, Any]:
+    return {"param_dtype": dtype, "dtype": dtype, **changes}
+
+
+def compare_shapes(ours: Shapes, stored: Shapes) -> list[str]:
+    """What is missing, unexpected or of another shape in a stored tree, by name."""
+    problems = [f"missing parameter {'.'.join(path)}" for path in sorted(ours.keys() - stored)]
+    problems += [f"unexpected parameter {'.'.join(path)}" for path in sorted(stored.keys() - ours)]
+    return problems + [
+        f"parameter {'.'.join(path)} has shape {stored[path].shape}, config.json asks for "
+        f"{ours[path].shape}"
+        for path in sorted(ours.keys() & stored)
+        if ours[path].shape != stored[path].shape
+    ]
+
+
+# The Orbax tree.
+
+
+def save_params(directory: Path, params: Params) -> None:
+    """Write NumPy arrays by path as a new Orbax tree."""
+    # Without OCDBT, which gathers everything in memory before it writes, and without the copy that
+    # Orbax makes of arrays that the caller may change meanwhile.
+    as_they_are = type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        use_zarr3=True,
+        use_compression=False,
+        type_handler_registry=type_handlers.create_type_handler_registry((np.ndarray, as_they_are)),
+    )
+    tree = unflatten_dict(params)
+    chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=chunked))
+
+
+def stored_shapes(directory: Path) -> Shapes:
+    """Shape and dtype of every array of an Orbax tree, by path.
+
+    Raises: CheckpointError if the tree cannot be read.
+    """
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(directory.absolute()).item_metadata.tree
+    except Exception as error:  # Orbax raises anything on a damaged tree
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{directory}: cannot be read ({reason})") from error
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in flatten_dict(tree).items()
+    }
+
+
+def read_params(directory: Path, target: Shapes) -> Params:
+    """Parameters like those of `target`: all or some of the stored ones.
+
+    A struct with a sharding gives an array that is so placed, each device's part read by itself;
+    one without gives a NumPy array.
+
+    Raises: CheckpointError if a parameter cannot be read.
+    """
+
+    def how(struct: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+        if struct.sharding is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=struct.dtype)
+        return ocp.ArrayRestoreArgs(sharding=struct.sharding, dtype=struct.dtype)
+
+    tree = unflatten_dict(target)
+    args = ocp.args.PyTreeRestore(
+        item=tree, restore_args=jax.tree.map(how, tree), partial_restore=True
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as checkpointer:
+            return flatten_dict(checkpointer.restore(directory.absolute(), args=args))
+    except Exception as error:  # Orbax raises anything on a damaged tree
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{directory}: cannot be read ({reason})") from error

@@ -115,9 +115,7 @@ def _run(directory: Path) -> Source:
     section = _model_section(directory / "config.json")
     step = latest_step(directory / "checkpoints")
     tree = directory / "checkpoints" / str(step) / "default"
-    trained = {
-        path[1:]: struct for path, struct in stored_shapes(tree).items() if path[0] == "params"
-    }
+    trained = stored_shapes(tree, "params")
     base = open_source(Path(section.checkpoint)) if section.checkpoint else None
     if base:
         names = ("pool_stride", "ratios")

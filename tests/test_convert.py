@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
@@ -480,7 +481,7 @@ def a_run(directory, section, trained):
     manager = ocp.CheckpointManager((directory / "checkpoints").absolute())
     for step, factor in ((5, 3), (9, 2)):
         params = jax.tree.map(lambda x, factor=factor: factor * x, trained)
-        tree = {"params": params, "opt_state": {"count": np.array(step)}}
+        tree = {"params": params, "opt_state": optax.adamw(1e-3).init(params)}
         manager.save(step, args=ocp.args.StandardSave(tree))
     manager.close()
     return directory

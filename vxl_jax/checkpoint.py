@@ -172,14 +172,15 @@ def save_params(directory: Path, params: Params) -> None:
         checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=chunked))
 
 
-def stored_shapes(directory: Path) -> Shapes:
-    """Shape and dtype of every array of an Orbax tree, by path.
+def stored_shapes(directory: Path, part: str | None = None) -> Shapes:
+    """Shape and dtype of every array of an Orbax tree, or of one part of it, by path.
 
     Raises: CheckpointError if the tree cannot be read.
     """
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.metadata(directory.absolute()).item_metadata.tree
+            tree = tree if part is None else tree[part]
     except Exception as error:  # Orbax raises anything on a damaged tree
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{directory}: cannot be read ({reason})") from error

@@ -4,8 +4,8 @@
 
 To be put in place:
 
-- `data/checkpoints/start`: the untrained model in the published layout, with CLIP ViT-L/14-336 as
-  its tower, Qwen2-7B-Instruct as its language model, and Qwen2's tokenizer files;
+- `data/checkpoints/start`: the untrained model, from Qwen2-7B-Instruct and CLIP ViT-L/14-336 by
+  `python -m convert.init QWEN_DIR CLIP_DIR data/checkpoints/start`;
 - `data/pretrain/captions.json`: about 2 million records of Laion's kind, `"image"` and one pair of
   turns, `<image>` and the caption;
 - `data/pretrain/images/`: the pictures.

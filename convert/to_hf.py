@@ -35,6 +35,7 @@ from vxl_jax.tensors import (
     STORED_NAME,
     CheckpointError,
     Tensor,
+    all_finite,
     as_dtype,
     scratch,
     transpose_into,
@@ -61,7 +62,7 @@ def convert_to_hf(
         shard_size: most bytes of a safetensors file, a number or text such as "5GB".
         overwrite: replace a checkpoint at `destination`.
 
-    Raises: CheckpointError if the source cannot be read.
+    Raises: CheckpointError if the source cannot be read, or a weight is NaN or infinite.
     """
     shard_bytes = read_size(shard_size)
     check_apart(Path(source), Path(destination))
@@ -105,8 +106,21 @@ def _plan_rows(source: Source, dtype: str | None) -> Iterator[Planned]:
         published = row.layout.to_theirs(np.broadcast_to(np.int8(0), shape)).shape
         to_dtype = dtype or np.dtype(struct.dtype).name
         for i, name in enumerate(row.names()):
-            pieces = partial(_pieces, values_of, row, i, DTYPES[to_dtype])
+            pieces = partial(_finite_pieces, name, values_of, row, i, DTYPES[to_dtype])
             yield Planned(name, STORED_NAME[to_dtype], published, pieces)
+
+
+def _finite_pieces(name: str, *arguments: Any) -> Iterator[np.ndarray]:
+    """`_pieces`, unless one of them has NaN or infinite weights.
+
+    Raises: CheckpointError naming the tensor.
+    """
+    for piece in _pieces(*arguments):
+        if not all_finite(piece):
+            raise CheckpointError(
+                f"tensor {name} has NaN or infinite weights in the dtype asked for"
+            )
+        yield piece
 
 
 def _pieces(values_of: Any, row: Row, layer: int, dtype: Any) -> Iterator[np.ndarray]:

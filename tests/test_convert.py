@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
@@ -527,6 +528,15 @@ def test_a_run_from_random_weights(tmp_path, demo_data):
     _, trained, _ = split_parts(model, ("projector",))
     with pytest.raises(CheckpointError, match="began with random weights and did not train lang"):
         convert_to_hf(a_run(tmp_path / "some", section, trained), tmp_path / "none")
+
+
+def test_a_run_that_diverged_is_not_exported(tmp_path):
+    _, trained, _ = split_parts(vxl_jax.load(MICRO), ("projector",))
+    trained["projector"]["up"]["bias"] = trained["projector"]["up"]["bias"].at[3].set(jnp.inf)
+    run = a_run(tmp_path / "run", ModelSection(checkpoint=str(MICRO)), trained)
+    with pytest.raises(CheckpointError, match=r"model\.mm_projector\.0\.bias has NaN or infinite"):
+        convert_to_hf(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_runs_without_a_step_or_configuration(tmp_path):

@@ -342,9 +342,6 @@ def read_part(
     return out
 
 
-_CHECKED_AT_ONCE = 2**18  # numbers; what the comparison makes stays in the cache
-
-
 def _allocate(shape: list[int], dtype: Any) -> np.ndarray:
     """An array in plain pages: NumPy asks for huge ones, and where memory is full of cached files
     the kernel takes longer to find those than all the rest of the work takes.
@@ -354,18 +351,24 @@ def _allocate(shape: list[int], dtype: Any) -> np.ndarray:
     return np.frombuffer(pages, np.dtype(dtype), size).reshape(shape)
 
 
+_CHECKED_AT_ONCE = 2**18  # numbers; what the comparison makes stays in the cache
+
+
 def check_finite(name: str, tensor: Tensor, values: np.ndarray, problems: list[str]) -> None:
-    """Add to `problems` if any of a tensor's values is NaN or infinite."""
-    if tensor.dtype not in EXPONENT:
-        return
-    mask = EXPONENT[tensor.dtype]
+    """Add to `problems` if any of a tensor's weights is NaN or infinite."""
+    problem = f"tensor {name} in {tensor.file.name} has NaN or infinite weights"
+    if tensor.dtype in EXPONENT and not all_finite(values) and problem not in problems:
+        problems.append(problem)
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether no weight is NaN or infinite."""
+    mask = EXPONENT[STORED_NAME[values.dtype.name]]
     bits: Any = values.reshape(-1).view(np.uint32 if values.dtype.itemsize == 4 else np.uint16)
-    for start in range(0, len(bits), _CHECKED_AT_ONCE):
-        if ((bits[start : start + _CHECKED_AT_ONCE] & mask) == mask).any():
-            problem = f"tensor {name} in {tensor.file.name} has NaN or infinite weights"
-            if problem not in problems:
-                problems.append(problem)
-            return
+    return not any(
+        ((bits[start : start + _CHECKED_AT_ONCE] & mask) == mask).any()
+        for start in range(0, len(bits), _CHECKED_AT_ONCE)
+    )
 
 
 def transpose_into(out: np.ndarray, x: np.ndarray) -> None:

@@ -228,7 +228,7 @@ def test_shared_golden_sets(folder, shared, capsys):
 def test_the_table_covers_every_parameter_once():
     for config in (tiny(), tiny(language=_tied(tiny()))):
         model = nnx.eval_shape(lambda config=config: VideoXL(config, rngs=nnx.Rngs(0)))
-        paths = [path for path, _ in nnx.state(model).flat_state()]
+        paths = [path for path, _ in nnx.to_flat_state(nnx.state(model))]
         assert sorted(paths) == sorted(row.ours for row in table(config))
         names = table_names(config)
         assert len(names) == len(set(names))
@@ -251,7 +251,7 @@ def test_layouts_are_inverses():
 def test_7b_shapes_by_abstract_evaluation():
     """The preset has the published sizes; nothing is allocated."""
     model = nnx.eval_shape(lambda: VideoXL(VideoXLConfig(), rngs=nnx.Rngs(0)))
-    flat = {path: leaf.get_value().shape for path, leaf in nnx.state(model).flat_state()}
+    flat = {path: leaf.get_value().shape for path, leaf in nnx.to_flat_state(nnx.state(model))}
     assert flat[("language", "embed", "embedding")] == (152064, 3584)
     assert flat[("language", "layers", "attention", "beacon_k", "kernel")] == (28, 3584, 512)
     assert flat[("language", "layers", "mlp", "gate", "kernel")] == (28, 3584, 18944)

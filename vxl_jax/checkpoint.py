@@ -75,7 +75,7 @@ def abstract_params(config: VideoXLConfig) -> tuple[Any, Shapes]:
     graph, state = nnx.split(nnx.eval_shape(lambda: VideoXL(config, rngs=nnx.Rngs(0))))
     return graph, {
         tuple(map(str, path)): jax.ShapeDtypeStruct(leaf.get_value().shape, leaf.get_value().dtype)
-        for path, leaf in state.flat_state()
+        for path, leaf in nnx.to_flat_state(state)
     }
 
 

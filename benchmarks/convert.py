@@ -48,8 +48,7 @@ def make_checkpoint(directory: Path, layers: int) -> int:
 
     planned = []
     for row in table(config):
-        shape = shapes[row.ours].shape[1 if row.layers else 0 :]
-        shape = row.layout.to_theirs(np.broadcast_to(np.int8(0), shape)).shape
+        shape = row.published_shape(shapes[row.ours].shape)
         for name in row.names():
             size = int(np.prod(shape))
             planned.append(Planned(name, "BF16", shape, lambda size=size: pieces(size)))

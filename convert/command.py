@@ -1,16 +1,36 @@
 """What the command lines share."""
 
+import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from vxl_jax.config import ConfigError
+from vxl_jax.config import DTYPES, ConfigError
 from vxl_jax.tensors import CheckpointError
 
 
-def run(work: Callable[[], None], done: str) -> int:
-    """Do the work and say so; returns the exit status: 2 after an error, 130 after Ctrl-C."""
+def add_destination(parser: argparse.ArgumentParser, dtype_of: str) -> None:
+    """Add what all directions have: the directory to make, and what may become of it.
+
+    dtype_of: whose dtype the weights have unless another is given.
+    """
+    parser.add_argument("destination", type=Path, metavar="DST", help="directory to make")
+    parser.add_argument(
+        "--dtype", choices=sorted(DTYPES), help=f"of the weights; default: {dtype_of}'s"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at DST")
+
+
+def run(
+    convert: Callable[..., None], parser: argparse.ArgumentParser, arguments: list[str] | None
+) -> int:
+    """Call `convert` with the arguments by name and say what was written.
+
+    Returns the exit status: 2 after an error, 130 after Ctrl-C.
+    """
+    options = parser.parse_args(arguments)
     try:
-        work()
+        convert(**vars(options))
     except (CheckpointError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -20,5 +40,5 @@ def run(work: Callable[[], None], done: str) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
-    print(done)
+    print(f"wrote {options.destination}")
     return 0

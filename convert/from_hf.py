@@ -16,11 +16,11 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from convert.command import run
+from convert.command import add_destination, run
 from convert.writing import check_apart, copy_files, new_directory, progress_bar, set_dtype, watched
 from vxl_jax.checkpoint import PARAMS, UNUSED, Shapes, abstract_params, save_params
 from vxl_jax.config import DTYPES, VideoXLConfig
-from vxl_jax.names import Row, is_unused, table
+from vxl_jax.names import table
 from vxl_jax.published import read_config
 from vxl_jax.tensors import (
     CheckpointError,
@@ -33,6 +33,8 @@ from vxl_jax.tensors import (
     raise_problems,
     read_part,
     stored_dtype,
+    unused_tensors,
+    whole,
 )
 
 
@@ -65,9 +67,7 @@ def convert_from_hf(
     tensors, problems = find_tensors(source, partial(_leave_out, _pattern(ignore), left_out))
     config = read_config(source, vision=vision, param_dtype=dtype or stored_dtype(tensors))
     _, shapes = abstract_params(config)
-    problems += check_tensors(
-        tensors, table(config), shapes, lambda name: is_unused(name, config), dtype
-    )
+    problems += check_tensors(tensors, config, shapes, dtype)
     if problems:
         raise_problems(source, problems + not_finite(tensors))
     for name in sorted(left_out):
@@ -112,18 +112,18 @@ def write_checkpoint(
     write_files: writes everything but the weights into the directory it is given. unused_dtype: of
     the tensors that the network never reads; as they are stored if None.
     """
-    rows = table(config)
     dtype = DTYPES[config.param_dtype]
-    used = {name for row in rows for name in row.names()}
-    unused = {name: tensor for name, tensor in tensors.items() if name not in used}
+    unused = unused_tensors(tensors, config)
     size = sum(struct.size * struct.dtype.itemsize for struct in shapes.values())
     size += sum(tensor.bytes for tensor in unused.values())
     with new_directory(destination, size, overwrite) as part:
         problems: list[str] = []
         with progress_bar("reading", sum(t.bytes for t in tensors.values())) as bar:
             params = {
-                row.ours: read_part(row, tensors, _whole(shapes, row), dtype, problems, bar.update)
-                for row in rows
+                row.ours: read_part(
+                    row, tensors, whole(shapes[row.ours].shape), dtype, problems, bar.update
+                )
+                for row in table(config)
             }
             kept = {}
             for name, tensor in unused.items():
@@ -139,23 +139,16 @@ def write_checkpoint(
             save_params(part / PARAMS, params)
 
 
-def _whole(shapes: Shapes, row: Row) -> tuple[slice, ...]:
-    return tuple(slice(0, size) for size in shapes[row.ours].shape)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint to read")
-    parser.add_argument("destination", type=Path, metavar="DST", help="directory to make")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the weights; default: SRC's")
+    add_destination(parser, dtype_of="SRC")
     parser.add_argument(
         "--vision", type=Path, metavar="DIR", help="directory of the tower's config"
     )
     parser.add_argument("--ignore", metavar="REGEX", help="leave out tensors with such a name")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at DST")
-    options = parser.parse_args(arguments)
-    return run(lambda: convert_from_hf(**vars(options)), f"wrote {options.destination}")
+    return run(convert_from_hf, parser, arguments)
 
 
 if __name__ == "__main__":

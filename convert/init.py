@@ -11,17 +11,16 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from convert.command import run
+from convert.command import add_destination, run
 from convert.from_hf import write_checkpoint
 from convert.sources import open_source
 from convert.writing import check_apart, copy_small_files, published_config, write_json, write_tower
 from vxl_jax.checkpoint import abstract_params
-from vxl_jax.config import DTYPES, VideoXLConfig
-from vxl_jax.names import is_unused, table
+from vxl_jax.config import VideoXLConfig
+from vxl_jax.names import table
 from vxl_jax.published import Fields, read_language, read_vision
 from vxl_jax.tensors import (
     STORED_NAME,
@@ -90,9 +89,7 @@ def init_checkpoint(
     else:
         tensors |= _read_projector(Path(projector))
     _, shapes = abstract_params(config)
-    problems += tower_problems + check_tensors(
-        tensors, table(config), shapes, lambda name: is_unused(name, config), dtype
-    )
+    problems += tower_problems + check_tensors(tensors, config, shapes, dtype)
     if problems:
         raise_problems(f"{qwen} and {clip}", problems + not_finite(tensors))
 
@@ -164,13 +161,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("qwen", type=Path, metavar="QWEN_DIR", help="Qwen2 checkpoint")
     parser.add_argument("clip", type=Path, metavar="CLIP_DIR", help="CLIP checkpoint")
-    parser.add_argument("destination", type=Path, metavar="DST", help="directory to make")
+    add_destination(parser, dtype_of="Qwen")
     parser.add_argument("--projector", type=Path, help="safetensors file, or a run's directory")
     parser.add_argument("--seed", type=int, default=0, help="of a new projector (default: 0)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the weights; default: Qwen's")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at DST")
-    options: Any = parser.parse_args(arguments)
-    return run(lambda: init_checkpoint(**vars(options)), f"wrote {options.destination}")
+    return run(init_checkpoint, parser, arguments)
 
 
 if __name__ == "__main__":

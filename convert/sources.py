@@ -27,7 +27,7 @@ from vxl_jax.checkpoint import (
     stored_shapes,
 )
 from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig
-from vxl_jax.names import Row, is_unused, table
+from vxl_jax.names import Row
 from vxl_jax.published import read_config
 from vxl_jax.tensors import (
     CheckpointError,
@@ -39,6 +39,8 @@ from vxl_jax.tensors import (
     read_part,
     stored_dtype,
     tensors_of,
+    unused_tensors,
+    whole,
 )
 
 
@@ -91,20 +93,17 @@ def _published(directory: Path) -> Source:
     tensors, problems = find_tensors(directory)
     config = read_config(directory, param_dtype=stored_dtype(tensors))
     _, shapes = abstract_params(config)
-    rows = table(config)
-    problems += check_tensors(tensors, rows, shapes, lambda name: is_unused(name, config), None)
+    problems += check_tensors(tensors, config, shapes, None)
     raise_problems(directory, problems)
-    used = {name for row in rows for name in row.names()}
-    unused = {name: tensor for name, tensor in tensors.items() if name not in used}
 
     def read(row: Row) -> np.ndarray:
         found: list[str] = []
         struct = shapes[row.ours]
-        whole = tuple(slice(0, size) for size in struct.shape)
-        values = read_part(row, tensors, whole, struct.dtype, found)
+        values = read_part(row, tensors, whole(struct.shape), struct.dtype, found)
         raise_problems(directory, found)
         return values
 
+    unused = unused_tensors(tensors, config)
     return Source(config, shapes, read, unused, partial(copy_files, directory))
 
 

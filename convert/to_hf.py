@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.command import run
+from convert.command import add_destination, run
 from convert.sources import Source, open_source
 from convert.writing import (
     Planned,
@@ -102,8 +102,7 @@ def _plan_rows(source: Source, dtype: str | None) -> Iterator[Planned]:
 
     for row in table(source.config):
         struct = source.shapes[row.ours]
-        shape = struct.shape[1:] if row.layers else struct.shape
-        published = row.layout.to_theirs(np.broadcast_to(np.int8(0), shape)).shape
+        published = row.published_shape(struct.shape)
         to_dtype = dtype or np.dtype(struct.dtype).name
         for i, name in enumerate(row.names()):
             pieces = partial(_finite_pieces, name, values_of, row, i, DTYPES[to_dtype])
@@ -152,12 +151,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint or run to read")
-    parser.add_argument("destination", type=Path, metavar="DST", help="directory to make")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the weights; default: SRC's")
+    add_destination(parser, dtype_of="SRC")
     parser.add_argument("--shard-size", default="5GB", help="most bytes of a file (default: 5GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at DST")
-    options = parser.parse_args(arguments)
-    return run(lambda: convert_to_hf(**vars(options)), f"wrote {options.destination}")
+    return run(convert_to_hf, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -296,10 +296,13 @@ def write_shards(
     library takes whole arrays). A tensor larger than `shard_bytes` has a shard of its own.
     """
     shards: list[list[Planned]] = [[]]
+    filled = 0
     for tensor in tensors:
-        if shards[-1] and sum(t.bytes for t in shards[-1]) + tensor.bytes > shard_bytes:
+        if shards[-1] and filled + tensor.bytes > shard_bytes:
             shards.append([])
+            filled = 0
         shards[-1].append(tensor)
+        filled += tensor.bytes
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"

@@ -125,8 +125,7 @@ def _forward(
         zero = jnp.zeros(q.shape, jnp.float32)
         state = zero[..., :1] + MASKED, zero[..., :1], zero
         for i, (keys, values) in enumerate(sources):
-            over = partial(_over_tiles, keys, values, layers[i], first[i], end[i], tile[1])
-            state = over(add_tile, state)
+            state = _over_tiles(keys, values, layers[i], first[i], end[i], tile[1], add_tile, state)
         highest, total, out = state
         return (out / total).astype(q.dtype), highest + jnp.log(total)
 
@@ -160,8 +159,10 @@ def _backward(tile: tuple[int, int], residuals: Any, gradient: Array) -> tuple[A
 
         q_gradient, carry = jnp.zeros(q.shape, jnp.float32), list(carry)
         for i, (keys, values) in enumerate(sources):
-            over = partial(_over_tiles, keys, values, 0, first[i], end[i], tile[1])
-            q_gradient, *carry[i] = over(add_tile, (q_gradient, *carry[i]))
+            state = q_gradient, *carry[i]
+            q_gradient, *carry[i] = _over_tiles(
+                keys, values, 0, first[i], end[i], tile[1], add_tile, state
+            )
         return tuple(map(tuple, carry)), q_gradient
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], jnp.float32), sources)

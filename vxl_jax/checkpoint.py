@@ -21,7 +21,7 @@ from orbax.checkpoint import type_handlers
 
 from vxl_jax.config import DTYPES, VideoXLConfig
 from vxl_jax.model import VideoXL
-from vxl_jax.names import Row, is_unused, table
+from vxl_jax.names import Row, table
 from vxl_jax.published import read_config
 from vxl_jax.tensors import (
     CheckpointError,
@@ -31,6 +31,7 @@ from vxl_jax.tensors import (
     raise_problems,
     read_part,
     stored_dtype,
+    whole,
 )
 
 PARAMS, UNUSED = "params", "unused.safetensors"
@@ -88,15 +89,14 @@ def _load_published(
         directory, vision=vision, **_with_dtype(changes, dtype or stored_dtype(tensors))
     )
     graph, shapes = abstract_params(config)
-    rows = table(config)
-    problems += check_tensors(tensors, rows, shapes, lambda name: is_unused(name, config), dtype)
+    problems += check_tensors(tensors, config, shapes, dtype)
     raise_problems(directory, problems)
     arrays: Params = {}
-    for row in rows:
+    for row in table(config):
         shape, dtype = shapes[row.ours].shape, DTYPES[config.param_dtype]
         read = partial(_read_index, row, tensors, shape, dtype, problems)
         if placement is None:
-            arrays[row.ours] = jnp.asarray(read((slice(None),) * len(shape)))
+            arrays[row.ours] = jnp.asarray(read(whole(shape)))
         else:
             sharding = placement(row.ours, shape)
             arrays[row.ours] = jax.make_array_from_callback(shape, sharding, read)
@@ -112,8 +112,8 @@ def _read_index(
     problems: list[str],
     index: Any,
 ) -> np.ndarray:
-    whole = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
-    return read_part(row, tensors, whole, dtype, problems)
+    ends = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
+    return read_part(row, tensors, ends, dtype, problems)
 
 
 def _load_converted(

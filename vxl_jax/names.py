@@ -50,6 +50,12 @@ class Row:
         """Published names that this row covers, in layer order."""
         return [self.theirs.format(i=i) for i in range(self.layers)] or [self.theirs]
 
+    def published_shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of each published tensor, from that of our array."""
+        one = ours[1:] if self.layers else ours
+        # A view of one number: nothing of this size is allocated.
+        return self.layout.to_theirs(np.broadcast_to(np.int8(0), one)).shape
+
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 

@@ -56,9 +56,7 @@ def read_config(
         raise CheckpointError(f"{path}: mm_vision_tower is {name!r}; it must be a path or a name")
     tower = find_tower(directory, name, vision)
     if isinstance(tower, Path):
-        has_layer = "mm_vision_select_layer" in values.values
-        layer = values.integer("mm_vision_select_layer") if has_layer else -2
-        tower = read_vision(tower, layer)
+        tower = read_vision(tower, values.integer("mm_vision_select_layer", -2))
     return VideoXLConfig(
         vision=tower,
         language=read_language(values),
@@ -84,12 +82,12 @@ class Fields:
         """The field, or `default` where it is missing."""
         return self.values.get(name, default)
 
-    def integer(self, name: str) -> int:
+    def integer(self, name: str, default: int | None = None) -> int:
         """A field that is a whole number.
 
-        Raises: CheckpointError if it is missing or none.
+        Raises: CheckpointError if it is missing without a default, or none.
         """
-        value = self[name]
+        value = self[name] if default is None else self.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise CheckpointError(f"{self.path}: {name} is {value!r}; it must be a whole number")
         return value

@@ -13,7 +13,7 @@ import re
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vxl_jax.config import DTYPES
-from vxl_jax.names import LINEAR, SAME, Row
+from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.names import LINEAR, SAME, Row, is_unused, table
 
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Dtypes of weights, as safetensors and as NumPy name them."""
@@ -229,9 +229,8 @@ def _against_index(
 
 def check_tensors(
     tensors: dict[str, Tensor],
-    rows: Iterable[Row],
+    config: VideoXLConfig,
     shapes: Mapping[tuple[str, ...], Any],
-    is_unused: Callable[[str], bool],
     dtype: str | None,
 ) -> list[str]:
     """What is missing, unexpected, or of the wrong shape or dtype, by name.
@@ -241,11 +240,9 @@ def check_tensors(
     """
     problems = []
     expected = {}
-    for row in rows:
-        shape = shapes[row.ours].shape[1 if row.layers else 0 :]
-        # A view of one number: nothing of this size is allocated.
-        published = row.layout.to_theirs(np.broadcast_to(np.int8(0), shape)).shape
-        expected.update(dict.fromkeys(row.names(), published))
+    for row in table(config):
+        shape = row.published_shape(shapes[row.ours].shape)
+        expected.update(dict.fromkeys(row.names(), shape))
     stored = stored_dtype({name: tensors[name] for name in expected if name in tensors})
     for name, shape in expected.items():
         if name not in tensors:
@@ -262,7 +259,7 @@ def check_tensors(
             )
     for name in sorted(set(tensors) - set(expected)):
         tensor = tensors[name]
-        if not is_unused(name):
+        if not is_unused(name, config):
             problems.append(f"unexpected tensor {name} in {tensor.file.name}")
         elif tensor.dtype not in NUMPY:
             problems.append(f"tensor {name} has dtype {tensor.dtype}, which is not supported")
@@ -273,6 +270,12 @@ def stored_dtype(tensors: dict[str, Tensor]) -> str:
     """The dtype that most tensors have, of those that a model can have; float32 without any."""
     counts = Counter(STORED.get(tensor.dtype) for tensor in tensors.values())
     return max(DTYPES, key=lambda dtype: counts[dtype])
+
+
+def unused_tensors(tensors: dict[str, Tensor], config: VideoXLConfig) -> dict[str, Tensor]:
+    """Those that the network never reads."""
+    used = {name for row in table(config) for name in row.names()}
+    return {name: tensor for name, tensor in tensors.items() if name not in used}
 
 
 def raise_problems(where: Any, problems: list[str]) -> None:
@@ -296,6 +299,11 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 Index = tuple[slice, ...]
+
+
+def whole(shape: tuple[int, ...]) -> Index:
+    """The index of all of an array."""
+    return tuple(slice(0, size) for size in shape)
 
 
 def read_part(

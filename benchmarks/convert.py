@@ -5,8 +5,10 @@
 
 Makes a sharded checkpoint in the published layout with the real 7B tensor shapes and random weights
 in a temporary directory, and runs in turn, each in a process of its own: `cp`, `convert.from_hf`,
-`cp`, `convert.to_hf`. The least seconds of all rounds and the largest memory count. Needs four
-times the checkpoint's bytes on the disk. Writes benchmarks/results/convert.json.
+`cp`, `convert.to_hf`; first from disk to disk (what is read is not in the page cache, what is
+written is on the disk at the end, as conversion always leaves it), then from cache to cache. The
+least seconds of all rounds and the largest memory count. Needs four times the checkpoint's bytes on
+the disk. Writes benchmarks/results/convert.json.
 """
 
 import argparse
@@ -18,12 +20,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from benchmarks.core import RESULTS, machine
-from convert.writing import Planned, published_config, write_json, write_shards, write_tower
+from convert.writing import Piece, Planned, published_config, write_json, write_shards, write_tower
 from vxl_jax.checkpoint import abstract_params
 from vxl_jax.config import LanguageConfig, VideoXLConfig
 from vxl_jax.names import table
@@ -42,16 +43,17 @@ def make_checkpoint(directory: Path, layers: int) -> int:
     block = np.random.default_rng(0).integers(0, 2**16, 2**24, np.uint16)
     block &= 0xBFFF  # no exponent of all ones: finite weights
 
-    def pieces(size: int) -> Iterator[np.ndarray]:
+    def pieces(size: int) -> Iterator[Piece]:
         for start in range(0, size, len(block)):
-            yield block[: min(len(block), size - start)]
+            part = block[: min(len(block), size - start)]
+            yield Piece(part.nbytes, lambda part=part: part)
 
     planned = []
     for row in table(config):
         shape = row.published_shape(shapes[row.ours].shape)
         for name in row.names():
             size = int(np.prod(shape))
-            planned.append(Planned(name, "BF16", shape, lambda size=size: pieces(size)))
+            planned.append(Planned(name, "BF16", shape, list(pieces(size))))
     write_shards(directory, planned, 5 * 10**9, lambda size: None)
     return sum(tensor.bytes for tensor in planned)
 
@@ -69,6 +71,23 @@ def measure(command: list[str]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "peak_bytes": usage.ru_maxrss * 1024}
 
 
+def summary(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The least seconds and the largest memory."""
+    return {
+        "seconds": min(run["seconds"] for run in runs),
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+    }
+
+
+def drop_from_cache(directory: Path) -> None:
+    """Let the next reading of these files come from the disk."""
+    os.sync()  # what is not written yet cannot be dropped
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main() -> None:
     """Run all, print a table, write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -81,34 +100,37 @@ def main() -> None:
         size = make_checkpoint(source, options.layers)
         python = [sys.executable, "-m"]
         commands = {
-            "from_hf": (source, [*python, "convert.from_hf", str(source), str(ours)], ours),
-            "to_hf": (ours, [*python, "convert.to_hf", str(ours), str(back)], back),
+            "from_hf": (source, [*python, "convert.from_hf", str(source), str(ours)]),
+            "to_hf": (ours, [*python, "convert.to_hf", str(ours), str(back)]),
         }
-        rounds: dict[str, list[Any]] = {name: [] for name in ("cp", *commands)}
-        for _ in range(options.rounds):
-            for made in (ours, back):
-                shutil.rmtree(made, ignore_errors=True)
-            for name, (read, command, _) in commands.items():
-                rounds["cp"].append(measure(["cp", "-r", str(read), str(copy)]))
-                shutil.rmtree(copy)
-                rounds[name].append(measure(command))
-    results = {
-        name: {
-            "seconds": min(r["seconds"] for r in runs),
-            "peak_bytes": max(r["peak_bytes"] for r in runs),
-        }
-        for name, runs in rounds.items()
-    }
+        results = {}
+        for place, copying in (("disk", "cp -r {} {} && sync"), ("cache", "cp -r {} {}")):
+            rounds: dict[str, list[dict[str, float]]] = {}
+            for _ in range(options.rounds):
+                for made in (ours, back):
+                    shutil.rmtree(made, ignore_errors=True)
+                for name, (read, command) in commands.items():
+                    copying_it = ["sh", "-c", copying.format(read, copy)]
+                    for what, run in ((f"cp ({name})", copying_it), (name, command)):
+                        if place == "disk":
+                            drop_from_cache(read)
+                        rounds.setdefault(what, []).append(measure(run))
+                    shutil.rmtree(copy)
+            results[place] = {name: summary(runs) for name, runs in rounds.items()}
+            for name in commands:
+                ratio = results[place][name]["seconds"] / results[place][f"cp ({name})"]["seconds"]
+                results[place][name]["times_cp"] = ratio
     print(
         f"{size / 1e9:.2f} GB of weights; memory limit {(LIMIT[0] * size + LIMIT[1]) / 1e9:.2f} GB"
     )
-    print(f"{'':10}{'seconds':>9}{'times cp':>10}{'peak GB':>9}")
-    for name, values in results.items():
-        values["times_cp"] = values["seconds"] / results["cp"]["seconds"]
-        print(
-            f"{name:10}{values['seconds']:9.2f}{values['times_cp']:10.2f}"
-            f"{values['peak_bytes'] / 1e9:9.2f}"
-        )
+    print(f"{'':20}{'seconds':>9}{'times cp':>10}{'peak GB':>9}")
+    for place, rows in results.items():
+        for name, values in rows.items():
+            ratio_text = f"{values['times_cp']:10.2f}" if "times_cp" in values else " " * 10
+            print(
+                f"{place:6}{name:14}{values['seconds']:9.2f}{ratio_text}"
+                f"{values['peak_bytes'] / 1e9:9.2f}"
+            )
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "convert.json"
     write_json(

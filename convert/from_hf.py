@@ -14,16 +14,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from safetensors.numpy import save_file
 
 from convert.command import add_destination, run
-from convert.writing import check_apart, copy_files, new_directory, progress_bar, set_dtype, watched
+from convert.writing import check_apart, copy_files, new_directory, progress_bar, set_dtype
 from vxl_jax.checkpoint import PARAMS, UNUSED, Shapes, abstract_params, save_params
 from vxl_jax.config import DTYPES, VideoXLConfig
-from vxl_jax.names import table
+from vxl_jax.names import Row
 from vxl_jax.published import read_config
 from vxl_jax.tensors import (
     CheckpointError,
+    Index,
     Tensor,
     as_dtype,
     check_finite,
@@ -34,7 +36,6 @@ from vxl_jax.tensors import (
     read_part,
     stored_dtype,
     unused_tensors,
-    whole,
 )
 
 
@@ -59,7 +60,7 @@ def convert_from_hf(
         overwrite: replace a checkpoint at `destination`.
 
     Raises: CheckpointError that lists every missing, unexpected, duplicate or misshapen tensor, and
-        every one whose weights are not finite, before anything is written.
+        every one whose weights are not finite; `destination` is then as it was.
     """
     source, destination = Path(source), Path(destination)
     check_apart(source, destination)
@@ -70,6 +71,8 @@ def convert_from_hf(
     problems += check_tensors(tensors, config, shapes, dtype)
     if problems:
         raise_problems(source, problems + not_finite(tensors))
+    if ignore is not None and not left_out:
+        print(f"--ignore {ignore!r} is the whole name of no tensor", file=sys.stderr)
     for name in sorted(left_out):
         print(f"left out {name} (--ignore)", file=sys.stderr)
 
@@ -116,27 +119,26 @@ def write_checkpoint(
     unused = unused_tensors(tensors, config)
     size = sum(struct.size * struct.dtype.itemsize for struct in shapes.values())
     size += sum(tensor.bytes for tensor in unused.values())
-    with new_directory(destination, size, overwrite) as part:
-        problems: list[str] = []
-        with progress_bar("reading", sum(t.bytes for t in tensors.values())) as bar:
-            params = {
-                row.ours: read_part(
-                    row, tensors, whole(shapes[row.ours].shape), dtype, problems, bar.update
-                )
-                for row in table(config)
-            }
-            kept = {}
-            for name, tensor in unused.items():
-                values = tensor.read()
-                check_finite(name, tensor, values, problems)
-                bar.update(values.nbytes)
-                kept[name] = as_dtype(values, tensor, unused_dtype).copy()
-        raise_problems(source, problems)
-        write_files(part)
+    problems: list[str] = []
+    with (
+        new_directory(destination, size, overwrite) as part,
+        progress_bar("converting", sum(tensor.bytes for tensor in tensors.values())) as bar,
+    ):
+
+        def read(row: Row, index: Index, out: np.ndarray) -> None:
+            read_part(row, tensors, index, dtype, problems, bar.update, out)
+
+        save_params(part / PARAMS, config, shapes, read)
+        kept = {}
+        for name, tensor in unused.items():
+            values = tensor.read()
+            check_finite(name, tensor, values, problems)
+            kept[name] = as_dtype(values, tensor, unused_dtype).copy()
+            bar.update(values.nbytes)
+        raise_problems(source, sorted(set(problems)))
         if kept:
             save_file(kept, part / UNUSED)
-        with progress_bar("writing", size) as bar, watched(part, bar):
-            save_params(part / PARAMS, params)
+        write_files(part)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -33,6 +33,7 @@ from vxl_jax.tensors import (
     read_json,
     stored_dtype,
     tensors_of,
+    whole,
 )
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
@@ -65,7 +66,7 @@ def init_checkpoint(
         overwrite: replace a checkpoint at `destination`.
 
     Raises: CheckpointError that lists every missing, unexpected or misshapen tensor, and every one
-        whose weights are not finite, before anything is written.
+        whose weights are not finite; `destination` is then as it was.
     """
     qwen, clip, destination = Path(qwen), Path(clip), Path(destination)
     for source in (qwen, clip, *([] if projector is None else [Path(projector)])):
@@ -140,7 +141,12 @@ def _read_projector(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         source = open_source(path)
         rows = [row for row in table(source.config) if row.ours[0] == "projector"]
-        return {row.theirs: _in_memory(row.layout.to_theirs(source.read(row))) for row in rows}
+        return {
+            row.theirs: _in_memory(
+                row.layout.to_theirs(source.read(row, whole(source.shapes[row.ours].shape)))
+            )
+            for row in rows
+        }
     found = {
         PROJECTOR + name.partition("mm_projector.")[2]: tensor
         for name, tensor in tensors_of(path).items()

@@ -23,7 +23,7 @@ from vxl_jax.checkpoint import (
     Shapes,
     abstract_params,
     compare_shapes,
-    read_params,
+    part_reader,
     stored_shapes,
 )
 from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig
@@ -31,6 +31,7 @@ from vxl_jax.names import Row
 from vxl_jax.published import read_config
 from vxl_jax.tensors import (
     CheckpointError,
+    Index,
     Tensor,
     check_tensors,
     find_tensors,
@@ -40,22 +41,21 @@ from vxl_jax.tensors import (
     stored_dtype,
     tensors_of,
     unused_tensors,
-    whole,
 )
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is read a row of the table at a time.
+    """A model that is read part by part.
 
-    shapes: shape of every parameter, and the dtype to write unless another is asked for. read: the
-    whole array of a row, which may have a wider dtype. unused: tensors that the network never
-    reads. write_files: writes what stands beside the weights.
+    shapes: shape of every parameter, and the dtype to write unless another is asked for. read: part
+    of a row's array, which may have a wider dtype; called by several threads. unused: tensors that
+    the network never reads. write_files: writes what stands beside the weights.
     """
 
     config: VideoXLConfig
     shapes: Shapes
-    read: Callable[[Row], np.ndarray]
+    read: Callable[[Row, Index], np.ndarray]
     unused: dict[str, Tensor]
     write_files: Callable[[Path], None]
 
@@ -83,8 +83,10 @@ def _converted(directory: Path) -> Source:
     raise_problems(directory / PARAMS, compare_shapes(abstract_params(config)[1], shapes))
     unused = tensors_of(directory / UNUSED) if (directory / UNUSED).exists() else {}
 
-    def read(row: Row) -> np.ndarray:
-        return read_params(directory / PARAMS, {row.ours: shapes[row.ours]})[row.ours]
+    read_stored = part_reader(directory / PARAMS)
+
+    def read(row: Row, index: Index) -> np.ndarray:
+        return read_stored(row.ours, index)
 
     return Source(config, shapes, read, unused, partial(copy_files, directory))
 
@@ -96,10 +98,9 @@ def _published(directory: Path) -> Source:
     problems += check_tensors(tensors, config, shapes, None)
     raise_problems(directory, problems)
 
-    def read(row: Row) -> np.ndarray:
+    def read(row: Row, index: Index) -> np.ndarray:
         found: list[str] = []
-        struct = shapes[row.ours]
-        values = read_part(row, tensors, whole(struct.shape), struct.dtype, found)
+        values = read_part(row, tensors, index, shapes[row.ours].dtype, found)
         raise_problems(directory, found)
         return values
 
@@ -131,11 +132,12 @@ def _run(directory: Path) -> Source:
             "are stored nowhere"
         )
 
-    def read(row: Row) -> np.ndarray:
+    read_stored = part_reader(tree)
+
+    def read(row: Row, index: Index) -> np.ndarray:
         if base and row.ours not in trained:
-            return base.read(row)
-        path = "params", *row.ours
-        return read_params(tree, {path: trained[row.ours]})[path]  # float32, whatever the base is
+            return base.read(row, index)
+        return read_stored(("params", *row.ours), index)  # float32, whatever the base is
 
     def write_files(part: Path) -> None:
         if base:

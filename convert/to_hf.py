@@ -8,6 +8,7 @@ back, every tensor is the same bit for bit.
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import numpy as np
 from convert.command import add_destination, run
 from convert.sources import Source, open_source
 from convert.writing import (
+    Piece,
     Planned,
     check_apart,
     new_directory,
@@ -27,17 +29,20 @@ from convert.writing import (
     set_dtype,
     write_shards,
 )
+from vxl_jax.checkpoint import CHUNK_BYTES
 from vxl_jax.config import DTYPES
 from vxl_jax.names import LINEAR, Row, table
 from vxl_jax.tensors import (
-    PIECE_BYTES,
     STORED,
     STORED_NAME,
     CheckpointError,
+    Index,
     Tensor,
     all_finite,
     as_dtype,
-    scratch,
+    bytes_of,
+    parts,
+    scratch_array,
     transpose_into,
 )
 
@@ -89,62 +94,53 @@ def read_size(size: str | int) -> int:
 
 
 def _plan_rows(source: Source, dtype: str | None) -> Iterator[Planned]:
-    """The tensors of all rows. A row is read when the first of its tensors is written, and given up
-    when the first of another row is.
-    """
-    held: dict[Row, np.ndarray] = {}
-
-    def values_of(row: Row) -> np.ndarray:
-        if row not in held:
-            held.clear()
-            held[row] = source.read(row)
-        return held[row] if row.layers else held[row][None]
-
     for row in table(source.config):
         struct = source.shapes[row.ours]
-        published = row.published_shape(struct.shape)
-        to_dtype = dtype or np.dtype(struct.dtype).name
+        to_dtype = np.dtype(DTYPES[dtype] if dtype else struct.dtype)
+        one = (1, *struct.shape[1:]) if row.layers else struct.shape
+        run = row.run(one, CHUNK_BYTES // np.dtype(struct.dtype).itemsize)
         for i, name in enumerate(row.names()):
-            pieces = partial(_finite_pieces, name, values_of, row, i, DTYPES[to_dtype])
-            yield Planned(name, STORED_NAME[to_dtype], published, pieces)
+            pieces = [
+                Piece(
+                    math.prod(p.stop - p.start for p in index) * to_dtype.itemsize,
+                    partial(_published_part, source, name, row, _of_layer(row, i, index), to_dtype),
+                )
+                for index in parts(one, run)
+            ]
+            published = row.published_shape(struct.shape)
+            yield Planned(name, STORED_NAME[to_dtype.name], published, pieces)
 
 
-def _finite_pieces(name: str, *arguments: Any) -> Iterator[np.ndarray]:
-    """`_pieces`, unless one of them has NaN or infinite weights.
+def _of_layer(row: Row, layer: int, index: Index) -> Index:
+    return (slice(layer, layer + 1), *index[1:]) if row.layers else index
 
-    Raises: CheckpointError naming the tensor.
+
+def _published_part(source: Source, name: str, row: Row, index: Index, dtype: Any) -> np.ndarray:
+    """Part of our array as one run of numbers of a published tensor.
+
+    Raises: CheckpointError naming the tensor if it has NaN or infinite weights.
     """
-    for piece in _pieces(*arguments):
-        if not all_finite(piece):
-            raise CheckpointError(
-                f"tensor {name} has NaN or infinite weights in the dtype asked for"
-            )
-        yield piece
-
-
-def _pieces(values_of: Any, row: Row, layer: int, dtype: Any) -> Iterator[np.ndarray]:
-    """A layer's tensor in the published layout, some rows at a time, each in the same memory."""
-    values = values_of(row)[layer]
-    if row.layout is not LINEAR:
-        yield row.layout.to_theirs(values).astype(dtype, copy=False)
-        return
-    inputs, outputs = values.shape
-    step = max(1, PIECE_BYTES // (inputs * np.dtype(dtype).itemsize))
-    for start in range(0, outputs, step):
-        part = values[:, start : start + step]
-        piece = scratch(part.size * np.dtype(dtype).itemsize).view(dtype).reshape(-1, inputs)
-        transpose_into(piece, part)
-        yield piece
+    values = source.read(row, index)
+    values = values[0] if row.layers else values
+    if row.layout is LINEAR:
+        out = scratch_array(values.shape[::-1], dtype)
+        transpose_into(out, values)
+    else:
+        out = np.ascontiguousarray(row.layout.to_theirs(values).astype(dtype, copy=False))
+    if not all_finite(out):
+        raise CheckpointError(f"tensor {name} has NaN or infinite weights in the dtype asked for")
+    return out
 
 
 def _plan_unused(source: Source, dtype: str | None) -> Iterator[Planned]:
     for name, tensor in sorted(source.unused.items()):
         stored = STORED_NAME[dtype] if dtype and tensor.dtype in STORED else tensor.dtype
-        yield Planned(name, stored, tensor.shape, partial(_read_unused, tensor, dtype))
+        piece = Piece(bytes_of(stored, tensor.shape), partial(_read_unused, tensor, dtype))
+        yield Planned(name, stored, tensor.shape, [piece])
 
 
-def _read_unused(tensor: Tensor, dtype: str | None) -> Iterator[np.ndarray]:
-    yield as_dtype(tensor.read(), tensor, dtype)
+def _read_unused(tensor: Tensor, dtype: str | None) -> np.ndarray:
+    return as_dtype(tensor.read(), tensor, dtype)
 
 
 def main(arguments: list[str] | None = None) -> int:

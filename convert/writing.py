@@ -6,8 +6,7 @@ import os
 import shutil
 import struct
 import sys
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from vxl_jax.published import (
     TOWER_FOLDER,
     find_tower,
 )
-from vxl_jax.tensors import INDEX, CheckpointError, bytes_of, read_json
+from vxl_jax.tensors import INDEX, CheckpointError, bytes_of, in_threads, read_json
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """Tokenizer, image-processor and generation files, which every direction carries along."""
@@ -239,47 +238,25 @@ def progress_bar(what: str, total: int) -> tqdm:
     )
 
 
-@contextmanager
-def watched(directory: Path, bar: tqdm) -> Iterator[None]:
-    """Let a bar follow the bytes in a directory that something else writes."""
-    done = threading.Event()
-
-    def follow() -> None:
-        while not done.wait(0.2):
-            bar.update(max(0, min(bar.total, _bytes_in(directory)) - bar.n))
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-    bar.update(bar.total - bar.n)
-
-
-def _bytes_in(directory: Path) -> int:
-    total = 0
-    for folder, _, files in os.walk(directory):
-        for file in files:
-            try:
-                total += os.stat(os.path.join(folder, file)).st_size
-            except FileNotFoundError:  # a temporary file that has got its name
-                continue
-    return total
-
-
 # Safetensors.
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Some bytes of a tensor and what makes them, which may be called by any thread."""
+
+    bytes: int
+    make: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
 class Planned:
-    """A tensor to be written: dtype as safetensors names it, and pieces of its bytes in order."""
+    """A tensor to be written: dtype as safetensors names it, and its pieces in order."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    pieces: Callable[[], Iterable[np.ndarray]]
+    pieces: list[Piece]
 
     @property
     def bytes(self) -> int:
@@ -292,8 +269,9 @@ def write_shards(
 ) -> None:
     """Write tensors in their order into `model*.safetensors`, with an index if there are several.
 
-    Pieces are written as they come, so that no tensor has to stand whole in memory (the safetensors
-    library takes whole arrays). A tensor larger than `shard_bytes` has a shard of its own.
+    Pieces are made and written by several threads, each at its place, so that no tensor has to
+    stand whole in memory (the safetensors library takes whole arrays). A tensor larger than
+    `shard_bytes` has a shard of its own.
     """
     shards: list[list[Planned]] = [[]]
     filled = 0
@@ -328,14 +306,25 @@ def _write_file(path: Path, tensors: list[Planned], progress: Callable[[int], No
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors:
-            for piece in tensor.pieces():
-                written = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
-                # Twice as fast as one call for all of it: what is copied stays in the cache.
-                for start in range(0, len(written), 2**17):
-                    file.write(written[start : start + 2**17])
-                progress(piece.nbytes)
-        if file.tell() != 8 + len(text) + offset:
-            raise CheckpointError(f"{path}: {file.tell()} bytes written, not those planned")
+    jobs, start = [], 8 + len(text)
+    for piece in (piece for tensor in tensors for piece in tensor.pieces):
+        jobs.append((start, piece))
+        start += piece.bytes
+    if start != 8 + len(text) + offset:
+        raise CheckpointError(f"{path}: its pieces have {start} bytes, not those of its tensors")
+    with path.open("wb", buffering=0) as file:
+
+        def write(start: int, piece: Piece) -> None:
+            made = piece.make()
+            _write_at(file.fileno(), start, made.reshape(-1).view(np.uint8).data)
+            progress(piece.bytes)
+
+        _write_at(file.fileno(), 0, memoryview(struct.pack("<Q", len(text)) + text))
+        in_threads(write, jobs)
+        os.fsync(file.fileno())
+
+
+def _write_at(file: int, start: int, data: memoryview) -> None:
+    done = 0
+    while done < len(data):  # twice as fast as in one call: what is copied stays in the cache
+        done += os.pwrite(file, data[done : done + 2**17], start + done)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
@@ -25,18 +26,23 @@ from vxl_jax.names import Row, table
 from vxl_jax.published import read_config
 from vxl_jax.tensors import (
     CheckpointError,
+    Index,
     Tensor,
     check_tensors,
     find_tensors,
+    in_threads,
+    parts,
     raise_problems,
+    read_json,
     read_part,
+    scratch_array,
     stored_dtype,
     whole,
 )
 
 PARAMS, UNUSED = "params", "unused.safetensors"
 
-CHUNK_BYTES = 2**24
+CHUNK_BYTES = 2**23
 """Most bytes of a stored chunk: small enough for a device to read its part alone."""
 
 ParamPath = tuple[str, ...]
@@ -155,21 +161,97 @@ def compare_shapes(ours: Shapes, stored: Shapes) -> list[str]:
 # The Orbax tree.
 
 
-def save_params(directory: Path, params: Params) -> None:
-    """Write NumPy arrays by path as a new Orbax tree."""
-    # Without OCDBT, which gathers everything in memory before it writes, and without the copy that
-    # Orbax makes of arrays that the caller may change meanwhile.
-    as_they_are = type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+class _Described(type_handlers.NumpyHandler):
+    """Lets Orbax describe arrays in a tree's metadata while their weights are written elsewhere."""
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
+        return []
+
+
+def save_params(
+    directory: Path,
+    config: VideoXLConfig,
+    shapes: Shapes,
+    read: Callable[[Row, Index, np.ndarray], None],
+) -> None:
+    """Write a new Orbax tree chunk by chunk, so that no parameter ever stands whole in memory.
+
+    Each chunk is one run of numbers in a published tensor. Orbax writes the tree's metadata, and
+    TensorStore the arrays: uncompressed zarr3, one directory a parameter, as Orbax lays them out.
+
+    read: puts the part of a row's parameter at an index into an array; called by several threads.
+
+    Raises: CheckpointError if the disk refuses.
+    """
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=False,
         use_zarr3=True,
         use_compression=False,
-        type_handler_registry=type_handlers.create_type_handler_registry((np.ndarray, as_they_are)),
+        type_handler_registry=type_handlers.create_type_handler_registry(
+            (jax.ShapeDtypeStruct, _Described())
+        ),
     )
-    tree = unflatten_dict(params)
-    chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(tree, save_args=chunked))
+        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(unflatten_dict(shapes)))
+    jobs = []
+    for row in table(config):
+        struct = shapes[row.ours]
+        chunk = row.run(struct.shape, CHUNK_BYTES // struct.dtype.itemsize)
+        grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+        spec = {
+            **_spec(directory, row.ours),
+            "store_data_equal_to_fill_value": True,
+            "metadata": {
+                "shape": struct.shape,
+                "data_type": struct.dtype.name,
+                "chunk_grid": grid,
+            },
+        }
+        store = tensorstore.open(spec, create=True).result()
+        jobs += [(row, store, index) for index in parts(struct.shape, chunk)]
+
+    def write(row: Row, store: Any, index: Index) -> None:
+        out = scratch_array(tuple(p.stop - p.start for p in index), shapes[row.ours].dtype)
+        read(row, index, out)
+        try:  # the buffer is this thread's until the write is done: nobody has to copy it
+            store[index].write(out, can_reference_source_data_indefinitely=True).result()
+        except Exception as error:  # TensorStore has no class of its own
+            raise CheckpointError(f"{directory}: cannot be written ({error})") from error
+
+    in_threads(write, jobs)
+
+
+def part_reader(directory: Path) -> Callable[[ParamPath, Index], np.ndarray]:
+    """A function that reads part of an array of an Orbax tree, from only the chunks it is in.
+
+    It raises CheckpointError if the array cannot be read.
+    """
+    opened: dict[ParamPath, tensorstore.TensorStore] = {}
+
+    def read(path: ParamPath, index: Index) -> np.ndarray:
+        try:
+            if path not in opened:
+                opened[path] = tensorstore.open(_spec(directory, path), open=True).result()
+            return opened[path][index].read().result()
+        except Exception as error:  # TensorStore has no class of its own
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(f"{directory}: cannot be read ({reason})") from error
+
+    return read
+
+
+def _spec(directory: Path, path: ParamPath) -> dict[str, Any]:
+    """What TensorStore has to know of an array of an Orbax tree."""
+    layout = read_json(directory / "_METADATA")
+    kvstore: dict[str, Any] = {"driver": "file", "path": f"{directory.absolute()}/"}
+    if layout["use_ocdbt"]:
+        kvstore = {"driver": "ocdbt", "base": kvstore}
+    return {
+        "driver": "zarr3" if layout["use_zarr3"] else "zarr",
+        "kvstore": kvstore,
+        "path": ".".join(path),
+        "fill_missing_data_reads": False,
+    }
 
 
 def stored_shapes(directory: Path, part: str | None = None) -> Shapes:

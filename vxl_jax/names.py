@@ -56,6 +56,21 @@ class Row:
         # A view of one number: nothing of this size is allocated.
         return self.layout.to_theirs(np.broadcast_to(np.int8(0), one)).shape
 
+    def run(self, ours: tuple[int, ...], most: int) -> tuple[int, ...]:
+        """Shape of the largest part of our array that is one run of numbers in a published tensor,
+        or several such tensors whole.
+
+        most: numbers in it, as far as one row of a published tensor allows.
+        """
+        one = ours[1:] if self.layers else ours
+        size = int(np.prod(one))
+        if size <= most or self.layout not in (LINEAR, SAME):
+            return (min(ours[0], max(1, most // size)), *one) if self.layers else one
+        axis = 1 if self.layout is LINEAR else 0
+        rows = max(1, most * one[axis] // size)
+        part = (*one[:axis], rows, *one[axis + 1 :])
+        return (1, *part) if self.layers else part
+
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
@@ -125,6 +140,11 @@ def is_unused(name: str, config: VideoXLConfig) -> bool:
     if layer is None:
         return False
     return config.vision.layers_used <= int(layer[1]) < config.vision.layers
+
+
+def first_layer(name: str) -> str:
+    """The name of the same tensor in the first layer of its tower or language model."""
+    return re.sub(r"layers\.\d+\.", "layers.0.", name)
 
 
 def to_published(params: dict[str, Any], config: VideoXLConfig) -> dict[str, np.ndarray]:

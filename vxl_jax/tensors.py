@@ -5,6 +5,7 @@ weights are read from them piece by piece, since it maps files whole, and mapped
 memory.
 """
 
+import itertools
 import json
 import math
 import mmap
@@ -13,8 +14,8 @@ import re
 import struct
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vxl_jax.config import DTYPES, VideoXLConfig
-from vxl_jax.names import LINEAR, SAME, Row, is_unused, table
+from vxl_jax.names import LINEAR, SAME, Row, first_layer, is_unused, table
 
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Dtypes of weights, as safetensors and as NumPy name them."""
@@ -133,12 +134,21 @@ class Tensor:
 _buffers = threading.local()
 
 
-def scratch(size: int) -> np.ndarray:
-    """Bytes that this thread's next call gives out again: fresh memory costs more than its use."""
-    held = getattr(_buffers, "held", None)
+def scratch(size: int, use: str = "read") -> np.ndarray:
+    """Bytes that this thread's next call for the same use gives out again: fresh memory costs more
+    than its use.
+    """
+    held = getattr(_buffers, use, None)
     if held is None or len(held) < size:
-        held = _buffers.held = np.empty(size, np.uint8)
+        held = np.empty(size, np.uint8)
+        setattr(_buffers, use, held)
     return held[:size]
+
+
+def scratch_array(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that this thread's next call gives out again."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    return scratch(size, "array").view(dtype).reshape(shape)
 
 
 def as_dtype(values: np.ndarray, tensor: Tensor, dtype: str | None) -> np.ndarray:
@@ -176,7 +186,10 @@ def find_tensors(
                 problems.append(f"tensor {name} is in {found[name].file.name} and in {path.name}")
             found[name] = tensor
     if (directory / INDEX).exists():
-        problems += _against_index(read_json(directory / INDEX), found, leave_out)
+        try:
+            problems += _against_index(read_json(directory / INDEX), found, leave_out)
+        except CheckpointError as error:
+            problems.append(str(error))
     return found, problems
 
 
@@ -192,8 +205,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
             pass
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
-    except (SafetensorError, OSError) as error:
+            header = json.loads(file.read(size), object_pairs_hook=_once_each)
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
     return {
         name: Tensor(
@@ -202,6 +215,14 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = Counter(name for name, _ in pairs)
+    twice = sorted(name for name, count in names.items() if count > 1)
+    if twice:
+        raise ValueError(f"{', '.join(twice)}: more than once in its header")
+    return dict(pairs)
 
 
 def _against_index(
@@ -263,6 +284,8 @@ def check_tensors(
             problems.append(f"unexpected tensor {name} in {tensor.file.name}")
         elif tensor.dtype not in NUMPY:
             problems.append(f"tensor {name} has dtype {tensor.dtype}, which is not supported")
+        elif (shape := expected.get(first_layer(name), tensor.shape)) != tensor.shape:
+            problems.append(f"tensor {name} has shape {tensor.shape}, config.json asks for {shape}")
     return problems
 
 
@@ -301,6 +324,16 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 Index = tuple[slice, ...]
 
 
+def parts(shape: tuple[int, ...], part: tuple[int, ...]) -> Iterator[Index]:
+    """The indices of an array's parts of one shape, in order; those at an end may be smaller."""
+    starts = (range(0, size, step) for size, step in zip(shape, part, strict=True))
+    for corner in itertools.product(*starts):
+        yield tuple(
+            slice(start, min(start + step, size))
+            for start, step, size in zip(corner, part, shape, strict=True)
+        )
+
+
 def whole(shape: tuple[int, ...]) -> Index:
     """The index of all of an array."""
     return tuple(slice(0, size) for size in shape)
@@ -313,15 +346,17 @@ def read_part(
     dtype: Any,
     problems: list[str],
     progress: Callable[[int], None] = lambda size: None,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Read part of our array of one row of the table.
 
     Their rows are read as far as they are needed; a part along their columns reads whole rows.
 
     index: slices with start and stop for every axis of our array. dtype: of the result. Weights
-    that are not finite are added to `problems`. progress: called with the bytes read.
+    that are not finite are added to `problems`. progress: called with the bytes read. out: where
+    the result goes; new memory if None.
     """
-    out = _allocate([part.stop - part.start for part in index], dtype)
+    out = _allocate([part.stop - part.start for part in index], dtype) if out is None else out
     names = row.names()[index[0]] if row.layers else row.names()
     inner = index[1:] if row.layers else index
 
@@ -345,8 +380,11 @@ def read_part(
                 out[here] = values[:, *inner[1:]]
             progress(piece.bytes)
 
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(read_layer, names, out if row.layers else out[None]))
+    layers = out if row.layers else out[None]
+    if len(names) == 1:
+        read_layer(names[0], layers[0])
+        return out
+    in_threads(read_layer, zip(names, layers, strict=True))
     return out
 
 
@@ -357,6 +395,22 @@ def _allocate(shape: list[int], dtype: Any) -> np.ndarray:
     size = math.prod(shape)
     pages = mmap.mmap(-1, max(1, size * np.dtype(dtype).itemsize))
     return np.frombuffer(pages, np.dtype(dtype), size).reshape(shape)
+
+
+THREADS = 4
+"""That read and write: more than there may be cores, since most of their time they wait."""
+
+
+def in_threads(work: Callable[..., object], jobs: Iterable[tuple[Any, ...]]) -> None:
+    """Call `work` with every job's arguments, some at a time; the first error ends it."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        running = [pool.submit(work, *job) for job in jobs]
+        try:
+            for done in as_completed(running):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 _CHECKED_AT_ONCE = 2**18  # numbers; what the comparison makes stays in the cache

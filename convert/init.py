@@ -81,7 +81,8 @@ def init_checkpoint(
     )
     tensors |= _beacons(tensors, _end_of_sequence(values))
     tensors |= {
-        TOWER_PREFIX + name: tensor
+        # transformers 5 saves a tower alone without this prefix.
+        f"{TOWER_PREFIX}vision_model.{name.removeprefix('vision_model.')}": tensor
         for name, tensor in tower.items()
         if not re.fullmatch(NOT_OF_THE_TOWER, name)
     }

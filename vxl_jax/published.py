@@ -164,10 +164,20 @@ def read_language(values: Fields) -> LanguageConfig:
         heads=values.integer("num_attention_heads"),
         kv_heads=values.integer("num_key_value_heads"),
         mlp_width=values.integer("intermediate_size"),
-        rope_theta=values.number("rope_theta"),
+        rope_theta=_rope_theta(values),
         norm_eps=values.number("rms_norm_eps"),
         tie_embeddings=values.get("tie_word_embeddings", False),
     )
+
+
+def _rope_theta(values: Fields) -> float:
+    """`rope_theta`, which transformers writes inside `rope_parameters` since version 5."""
+    inner = values.get("rope_parameters", None)
+    if "rope_theta" in values.values or not isinstance(inner, dict):
+        return values.number("rope_theta")
+    fields = Fields(inner, values.path)
+    fields.require({"rope_type": ("default",)})
+    return fields.number("rope_theta")
 
 
 def read_vision(tower: Path, feature_layer: int = -2) -> VisionConfig:

@@ -28,7 +28,6 @@ CONFIG = TrainConfig(
         max_frames=8,
         max_length=512,
         batch_size=32,
-        bucket_steps=2,
         cache_mb=256,
     ),
     optim=OptimSection(learning_rate=2e-3, weight_decay=0.01, b2=0.98),

@@ -114,7 +114,7 @@ def _published(directory: Path) -> Source:
 def _run(directory: Path) -> Source:
     section = _model_section(directory / "config.json")
     step = latest_step(directory / "checkpoints")
-    tree = directory / "checkpoints" / str(step) / "default"
+    tree = directory / "checkpoints" / str(step) / "state"
     trained = stored_shapes(tree, "params")
     base = open_source(Path(section.checkpoint)) if section.checkpoint else None
     if base:

@@ -175,7 +175,7 @@ def test_a_bad_value_is_refused(argv: str, message: str, capsys: pytest.CaptureF
         ("data", "video_fps", 0.0),
         ("data", "max_length", 0),
         ("data", "batch_size", 0),
-        ("data", "bucket_steps", 3),
+        ("data", "shapes", 0),
         ("data", "workers", -1),
         ("data", "cache_mb", -1),
         ("data", "max_bad_share", 1.5),

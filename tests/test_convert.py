@@ -483,7 +483,7 @@ def a_run(directory, section, trained):
     for step, factor in ((5, 3), (9, 2)):
         params = jax.tree.map(lambda x, factor=factor: factor * x, trained)
         tree = {"params": params, "opt_state": optax.adamw(1e-3).init(params)}
-        manager.save(step, args=ocp.args.StandardSave(tree))
+        manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(tree)))
     manager.close()
     return directory
 

@@ -24,7 +24,7 @@ from PIL import Image
 from train.demo_data import demo_words
 from train.demo_drawing import COLOURS, SHAPES, Thing, draw_tile, write_png
 from train.demo_tokenizer import save_tokenizer
-from train.finetune import main, restore, save
+from train.finetune import Position, main, restore, save
 from train.signals import stop_request
 from train.step import add_batch
 
@@ -43,7 +43,6 @@ CONFIG = TrainConfig(
         epochs=(20,),
         min_tiles=1,
         batch_size=4,
-        bucket_steps=1,
         workers=0,
         max_bad_share=0.2,
     ),
@@ -177,7 +176,7 @@ def test_metrics_and_falling_loss(whole: Run):
     for row in rows:
         assert row.keys() == {
             *("step", "loss", "accuracy", "gradient_norm", "learning_rate", "seconds"),
-            *("samples_per_second", "tokens_per_second", "frames_per_second"),
+            *("samples_per_second", "tokens_per_second", "frames_per_second", "padding"),
         }
         assert np.isfinite(list(row.values())).all()
     assert rows[0]["loss"] > 4
@@ -338,12 +337,15 @@ def test_a_checkpoint_holds_what_was_saved_though_the_buffers_are_given_up(tmp_p
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x - 1, tree), donate_argnums=0)
     expected = np.arange(4_000_000, dtype=np.float32)
     trained, state = {"a": jnp.array(expected)}, {"b": jnp.array(expected)}
-    save(manager, 1, trained, state)
+    position = Position(7, "of this data")
+    save(manager, 1, trained, state, position)
     for _ in range(5):
         trained, state = overwrite((trained, state))
     manager.wait_until_finished()
     assert trained["a"][0] == -5
-    for tree in restore(manager, 1, trained, state):
+    *trees, found_position = restore(manager, 1, trained, state, position, tmp_path)
+    assert found_position == position
+    for tree in trees:
         (found,) = jax.tree.leaves(tree)
         np.testing.assert_array_equal(found, expected)
     manager.close()
@@ -363,7 +365,7 @@ def test_other_samples_are_refused(own: Path):
     records = json.loads((own / "train.json").read_text())
     write_records(own / "train.json", records[:-1])
     refused = run(own, own / "run")
-    assert "began with 16 other training samples than the 15 there are now" in refused.error
+    assert "began with other training samples than there are now" in refused.error
     write_records(own / "train.json", records)
     assert run(own, own / "run", "--run.max-steps", "2").status == 0
 
@@ -463,7 +465,10 @@ def test_undecodable_questions_do_not_lose_a_trained_run(own: Path):
 def test_a_file_without_one_good_record_is_an_error(own: Path):
     write_records(own / "train.json", [{"id": i} for i in range(3)])
     stopped = run(own, own / "run", "--data.max-bad-share", "1")
-    assert stopped.error == f"error: {own}/train.json: none of its 3 records can be used"
+    assert stopped.error == (
+        f"error: {own}/train.json: none of its 3 records can be used; the first: the record has no "
+        "conversations"
+    )
 
 
 # Refusals and failures: one line, status 2.

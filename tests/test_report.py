@@ -16,7 +16,7 @@ def log_steps(run_dir: Path, start: int, stop: int, seconds_ago: float = 0.0) ->
     """Log every step after `start` up to `stop`."""
     log = RunLog(run_dir, start, 9, log_every=1, began=time.perf_counter() - seconds_ago)
     for step in range(start + 1, stop + 1):
-        log.count(samples=2, tokens=10, frames=0)
+        log.count(places=20, samples=2, tokens=10, frames=0)
         log.log(step, METRICS)
     log.close()
     return log
@@ -50,7 +50,7 @@ def test_seconds_are_those_of_all_pieces_that_count(tmp_path: Path):
 def test_rates_are_since_the_row_before(tmp_path: Path):
     log = RunLog(tmp_path, 0, 9, log_every=3, began=time.perf_counter())
     for _ in range(3):
-        log.count(samples=4, tokens=100, frames=8)
+        log.count(places=125, samples=4, tokens=100, frames=8)
     time.sleep(0.05)
     log.log(3, METRICS)
     time.sleep(0.05)
@@ -61,6 +61,7 @@ def test_rates_are_since_the_row_before(tmp_path: Path):
     assert first["tokens_per_second"] == pytest.approx(25 * first["samples_per_second"])
     assert first["frames_per_second"] == pytest.approx(2 * first["samples_per_second"])
     assert second["samples_per_second"] == second["tokens_per_second"] == 0
+    assert (first["padding"], second["padding"]) == (pytest.approx(0.2), 0)
 
 
 def test_metrics_are_due_at_the_first_and_last_step_and_between(tmp_path: Path):

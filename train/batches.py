@@ -1,48 +1,27 @@
-"""Batches: which samples go together, decoded and padded by worker processes.
+"""Batches as the network takes them: decoded by data workers, padded, in the order of the plan.
 
-Which samples form a batch, in which order, with which random ratios, is a function of the seed and
-the batch's number alone. A run that starts again at step n asks for the batches from n on.
+grain asks for batches ahead of the training loop, in threads; each hands its samples to workers
+(`train.workers`). What a batch holds is a function of the plan alone.
 """
 
-import multiprocessing
-import os
-import pickle
-import shutil
-import signal
 import threading
-from collections import OrderedDict, defaultdict
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections import OrderedDict
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
-from train.records import BadSample, Block, Preparer, Sample
-from vxl_jax.media import MediaError
-from vxl_jax.stream import Ratio, StreamBatch, StreamShape, batch_streams, draw_ratio, round_up
+from train.dataset import Dataset
+from train.plan import BatchPlan, Epochs
+from train.records import BadSample, Sample
+from train.workers import Loaded, WorkerError
+from vxl_jax.stream import Stream, StreamBatch, batch_streams
 
-
-@dataclass(frozen=True)
-class Bucket:
-    """Padded sizes of a batch; all batches of one bucket run the same compiled program."""
-
-    shape: StreamShape
-    frames: int
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """Samples of one batch (at most `data.batch_size`) and the seed of their ratios."""
-
-    samples: tuple[int, ...]
-    bucket: Bucket
-    seed: tuple[int, ...]
+AHEAD = 16
+"""Batches that may be prepared at once, where `data.buffer_mb` has room for them."""
 
 
 @dataclass(frozen=True)
@@ -50,226 +29,214 @@ class Batch:
     """What a step needs (host arrays).
 
     streams: see `StreamBatch`; pixels: uint8 [B, F, S, S, 3], None in a batch of text alone.
-    samples: index of the sample in each place, -1 where the place is empty. frames, tokens: what
-    is in the batch, without padding.
+    samples: what is in each place, None where it is empty. frames, tokens: what is in the batch,
+    without padding; token_places: room for tokens, with padding.
     """
 
     streams: StreamBatch
     pixels: np.ndarray | None
-    samples: np.ndarray
+    samples: list[Sample | None]
     frames: int
     tokens: int
+    token_places: int
     bad: list[BadSample] = field(default_factory=list)
 
 
-def bucket_of(sample: Sample, preparer: Preparer, ratios: Sequence[int]) -> Bucket:
-    """The bucket of a sample: sizes under the lowest of the ratios, which no draw exceeds."""
-    steps = preparer.data.bucket_steps
-    # As in `draw_ratio`, a window with fewer tokens than the ratio keeps one beacon.
-    lowest: Ratio = (lambda count: min(*ratios, count)) if ratios else None
-    shape = StreamShape.of(sample.plan(preparer.model, lowest)).padded(steps)
-    return Bucket(shape, round_up(sample.frames, steps) if sample.frames else 0)
+@dataclass(frozen=True)
+class Host:
+    """Which of several hosts this is: each loads its share of the places of every batch."""
 
+    index: int = 0
+    count: int = 1
 
-class Epochs:
-    """All batches of a run in order, planned an epoch at a time when they are asked for.
-
-    buckets: of every sample. files: samples (as indices) of each data file. epochs: passes over
-    each file, or one number for all. sequential: one file after another instead of all mixed.
-    """
-
-    def __init__(
-        self,
-        buckets: Sequence[Bucket],
-        files: Sequence[Sequence[int]],
-        batch_size: int,
-        seed: int,
-        epochs: Sequence[int] = (1,),
-        sequential: bool = False,
-    ):
-        self.buckets, self.batch_size, self.seed = buckets, batch_size, seed
-        passes_over = list(epochs) if len(epochs) > 1 else list(epochs) * len(files)
-        if sequential:
-            passes = [[file] for file, n in zip(files, passes_over, strict=True) for _ in range(n)]
-        else:
-            passes = [
-                [file for file, n in zip(files, passes_over, strict=True) if n > epoch]
-                for epoch in range(max(passes_over))
-            ]
-        self.passes = [np.array([i for file in some for i in file], int) for some in passes]
-        self.ends = np.cumsum([self._batches_in(samples) for samples in self.passes])
-        self._planned: tuple[int, list[BatchPlan]] | None = None
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, index: int) -> BatchPlan:
-        number = int(np.searchsorted(self.ends, index, side="right"))
-        if self._planned is None or self._planned[0] != number:
-            self._planned = number, self._plan(number)
-        return self._planned[1][index - int(self.ends[number])]
-
-    def _batches_in(self, samples: np.ndarray) -> int:
-        counts: dict[Bucket, int] = defaultdict(int)
-        for i in samples:
-            counts[self.buckets[i]] += 1
-        return sum(-(-count // self.batch_size) for count in counts.values())
-
-    def _plan(self, number: int) -> list[BatchPlan]:
-        """Fill a batch of each bucket in random order; what is left at the end is not full."""
-        rng = np.random.default_rng([self.seed, number])
-        waiting: dict[Bucket, list[int]] = defaultdict(list)
-        batches: list[tuple[Bucket, list[int]]] = []
-        for i in rng.permutation(self.passes[number]):
-            bucket = self.buckets[i]
-            waiting[bucket].append(int(i))
-            if len(waiting[bucket]) == self.batch_size:
-                batches.append((bucket, waiting.pop(bucket)))
-        batches += waiting.items()
-        return [
-            BatchPlan(tuple(samples), bucket, (self.seed, number, k))
-            for k, (bucket, samples) in enumerate(batches)
-        ]
+    def places(self, total: int) -> range:
+        """Its places; so many on every host, though the last may have some past the end."""
+        each = -(-total // self.count)
+        return range(self.index * each, (self.index + 1) * each)
 
 
 class Loader:
-    """Decodes and pads the batch of a plan; runs in the worker processes."""
+    """Loads the batches of a plan.
+
+    random: draw ratios and move frames in time by the plan's seeds; else the lowest ratio. host:
+    the places of each batch that are loaded.
+    """
 
     def __init__(
-        self, samples: Sequence[Sample], preparer: Preparer, ratios: Sequence[int], size: int
+        self, plans: Epochs, dataset: Dataset, random: bool = True, host: Host | None = None
     ):
-        self.samples, self.preparer, self.ratios, self.size = samples, preparer, ratios, size
-        self._cache = _PixelCache(preparer.data.cache_mb * 2**20)
+        self.plans, self.dataset, self.pool = plans, dataset, dataset.pool
+        self.random, self.host = random, host or Host()
+        data, model = dataset.reader.preparer.data, dataset.reader.preparer.model
+        self.size = model.vision.image_size
+        self.limit = data.buffer_mb * 2**20
+        # Frames that are moved in time are others each time.
+        self.cache = _Cache(0 if random and data.frame_jitter else data.cache_mb * 2**20)
 
-    def __call__(self, plan: BatchPlan) -> Batch:
-        """Samples whose media cannot be decoded leave their place empty and are listed in `bad`."""
-        preparer, rng = self.preparer, np.random.default_rng(plan.seed)
-        size, frames = preparer.model.vision.image_size, plan.bucket.frames
-        pixels = np.zeros((self.size, frames, size, size, 3), np.uint8) if frames else None
-        streams: list[Any] = [None] * self.size
-        present = np.full(self.size, -1, np.int32)
-        bad = []
-        for place, index in enumerate(plan.samples):
-            sample = self.samples[index]
-            ratio: Ratio = draw_ratio(self.ratios, rng)
-            stream = sample.plan(preparer.model, ratio)
+    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
+        """Batches from number `start` on, in order. Close the generator to stop what runs ahead.
+
+        Raises: WorkerError if data processes cannot be started.
+        """
+        numbers = grain.MapDataset.range(start, len(self.plans))
+        workers = self.pool.count
+        if not workers:  # made here, when asked for
+            alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+            load = numbers.map(lambda number: self._load(self.plans[number], None))
+            yield from load.to_iter_dataset(alone)
+            return
+        budget = _Budget(self.limit, start)
+        with ThreadPoolExecutor(workers, "sample") as threads:
+
+            def ahead(number: int) -> tuple[Batch, int]:
+                plan = self.plans[number]
+                size = self._bytes(plan)
+                budget.enter(number, size)
+                return self._load(plan, threads), size
+
+            options = grain.ReadOptions(num_threads=AHEAD, prefetch_buffer_size=AHEAD)
+            iterator = iter(numbers.map(ahead).to_iter_dataset(options))
             try:
-                blocks = [self._pixels(block) for block in sample.blocks]
-            except MediaError as error:
-                bad.append(BadSample(sample.name, str(error)))
+                for batch, size in iterator:
+                    budget.leave(size)
+                    yield batch
+            finally:
+                budget.close()
+                threads.shutdown(wait=False, cancel_futures=True)
+                with suppress(AttributeError):
+                    iterator.close()
+
+    def _bytes(self, plan: BatchPlan) -> int:
+        places = self.host.places(plan.bucket.places)
+        return len(places) * plan.bucket.frames * self.size**2 * 3
+
+    def _load(self, plan: BatchPlan, threads: ThreadPoolExecutor | None) -> Batch:
+        """Samples whose media cannot be decoded leave their place empty and are listed in `bad`."""
+        places = self.host.places(plan.bucket.places)
+        frames = plan.bucket.frames
+        pixels = None
+        if frames:
+            pixels = np.zeros((len(places), frames, self.size, self.size, 3), np.uint8)
+        found: list[Loaded | BadSample | Future | None] = []
+        for row, place in enumerate(places):
+            if place >= len(plan.samples):
+                found.append(None)
                 continue
-            if pixels is not None and blocks:
-                pixels[place, : sample.frames] = np.concatenate(blocks)
-            streams[place], present[place] = stream, index
+            index = int(plan.samples[place])
+            out = np.empty((0, self.size, self.size, 3), np.uint8)
+            if pixels is not None:
+                out = pixels[row, : self.dataset.lengths.frames[index]]
+            seed = plan.seed_of(place) if self.random else None
+            if threads is None:
+                found.append(self._sample(index, seed, out))
+            else:
+                found.append(threads.submit(self._sample, index, seed, out))
+        loaded = [item.result() if isinstance(item, Future) else item for item in found]
+        streams: list[Stream | None] = []
+        samples: list[Sample | None] = []
+        bad = []
+        for row, item in enumerate(loaded):
+            good = item if isinstance(item, Loaded) else None
+            streams.append(good.stream if good else None)
+            samples.append(good.sample if good else None)
+            if isinstance(item, BadSample):
+                bad.append(item)
+                if pixels is not None:  # half of it may have been decoded
+                    pixels[row] = 0
         return Batch(
             streams=batch_streams(streams, plan.bucket.shape),
             pixels=pixels,
-            samples=present,
-            frames=sum(self.samples[i].frames for i in present.tolist() if i >= 0),
-            tokens=sum(stream.length for stream in streams if stream is not None),
+            samples=samples,
+            frames=sum(sample.frames for sample in samples if sample),
+            tokens=sum(stream.length for stream in streams if stream),
+            token_places=len(places) * plan.bucket.shape.tokens,
             bad=bad,
         )
 
-    def _pixels(self, block: Block) -> np.ndarray:
-        pixels = self._cache.get(block)
-        if pixels is None:
-            pixels = self.preparer.pixels(block)
-            self._cache.put(block, pixels)
-        return pixels
+    def _sample(
+        self, index: int, seed: tuple[int, ...] | None, out: np.ndarray
+    ) -> Loaded | BadSample:
+        held = self.cache.get(index)
+        if held is not None:
+            sample, out[...] = held
+            return Loaded(sample, self.pool.work.stream(sample, seed))
+        dataset = self.dataset
+        loaded = self.pool.load(int(dataset.source[index]), int(dataset.record[index]), seed, out)
+        if isinstance(loaded, Loaded):
+            self.cache.put(index, loaded.sample, out)
+        return loaded
 
 
-class _PixelCache:
-    """Least recently used pixels of visual blocks, bounded in bytes."""
+class _Cache:
+    """Samples and their pixels, least recently used ones given up, bounded in bytes of pixels; for
+    many threads.
+    """
 
     def __init__(self, limit: int):
         self.limit, self.used = limit, 0
-        self.pixels: OrderedDict[Block, np.ndarray] = OrderedDict()
+        self.held: OrderedDict[int, tuple[Sample, np.ndarray]] = OrderedDict()
+        self.lock = threading.Lock()
 
-    def get(self, block: Block) -> np.ndarray | None:
-        if block in self.pixels:
-            self.pixels.move_to_end(block)
-        return self.pixels.get(block)
+    def get(self, index: int) -> tuple[Sample, np.ndarray] | None:
+        with self.lock:
+            if index in self.held:
+                self.held.move_to_end(index)
+            return self.held.get(index)
 
-    def put(self, block: Block, pixels: np.ndarray) -> None:
-        if pixels.nbytes > self.limit:
+    def put(self, index: int, sample: Sample, pixels: np.ndarray) -> None:
+        size = pixels.nbytes + 2 * sample.ids.nbytes + _OVERHEAD
+        if size > self.limit:
             return
-        self.pixels[block] = pixels
-        self.used += pixels.nbytes
-        while self.used > self.limit:
-            self.used -= self.pixels.popitem(last=False)[1].nbytes
+        with self.lock:
+            if index in self.held:
+                return
+            self.held[index] = sample, pixels.copy()
+            self.used += size
+            while self.used > self.limit:
+                sample, pixels = self.held.popitem(last=False)[1]
+                self.used -= pixels.nbytes + 2 * sample.ids.nbytes + _OVERHEAD
 
 
-def load_batches(
-    plans: Epochs, loader: Loader, workers: int, start: int = 0
-) -> Generator[Batch, None, None]:
-    """The batches of `plans` from number `start` on, in order, made by `workers` processes.
-
-    0 workers: made in this process, when asked for. Close the generator to end the processes.
-
-    Raises: WorkerError if a process is killed or cannot go on.
-    """
-    numbers = grain.MapDataset.range(start, len(plans))
-    # Threads would race for the decoder; processes are what scales.
-    alone = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    if not workers:
-        yield from numbers.map(plans.__getitem__).map(loader).to_iter_dataset(alone)
-        return
-    if not flags.FLAGS.is_parsed():  # grain reads absl flags, and nobody else here parses them
-        flags.FLAGS.mark_as_parsed()
-    with TemporaryDirectory(prefix="vxl-batches-") as folder:
-        paths = numbers.map(_Writer(plans, loader, Path(folder))).to_iter_dataset(alone)
-        paths = paths.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=4),
-            partial(_follow_parent, folder),
-        )
-        with closing(iter(paths)) as iterator:
-            for number in range(start, len(plans)):
-                try:
-                    path = next(iterator)
-                except (OSError, RuntimeError, StopIteration) as error:
-                    raise WorkerError(
-                        f"batch {number}: a process that prepares data has failed ({error}); if "
-                        "memory was short, lower data.workers, data.cache_mb or data.batch_size"
-                    ) from error
-                yield pickle.loads(path.read_bytes())
-                path.unlink()
+_OVERHEAD = 2**11
+"""Bytes of a sample's objects, roughly."""
 
 
-class WorkerError(RuntimeError):
-    """A data process has failed; the message says what to do."""
+class _Budget:
+    """Bounds the bytes of batches that are prepared or wait, in the order of their numbers."""
 
+    def __init__(self, limit: int, start: int):
+        self.limit, self.turn, self.used, self.closed = limit, start, 0, False
+        self.changed = threading.Condition()
 
-@dataclass(frozen=True)
-class _Writer:
-    """Makes a batch and hands it over in a file of its own, of which grain sends the path.
+    def enter(self, number: int, size: int) -> None:
+        """Wait for this number's turn and for room; a batch that is too large waits to be alone.
 
-    grain's pipe holds 64 KB. With whole batches in it, a worker that is killed leaves half of one
-    there, for the rest of which the training process waits forever; and one that is told to end
-    waits until somebody has read all batches that it has made.
-    """
+        Raises: WorkerError once closed.
+        """
+        with self.changed:
+            self.changed.wait_for(
+                lambda: (
+                    self.closed
+                    or (self.turn == number and (not self.used or self.used + size <= self.limit))
+                )
+            )
+            if self.closed:
+                raise WorkerError("the data is no longer asked for")
+            self.used += size
+            self.turn += 1
+            self.changed.notify_all()
 
-    plans: Epochs
-    loader: Loader
-    folder: Path
+    def leave(self, size: int) -> None:
+        """Give back the room of a batch that was handed over."""
+        with self.changed:
+            self.used -= size
+            self.changed.notify_all()
 
-    def __call__(self, number: int) -> Path:
-        path = self.folder / str(number)
-        path.write_bytes(pickle.dumps(self.loader(self.plans[number]), protocol=5))
-        return path
-
-
-def _follow_parent(folder: str, worker: int, workers: int) -> None:
-    """Let a worker process end with the training process, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process to handle
-
-    def end() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        shutil.rmtree(folder, ignore_errors=True)
-        os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
+    def close(self) -> None:
+        """Let all that wait raise."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
 
 
 def blank(batch: Batch) -> Batch:

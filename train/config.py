@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 import tyro
 
 from vxl_jax.config import PRESETS, ConfigError
+from vxl_jax.media import Sampling
 
 Part = Literal["vision", "projector", "language", "beacon"]
 """A part of the model whose parameters are trained or frozen together."""
@@ -91,9 +92,12 @@ class DataSection:
     """Samples in LLaVA's JSON format and how they become batches."""
 
     train_json: tuple[str, ...]
-    """Files of training samples."""
+    """Training samples: .json, .jsonl or .parquet files, patterns such as `{a,b}.json` or `*.json`,
+    or .yaml mixtures; see docs/data.md."""
     media_root: str
-    """Directory below which the JSON files' image and video paths start."""
+    """Directory below which the records' image and video paths start; a mixture may name others."""
+    allow_outside_root: bool = False
+    """Follow absolute paths, `..` and links that lead out of media_root, for trusted data files."""
     epochs: tuple[int, ...] = (1,)
     """Passes over the training files: one number for all of them, or one for each."""
     sequential: bool = False
@@ -111,19 +115,37 @@ class DataSection:
     """Tiles of one image at most."""
     max_frames: int = 128
     """Frames of one video at most; a longer one is sampled uniformly."""
+    frame_sampling: Sampling = "capped"
+    """capped: video_fps frames a second, and max_frames uniformly where that is more; uniform:
+    max_frames uniformly; fps: video_fps a second always, a video with more than max_frames is bad.
+    """
     video_fps: float = 1.0
     """Frames taken from one second of video."""
+    frame_jitter: float = 0.0
+    """Frames of training are moved later at random, by up to this share of the way to the next."""
+    time_prompt: bool = False
+    """Tell the model when the frames of a record's video were, in the words of LLaVA-Video."""
     max_length: int = 32768
     """Tokens of a sample at most, its visual tokens included; a longer one is skipped as bad."""
     batch_size: int = 1
-    """Samples in one forward and backward pass."""
-    bucket_steps: int = 4
-    """Padded lengths per doubling of length, a power of two: fewer compile fewer programs, more pad
-    less."""
+    """Samples in one forward and backward pass at most."""
+    max_tokens_per_batch: int | None = None
+    """Tokens in one forward and backward pass at most, beacons and padding included: short samples
+    share a batch, a long one has it alone. None: batch_size alone counts."""
+    shapes: int = 8
+    """Padded shapes of batches at most, for samples with media and again for those without: more
+    pad less, and each is compiled once."""
     workers: int = 2
-    """Processes that read and prepare samples; 0: the training process itself."""
+    """Processes that read and prepare samples; 0: the training process itself, where a damaged file
+    that stops a decoder stops the run."""
+    sample_seconds: float = 60.0
+    """Most time for a worker to prepare one sample; then it is killed and the sample is bad."""
+    buffer_mb: int = 1024
+    """Pixels of batches that are prepared ahead at most, in MB; one batch in any case."""
     cache_mb: int = 0
-    """Prepared media that each worker keeps in memory, in MB."""
+    """Prepared media that are kept in memory from epoch to epoch, in MB."""
+    cache_dir: str | None = None
+    """Directory for the indices and lengths of data files; None: a hidden folder beside each."""
     max_bad_share: float = 0.1
     """Training stops when more than this share of its samples is bad."""
 
@@ -142,13 +164,10 @@ class DataSection:
             self.max_tiles,
             f"at least data.min_tiles ({self.min_tiles})",
         )
-        _check(
-            self.bucket_steps in {1, 2, 4, 8, 16},
-            "data.bucket_steps",
-            self.bucket_steps,
-            "1, 2, 4, 8 or 16",
-        )
-        _check_least("data", self, 0, "workers", "cache_mb")
+        _check_least("data", self, 1, "shapes", "max_tokens_per_batch")
+        _check_least("data", self, 0, "workers", "cache_mb", "buffer_mb")
+        _check(self.sample_seconds > 0, "data.sample_seconds", self.sample_seconds, "more than 0")
+        _check(0 <= self.frame_jitter <= 1, "data.frame_jitter", self.frame_jitter, "in [0, 1]")
         _check(self.video_fps > 0, "data.video_fps", self.video_fps, "more than 0")
         _check(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "in [0, 1]")
 
@@ -252,9 +271,12 @@ class TrainConfig:
 
 CHANGEABLE = frozenset(
     {
+        "data.buffer_mb",
+        "data.cache_dir",
         "data.cache_mb",
         "data.eval_json",
         "data.max_bad_share",
+        "data.sample_seconds",
         "data.workers",
         "run.answers_shown",
         "run.eval_batch_size",

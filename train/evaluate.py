@@ -2,13 +2,17 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
-from train.batches import Epochs, Loader, blank, bucket_of, load_batches
+from train.batches import Loader, blank
 from train.config import RunSection
+from train.dataset import Dataset
+from train.plan import Epochs, Share, make_buckets
 from train.progress import progress_bar
-from train.records import BadSample, Preparer, Sample
+from train.records import BadSample, Sample
+from vxl_jax.config import VideoXLConfig
 from vxl_jax.generate import generate
 from vxl_jax.model import VideoXL
 
@@ -29,34 +33,30 @@ class Answer:
 
 
 def answer_questions(
-    model: VideoXL,
-    samples: Sequence[Sample],
-    preparer: Preparer,
-    tokenizer: Any,
-    run: RunSection,
-    see: bool = True,
+    model: VideoXL, dataset: Dataset, tokenizer: Any, run: RunSection, see: bool = True
 ) -> tuple[list[Answer], list[BadSample]]:
     """Greedy answers to all samples (made with `prompts=True`), through compressed memory.
 
     see: False gives the model black pixels in place of the media, and leaves out samples that have
     none; what it still gets right, it guesses.
     """
-    config = model.config
-    ratios = (run.eval_ratio,) if run.eval_ratio else tuple(sorted(config.ratios)[:1])
-    if not see:
-        samples = [sample for sample in samples if sample.blocks]
-    if not samples:
-        return [], []
-    buckets = [bucket_of(sample, preparer, ratios) for sample in samples]
-    plans = Epochs(buckets, [range(len(samples))], run.eval_batch_size, seed=0)
-    loader = Loader(samples, preparer, ratios, run.eval_batch_size)
+    data = replace(dataset.reader.preparer.data, max_tokens_per_batch=None)
+    buckets, bucket_of = make_buckets(dataset.lengths, data, run.eval_batch_size)
+    plans = Epochs(buckets, bucket_of, [Share(range(len(dataset)), len(dataset))], seed=0)
+    loader = Loader(plans, dataset, random=False)
     stop = tuple({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")})
     answers: list[Answer] = []
     bad: list[BadSample] = []
     name = "answering" if see else "answering blind"
-    with progress_bar(total=len(samples), desc=name, unit="question") as progress:
-        for batch in load_batches(plans, loader, workers=0):
+    total = len(dataset) if see else int((dataset.lengths.frames > 0).sum())
+    with (
+        progress_bar(total=total, desc=name, unit="question") as progress,
+        closing(loader.batches()) as batches,
+    ):
+        for batch in batches:
             bad += batch.bad
+            if batch.pixels is None and not see:
+                continue
             seen = batch if see else blank(batch)
             new = generate(
                 model,
@@ -65,12 +65,17 @@ def answer_questions(
                 max_new_tokens=run.max_new_tokens,
                 stop_ids=stop,
             )
-            for index, ids in zip(batch.samples, new, strict=True):
-                if index >= 0:
+            for sample, ids in zip(batch.samples, new, strict=True):
+                if sample is not None:
                     text = tokenizer.decode(ids, skip_special_tokens=True)
-                    answers.append(Answer(samples[index], text.strip()))
-            progress.update(sum(index >= 0 for index in batch.samples) + len(batch.bad))
+                    answers.append(Answer(sample, text.strip()))
+            progress.update(sum(s is not None for s in batch.samples) + len(batch.bad))
     return answers, bad
+
+
+def eval_ratios(model: VideoXLConfig, run: RunSection) -> tuple[int, ...]:
+    """The one ratio for held-out questions; none where the model does not compress."""
+    return (run.eval_ratio,) if run.eval_ratio else tuple(sorted(model.ratios)[:1])
 
 
 def accuracy(answers: Sequence[Answer]) -> dict[str, float]:

@@ -7,25 +7,28 @@ Started again on the same directory, it goes on from the last checkpoint and arr
 parameters as a run that was never interrupted.
 """
 
-import hashlib
 import json
 import math
 import os
 import sys
 import time
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from train.batches import Bucket, Epochs, Loader, WorkerError, bucket_of, load_batches
+from train.batches import Host, Loader
 from train.config import TrainConfig, compare, load_config, save_config
-from train.evaluate import accuracy, answer_questions, chance
-from train.records import BadSample, DataError, Preparer, Sample, check_records, read_records
+from train.dataset import Dataset, open_dataset
+from train.errors import DataError
+from train.evaluate import accuracy, answer_questions, chance, eval_ratios
+from train.plan import Epochs, make_buckets, padded_share, shares
+from train.records import BadSample
 from train.report import BadSamples, RunLog, TooManyBadSamples, draw_loss, write_text
 from train.signals import stop_request
 from train.step import (
@@ -36,6 +39,7 @@ from train.step import (
     split_parts,
     update,
 )
+from train.workers import WorkerError
 from vxl_jax.chat import encode_prompt
 from vxl_jax.checkpoint import load
 from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig, cross_check_vocabulary
@@ -46,14 +50,6 @@ from vxl_jax.tensors import CheckpointError
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to do."""
-
-
-class Data(NamedTuple):
-    """All samples that passed the checks, and which data file each is from."""
-
-    train: list[Sample]
-    files: list[range]
-    heldout: list[Sample]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,71 +119,79 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     step = checkpoints.latest_step() or 0
     model_config = read_model_config(config)
     tokenizer = load_tokenizer(config, model_config)
-    preparer = Preparer(config.data, model_config)
-    data, bad = load_data(config, preparer, tokenizer, run_dir, step)
-    check_same_samples(run_dir, data.train, step)
-
-    buckets = [bucket_of(sample, preparer, model_config.ratios) for sample in data.train]
-    batches = Epochs(
-        buckets,
-        data.files,
-        config.data.batch_size,
-        config.run.seed,
-        config.data.epochs,
-        config.data.sequential,
-    )
-    steps = math.ceil(len(batches) / config.optim.accumulate)
-    last_step = min(steps, config.run.max_steps or steps)
-    optimizer, schedule = make_optimizer(config.optim, steps)
-
-    model = make_model(config, model_config)
-    parameters = parameter_count(nnx.state(model))
-    graph, trained, frozen = split_parts(model, config.optim.train)
-    opt_state = optimizer.init(trained)
-    if step:
-        trained, opt_state = restore(checkpoints, step, trained, opt_state)
-    describe(config, model_config, parameters, data, buckets, steps, last_step, step)
-
-    log = RunLog(run_dir, step, last_step, config.run.log_every, began)
-    loader = Loader(data.train, preparer, model_config.ratios, config.data.batch_size)
-    stream = load_batches(batches, loader, config.data.workers, step * config.optim.accumulate)
     with (
-        closing(checkpoints),
-        closing(log),
-        closing(stream),
-        stop_request() as stop,
+        open_dataset(
+            config.data.train_json, config.data, model_config, tokenizer, config.run.seed
+        ) as data,
+        open_heldout(config, model_config, tokenizer) as heldout,
     ):
-        while step < last_step:
-            sums = empty_sums(trained)
-            left = len(batches) - step * config.optim.accumulate
-            for _ in range(min(config.optim.accumulate, left)):
-                batch = next(stream)
-                bad.add(batch.bad, step + 1)
-                log.count(
-                    samples=int((batch.samples >= 0).sum()),
-                    tokens=batch.tokens,
-                    frames=batch.frames,
-                )
-                sums = add_batch(graph, trained, frozen, sums, batch.streams, batch.pixels)
-            trained, opt_state, metrics = update(optimizer, trained, opt_state, sums)
-            step += 1
-            stopping = stop.is_set()
-            saving = stopping or step % config.run.save_every == 0 or step == last_step
-            if saving or log.due(step):
-                values = {name: float(value) for name, value in metrics.items()}
-                check_finite(values, step)
-            if log.due(step):
-                log.log(step, {**values, "learning_rate": float(schedule(step - 1))})
-            if saving:
-                save(checkpoints, step, trained, opt_state)
-            log.progress.update()
-            if stopping:
-                raise KeyboardInterrupt
-    if log.history:
-        draw_loss(log.history, run_dir / "loss.png")
+        bad = check_data(config, run_dir, step, data, heldout)
+        buckets, bucket_of = make_buckets(data.lengths, config.data, config.data.batch_size)
+        plans = Epochs(
+            buckets,
+            bucket_of,
+            shares(data, config.data.epochs),
+            config.run.seed,
+            config.data.sequential,
+        )
+        steps = math.ceil(len(plans) / config.optim.accumulate)
+        last_step = min(steps, config.run.max_steps or steps)
+        optimizer, schedule = make_optimizer(config.optim, steps)
 
-    model = nnx.merge(graph, trained, frozen)
-    results, found = evaluate(model, data.heldout, preparer, tokenizer, config)
+        model = make_model(config, model_config)
+        parameters = parameter_count(nnx.state(model))
+        graph, trained, frozen = split_parts(model, config.optim.train)
+        opt_state = optimizer.init(trained)
+        position = Position(0, data.fingerprint)
+        if step:
+            trained, opt_state, position = restore(
+                checkpoints, step, trained, opt_state, position, run_dir
+            )
+        describe(config, model_config, parameters, data, heldout, plans, steps, last_step, step)
+
+        log = RunLog(run_dir, step, last_step, config.run.log_every, began)
+        loader = Loader(plans, data, host=Host(jax.process_index(), jax.process_count()))
+        stream = loader.batches(position.batch)
+        with (
+            closing(checkpoints),
+            closing(log),
+            closing(stream),
+            stop_request() as stop,
+        ):
+            while step < last_step:
+                sums = empty_sums(trained)
+                count = min(config.optim.accumulate, len(plans) - position.batch)
+                for _ in range(count):
+                    batch = next(stream)
+                    bad.add(batch.bad, step + 1)
+                    log.count(
+                        places=batch.token_places,
+                        samples=sum(sample is not None for sample in batch.samples),
+                        tokens=batch.tokens,
+                        frames=batch.frames,
+                    )
+                    sums = add_batch(graph, trained, frozen, sums, batch.streams, batch.pixels)
+                trained, opt_state, metrics = update(optimizer, trained, opt_state, sums)
+                step += 1
+                position = replace(position, batch=position.batch + count)
+                stopping = stop.is_set()
+                saving = stopping or step % config.run.save_every == 0 or step == last_step
+                if saving or log.due(step):
+                    values = {name: float(value) for name, value in metrics.items()}
+                    check_finite(values, step)
+                if log.due(step):
+                    log.log(step, {**values, "learning_rate": float(schedule(step - 1))})
+                if saving:
+                    save(checkpoints, step, trained, opt_state, position)
+                log.progress.update()
+                if stopping:
+                    raise KeyboardInterrupt
+        if log.history:
+            draw_loss(log.history, run_dir / "loss.png")
+
+        data.pool.close()
+        model = nnx.merge(graph, trained, frozen)
+        results, found = evaluate(model, heldout, tokenizer, config)
     bad.note(found, step + 1)  # training is done: too many of them are no reason to lose it
     summary = {
         "steps": step,
@@ -228,61 +232,36 @@ def load_tokenizer(config: TrainConfig, model_config: VideoXLConfig) -> Any:
     return tokenizer
 
 
-def load_data(
-    config: TrainConfig, preparer: Preparer, tokenizer: Any, run_dir: Path, step: int
-) -> tuple[Data, BadSamples]:
-    """Read and check all records, for a run that has done `step` steps.
+def open_heldout(
+    config: TrainConfig, model_config: VideoXLConfig, tokenizer: Any
+) -> AbstractContextManager[Dataset | None]:
+    """The held-out questions, if there are any."""
+    if not config.data.eval_json:
+        return nullcontext()
+    ratios = eval_ratios(model_config, config.run)
+    return open_dataset(
+        config.data.eval_json, config.data, model_config, tokenizer, prompts=True, ratios=ratios
+    )
 
-    Raises: DataError if a file cannot be read or no sample is left; TooManyBadSamples.
+
+def check_data(
+    config: TrainConfig, run_dir: Path, step: int, data: Dataset, heldout: Dataset | None
+) -> BadSamples:
+    """Note the samples that cannot be used, for a run that has done `step` steps.
+
+    Raises: TooManyBadSamples.
     """
-    train: list[Sample] = []
-    files: list[range] = []
-    heldout: list[Sample] = []
+    counts: dict[str, int] = {}
     found: list[BadSample] = []
-    records = {
-        path: read_records(path) for path in (*config.data.train_json, *config.data.eval_json)
-    }
-    counts = {path: len(values) for path, values in records.items()}
+    for dataset in (data, heldout) if heldout else (data,):
+        for count in dataset.counts:
+            name = str(count.source.path)
+            counts[name] = counts.get(name, 0) + count.selected
+        found += dataset.bad
+        dataset.pool.rest()
     bad = BadSamples(run_dir, counts, config.data.max_bad_share, step)
-    for path in config.data.train_json:
-        samples, bad_here = check_records(records[path], preparer, tokenizer, prompts=False)
-        found += bad_here
-        files.append(range(len(train), len(train) + len(samples)))
-        train += samples
-    for path in config.data.eval_json:
-        samples, bad_here = check_records(records[path], preparer, tokenizer, prompts=True)
-        found += bad_here
-        heldout += samples
     bad.add(found, step=0)
-    for path, samples_of in zip(config.data.train_json, files, strict=True):
-        if not samples_of:
-            raise DataError(f"{path}: none of its {counts[path]} records can be used")
-    return Data(train, files, heldout), bad
-
-
-def check_same_samples(run_dir: Path, samples: list[Sample], step: int) -> None:
-    """Note what the run trains on; once it has done steps, check that it is the same.
-
-    The order of samples follows from their number and lengths: with others, a run that starts
-    again would train on some twice and on some never.
-
-    Raises: DataError if the samples differ from those that the run began with.
-    """
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(sample.ids.tobytes() + sample.labels.tobytes())
-        digest.update(repr([(block.frames, block.indices) for block in sample.blocks]).encode())
-    now = {"samples": len(samples), "sha256": digest.hexdigest()}
-    path = run_dir / "samples.json"
-    if step == 0 or not path.exists():
-        write_text(path, json.dumps(now) + "\n")
-        return
-    before = json.loads(path.read_text())
-    if before != now:
-        raise DataError(
-            f"{run_dir} holds a run that began with {before['samples']} other training samples "
-            f"than the {now['samples']} there are now; restore its data, or use another --run-dir"
-        )
+    return bad
 
 
 def make_model(config: TrainConfig, model_config: VideoXLConfig) -> VideoXL:
@@ -297,21 +276,59 @@ def random_model(config: VideoXLConfig, seed: int) -> VideoXL:
     return nnx.jit(lambda: VideoXL(config, rngs=nnx.Rngs(seed)))()
 
 
-def save(manager: ocp.CheckpointManager, step: int, trained: Any, opt_state: Any) -> None:
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands in its data: batches taken, of the data with this fingerprint."""
+
+    batch: int
+    data: str
+
+
+def save(
+    manager: ocp.CheckpointManager, step: int, trained: Any, opt_state: Any, position: Position
+) -> None:
     """Write a checkpoint in the background, whole or not at all."""
-    tree = {"params": trained, "opt_state": opt_state}
-    manager.save(step, args=ocp.args.StandardSave(tree))
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave({"params": trained, "opt_state": opt_state}),
+            position=ocp.args.JsonSave(asdict(position)),
+        ),
+    )
 
 
 def restore(
-    manager: ocp.CheckpointManager, step: int, trained: Any, opt_state: Any
-) -> tuple[Any, Any]:
-    """Read a checkpoint into arrays like the given ones."""
+    manager: ocp.CheckpointManager,
+    step: int,
+    trained: Any,
+    opt_state: Any,
+    start: Position,
+    run_dir: Path,
+) -> tuple[Any, Any, Position]:
+    """Read a checkpoint into arrays like the given ones.
+
+    start: the beginning of the data that there is now. The order of samples follows from their
+    number and lengths: with others, a run that starts again would train on some twice and on some
+    never.
+
+    Raises: DataError if the data is not what the run began with.
+    """
     like = jax.tree.map(
         ocp.utils.to_shape_dtype_struct, {"params": trained, "opt_state": opt_state}
     )
-    tree = manager.restore(step, args=ocp.args.StandardRestore(like))
-    return tree["params"], tree["opt_state"]
+    found = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore()
+        ),
+    )
+    position = Position(**found["position"])
+    if position.data != start.data:
+        raise DataError(
+            f"{run_dir} holds a run that began with other training samples than there are now; "
+            "restore its data, or use another --run-dir"
+        )
+    return found["state"]["params"], found["state"]["opt_state"], position
 
 
 def check_finite(metrics: dict[str, float], step: int) -> None:
@@ -330,8 +347,9 @@ def describe(
     config: TrainConfig,
     model_config: VideoXLConfig,
     parameters: int,
-    data: Data,
-    buckets: list[Bucket],
+    data: Dataset,
+    heldout: Dataset | None,
+    plans: Epochs,
     steps: int,
     last_step: int,
     step: int,
@@ -344,26 +362,25 @@ def describe(
     print(
         f"model: {parameters:,} parameters, trains {', '.join(config.optim.train)}; "
         f"ratios {model_config.ratios or 'none'}; {device.device_kind} x {jax.device_count()}\n"
-        f"data: {len(data.train):,} samples in {len(set(buckets))} shapes, "
-        f"{len(data.heldout):,} held-out questions\n"
-        f"run: {steps:,} steps of {config.data.batch_size} x {config.optim.accumulate} samples"
-        + state
+        f"data: {len(data):,} samples in {len(plans.buckets)} shapes, "
+        f"{padded_share(data.lengths, plans):.1%} padding; "
+        f"{len(heldout or ()):,} held-out questions\n"
+        f"run: {steps:,} steps of {config.optim.accumulate} x up to {config.data.batch_size} "
+        f"samples{state}"
     )
 
 
 def evaluate(
-    model: VideoXL,
-    heldout: list[Sample],
-    preparer: Preparer,
-    tokenizer: Any,
-    config: TrainConfig,
+    model: VideoXL, heldout: Dataset | None, tokenizer: Any, config: TrainConfig
 ) -> tuple[dict[str, Any], list[BadSample]]:
     """Answer the held-out questions and print accuracies by question type.
 
     Returns the accuracies and the samples whose media cannot be decoded.
     """
-    answers, found = answer_questions(model, heldout, preparer, tokenizer, config.run)
-    blind, _ = answer_questions(model, heldout, preparer, tokenizer, config.run, see=False)
+    if heldout is None:
+        return {"heldout_accuracy": {}, "blank_accuracy": {}, "chance": {}}, []
+    answers, found = answer_questions(model, heldout, tokenizer, config.run)
+    blind, _ = answer_questions(model, heldout, tokenizer, config.run, see=False)
     result = {
         "heldout_accuracy": accuracy(answers),
         "blank_accuracy": accuracy(blind),

@@ -1,20 +1,28 @@
-"""Read LLaVA-format JSON and check every record before training: what is in it, how long it is.
+"""One record of a data file as a sample: token ids, labels, and the pixels of its media.
 
 A record is `{"id", "conversations": [{"from", "value"}, …]}` with one of `image` (a path or a list
-of paths), `video` (a path), or neither.
+of paths), `video` (a path or a list: video files, or folders of frames), or neither. A video may
+have `start` and `end` in seconds, and a folder of frames `fps`; lists of them where there are
+several videos.
+
+This module runs in data workers, which do not import JAX.
 """
 
-import json
-from collections.abc import Callable, Sequence
+import copy
+import os
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from train.config import DataSection
-from train.progress import progress_bar
+from train.errors import DataError
+from train.index import RecordIndex
+from train.sources import Source
 from vxl_jax.chat import (
     IGNORE,
     IMAGE_MARK,
@@ -27,13 +35,14 @@ from vxl_jax.chat import (
 )
 from vxl_jax.config import VideoXLConfig
 from vxl_jax.media import (
+    FrameFolder,
     MediaError,
-    frame_indices,
+    VideoFile,
+    choose_frames,
     grid_pinpoints,
     image_size,
+    jitter_indices,
     load_image,
-    load_video_frames,
-    probe_video,
     resize_and_crop,
     resolve_media,
     tile_grid,
@@ -41,26 +50,22 @@ from vxl_jax.media import (
 )
 from vxl_jax.stream import Ratio, Stream, plan_stream
 
-
-class DataError(ValueError):
-    """Training data that cannot be used; the message names file, record and what to do."""
+BAD = (ConversationError, MediaError, DataError)
+"""What a record that cannot be used raises."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One visual block: an image cut into tiles, or a video's frames.
-
-    indices: frames to decode; None for an image.
-    """
+    """One visual block: an image cut into tiles, or a video's frames."""
 
     path: Path
     frames: int
-    indices: tuple[int, ...] | None = None
+    is_video: bool = False
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A record that passed all checks: token ids, labels, and where its pixels come from.
+    """A record that passed all checks.
 
     ids and labels as in `vxl_jax.chat.EncodedText`; the last question (without marks), its answer,
     question_type, and among how many equally likely answers it is, if known, for evaluation.
@@ -95,154 +100,252 @@ class BadSample:
 
 
 class Preparer:
-    """Turns records into samples and blocks into pixels, for one configuration of data and model.
-
-    Picklable: data workers hold one.
-    """
+    """Turns media files into blocks and pixels, for one configuration of data and model."""
 
     def __init__(self, data: DataSection, model: VideoXLConfig):
         self.data, self.model = data, model
-        size = model.vision.image_size
-        self.pinpoints = grid_pinpoints(size, data.max_tiles, data.min_tiles)
+        self.size = model.vision.image_size
+        self.pinpoints = grid_pinpoints(self.size, data.max_tiles, data.min_tiles)
 
-    def block(self, path: Path, is_video: bool) -> Block:
-        """What a media file gives, from its header. Raises: MediaError."""
-        if is_video:
-            info = probe_video(path)
-            indices = frame_indices(
-                info.frames, info.fps, self.data.max_frames, self.data.video_fps
-            )
-            return Block(path, len(indices), tuple(indices))
+    def image(self, path: Path) -> "Picture":
+        """An image of which only the header is read. Raises: MediaError."""
+        return Picture(self, path)
+
+    def video(self, path: Path, clip: "Clip") -> "Film":
+        """A video file or folder of frames of which no frame is decoded. Raises: MediaError."""
+        return Film(self, path, clip)
+
+
+class Picture:
+    """An image, open until its pixels are read."""
+
+    def __init__(self, preparer: Preparer, path: Path):
+        self.preparer, self.path = preparer, path
         size = image_size(path)
-        if self.data.image_mode == "square":
-            return Block(path, 1)
-        columns, rows = tile_grid(size, self.pinpoints, self.model.vision.image_size)
-        return Block(path, columns * rows)
+        if preparer.data.image_mode == "square":
+            self.block = Block(path, 1)
+            return
+        columns, rows = tile_grid(size, preparer.pinpoints, preparer.size)
+        self.block = Block(path, columns * rows)
 
-    def pixels(self, block: Block) -> np.ndarray:
-        """uint8 [F, S, S, 3] of a block.
-
-        Raises: MediaError; also if the file gives another number of frames or tiles than it did.
-        """
-        size = self.model.vision.image_size
-        if block.indices is not None:
-            return load_video_frames(block.path, block.indices, size)
-        image = load_image(block.path)
-        if self.data.image_mode == "square":
-            return resize_and_crop(image, size)[None]
-        tiles = tile_image(image, self.pinpoints, size)
-        if len(tiles) != block.frames:
+    def read(self, out: np.ndarray, rng: np.random.Generator | None) -> None:
+        """Put the tiles into uint8 [F, S, S, 3]. Raises: MediaError."""
+        image = load_image(self.path)
+        if self.preparer.data.image_mode == "square":
+            out[0] = resize_and_crop(image, self.preparer.size)
+            return
+        tiles = tile_image(image, self.preparer.pinpoints, self.preparer.size)
+        if len(tiles) != len(out):
             raise MediaError(
-                f"{block.path}: {len(tiles)} tiles, but its header promised {block.frames}; the "
-                "file was changed or is damaged, replace it"
+                f"{self.path}: {len(tiles)} tiles, but its header promised {len(out)}; the file "
+                "was changed or is damaged, replace it"
             )
-        return tiles
+        out[...] = tiles
 
 
-def read_records(path: str | Path) -> list[tuple[str, Any]]:
-    """(name, record) of every record of a LLaVA-format JSON file.
+@dataclass(frozen=True)
+class Clip:
+    """Seconds of a video that are taken, and the frames a second of a folder of frames."""
 
-    The name is `FILE[17] ID`: data sets repeat ids, so it says the place too.
-
-    Raises: DataError naming the file if it cannot be read, or is not a list of records.
-    """
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is not valid JSON ({error})") from error
-    if not isinstance(values, list):
-        raise DataError(f"{path}: must hold a list of records")
-    if not values:
-        raise DataError(f"{path}: has no records")
-    names = (str(value.get("id", "")) if isinstance(value, dict) else "" for value in values)
-    # Half of a surrogate pair, which JSON can spell, could not be printed.
-    names = (name.encode(errors="replace").decode() for name in names)
-    return [
-        (f"{path}[{i}] {name}".rstrip(), value)
-        for i, (name, value) in enumerate(zip(names, values, strict=True))
-    ]
+    start: float | None = None
+    end: float | None = None
+    fps: float | None = None
 
 
-def check_records(
-    records: Sequence[tuple[str, Any]],
-    preparer: Preparer,
-    tokenizer: Tokenizer,
-    prompts: bool,
-) -> tuple[list[Sample], list[BadSample]]:
-    """Check every record without decoding its media, and tokenise it.
+class Film:
+    """A video, open until its frames are read."""
+
+    def __init__(self, preparer: Preparer, path: Path, clip: Clip):
+        self.preparer, self.path = preparer, path
+        if os.path.isdir(path):  # Path.is_dir would raise for a name that is too long
+            self.file: VideoFile | FrameFolder = FrameFolder(path, clip.fps or 1.0)
+        else:
+            self.file = VideoFile(path)
+        data, frames, fps = preparer.data, self.file.frames, self.file.fps
+        try:
+            self.indices = choose_frames(
+                frames,
+                fps,
+                data.frame_sampling,
+                data.max_frames,
+                data.video_fps,
+                clip.start,
+                clip.end,
+            )
+        except MediaError as error:
+            raise MediaError(f"{path}: {error}") from None
+        self.block = Block(path, len(self.indices), is_video=True)
+        first = self.indices[0] if clip.start is not None else 0
+        end = frames if clip.end is None else round(clip.end * fps)
+        self.end = min(frames, max(first + 1, end))
+        self.seconds = (self.end - first) / fps
+        self.times = [(index - first) / fps for index in self.indices]
+
+    def read(self, out: np.ndarray, rng: np.random.Generator | None) -> None:
+        """Put the frames into uint8 [F, S, S, 3], moved in time if there is `rng`.
+
+        Raises: MediaError.
+        """
+        indices = self.indices
+        if rng is not None:
+            indices = jitter_indices(indices, self.end, self.preparer.data.frame_jitter, rng)
+        self.file.read(indices, self.preparer.size, out)
+
+    def time_prompt(self) -> str:
+        """Where the frames lie, in the words of LLaVA-Video."""
+        times = ",".join(f"{time:.2f}s" for time in self.times)
+        return (
+            f"The video lasts for {self.seconds:.2f} seconds, and {len(self.times)} frames are "
+            f"uniformly sampled from it. These frames are located at {times}. "
+            "Please answer the following questions related to this video."
+        )
+
+
+Medium = Picture | Film
+
+
+class Reader:
+    """Reads records of several sources as samples. Small when pickled: data workers hold one.
 
     prompts: make samples that end where the last answer is to begin, for evaluation.
-
-    Raises: DataError if there is no directory data.media_root.
     """
-    if not Path(preparer.data.media_root).is_dir():
-        raise DataError(f"data.media_root {preparer.data.media_root}: there is no such directory")
-    check = partial(
-        _check_record,
-        data=preparer.data,
-        block=cache(preparer.block),  # a file may be in many records
-        tokenizer=tokenizer,
-        prompts=prompts,
-    )
-    samples: list[Sample] = []
-    bad: list[BadSample] = []
-    for name, record in progress_bar(iterable=records, desc="checking data", unit="record"):
-        try:
-            sample = check(name, record)
-            _check_length(sample, preparer)
-        except (ConversationError, MediaError, DataError) as error:
-            bad.append(BadSample(name, str(error)))
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        indices: Sequence[RecordIndex],
+        preparer: Preparer,
+        tokenizer: Tokenizer,
+        prompts: bool = False,
+    ):
+        self.sources, self.indices, self.preparer = list(sources), list(indices), preparer
+        self.tokenizer, self.prompts = tokenizer, prompts
+
+    def name(self, source: int, record: int) -> str:
+        """`FILE[17] ID`: data sets repeat ids, so it says the place too."""
+        place = f"{self.sources[source].path}[{record}]"
+        value = None
+        with suppress(DataError):
+            value = self.indices[source][record]
+        name = str(value.get("id", "")) if isinstance(value, dict) else ""
+        # Half of a surrogate pair, which JSON can spell, could not be printed.
+        return f"{place} {name.encode(errors='replace').decode()}".rstrip()
+
+    def open(self, source: int, record: int) -> tuple[Sample, list[Medium]]:
+        """A sample, and its media ready to be read.
+
+        Raises: ConversationError, MediaError, DataError: the record cannot be used.
+        """
+        value = self.indices[source][record]
+        if not isinstance(value, dict):
+            raise DataError(f"the record is {type(value).__name__}, it must be an object")
+        conversations = value.get("conversations")
+        if not conversations:
+            raise DataError("the record has no conversations")
+        files, is_video = _media_files(value)
+        marks = count_marks(conversations)
+        if marks != len(files):
+            raise DataError(f"{marks} <image> marks but {len(files)} media files")
+        media = self._media(self.sources[source], files, _clips(value, len(files), is_video))
+        if self.preparer.data.time_prompt and len(media) == 1 and isinstance(media[0], Film):
+            conversations = _with_times(conversations, media[0].time_prompt())
+        ids, labels = self._encode(conversations, len(files))
+        questions = [turn["value"] for turn in conversations if turn["from"] == "human"]
+        kind = "video" if is_video else "image" if files else "text"
+        sample = Sample(
+            name=self.name(source, record),
+            ids=ids,
+            labels=labels,
+            blocks=tuple(medium.block for medium in media),
+            question=questions[-1].replace(IMAGE_MARK, "").strip(),
+            answer=conversations[-1]["value"],
+            question_type=str(value.get("question_type", kind)),
+            choices=_choices(value),
+        )
+        self._check_length(sample)
+        return sample, media
+
+    def _media(self, source: Source, files: list[str], clips: list[Clip | None]) -> list[Medium]:
+        media: list[Medium] = []
+        for file, clip in zip(files, clips, strict=True):
+            path = resolve_media(source.media_root, file, source.allow_outside)
+            prepared = (
+                self.preparer.image(path) if clip is None else self.preparer.video(path, clip)
+            )
+            media.append(prepared)
+        return media
+
+    def _encode(self, conversations: Any, files: int) -> tuple[np.ndarray, np.ndarray]:
+        caption = self.preparer.data.template == "caption"
+        if caption:
+            encoded = encode_caption(_caption(conversations), self.tokenizer)
+            if files != 1:
+                raise DataError("the caption template needs one image or video a record")
         else:
-            samples.append(sample)
-    return samples, bad
-
-
-def _check_record(
-    name: str,
-    record: Any,
-    data: DataSection,
-    block: Callable[[Path, bool], Block],
-    tokenizer: Tokenizer,
-    prompts: bool,
-) -> Sample:
-    if not isinstance(record, dict):
-        raise DataError(f"the record is {type(record).__name__}, it must be an object")
-    conversations = record.get("conversations")
-    if not conversations:
-        raise DataError("the record has no conversations")
-    files, is_video = _media_files(record)
-    marks = count_marks(conversations)
-    if marks != len(files):
-        raise DataError(f"{marks} <image> marks but {len(files)} media files")
-    if data.template == "caption":
-        encoded = encode_caption(_caption(conversations), tokenizer)
-        if len(files) != 1:
-            raise DataError("the caption template needs one image or video a record")
-    else:
-        encoded = encode_conversation(conversations, tokenizer)
-    ids, labels = encoded.ids, encoded.labels
-    if prompts:
+            encoded = encode_conversation(conversations, self.tokenizer)
+        if not self.prompts:
+            return encoded.ids, encoded.labels
         if conversations[-1]["from"] != "gpt":
             raise DataError("the last turn must be the answer that is asked for (from gpt)")
         # A caption follows its picture; an answer follows the turns before it.
-        caption = data.template == "caption"
-        ids = ids[:1] if caption else encode_prompt(conversations[:-1], tokenizer)
-        labels = np.full_like(ids, IGNORE)
-    questions = [turn["value"] for turn in conversations if turn["from"] == "human"]
-    return Sample(
-        name=name,
-        ids=ids,
-        labels=labels,
-        blocks=tuple(block(resolve_media(data.media_root, file), is_video) for file in files),
-        question=questions[-1].replace(IMAGE_MARK, "").strip(),
-        answer=conversations[-1]["value"],
-        question_type=str(
-            record.get("question_type", "video" if is_video else "image" if files else "text")
-        ),
-        choices=_choices(record),
-    )
+        ids = encoded.ids[:1] if caption else encode_prompt(conversations[:-1], self.tokenizer)
+        return ids, np.full_like(ids, IGNORE)
+
+    def _check_length(self, sample: Sample) -> None:
+        tokens = len(sample.ids) - len(sample.blocks)
+        tokens += sample.frames * self.preparer.model.tokens_per_frame
+        longest = self.preparer.data.max_length
+        if tokens > longest:
+            raise DataError(
+                f"{tokens} tokens ({sample.frames} frames or tiles) are over data.max_length "
+                f"{longest}; lower data.max_frames or data.max_tiles"
+            )
+
+
+class FastTokenizer:
+    """The Rust half of a transformers tokenizer: what data workers need, without transformers."""
+
+    def __init__(self, tokenizer: Any):
+        """tokenizer: of transformers. Raises: DataError if it has no such half."""
+        self.backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        if self.backend is None:
+            raise DataError("the tokenizer has no tokenizer.json; save it as a fast tokenizer")
+        # A copy that never cuts or pads, which tokenizer.json may say, or others turn on.
+        self.backend = copy.deepcopy(self.backend)
+        self.backend.no_truncation()
+        self.backend.no_padding()
+
+    def __getstate__(self) -> Any:
+        return self.backend
+
+    def __setstate__(self, backend: Any) -> None:
+        self.backend = backend
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text."""
+        if len(text) <= 32:  # roles, newlines and the system turn come again and again
+            return list(self._short(text))
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    @lru_cache(maxsize=2**12)  # noqa: B019
+    def _short(self, text: str) -> tuple[int, ...]:
+        return tuple(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def convert_ids_to_tokens(self, ids: int) -> Any:
+        """The token of an id."""
+        return self.backend.id_to_token(ids)
+
+
+def _with_times(conversations: list[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
+    """The conversation with the times of the frames after the video's mark."""
+
+    def changed(turn: dict[str, Any]) -> dict[str, Any]:
+        if IMAGE_MARK not in turn["value"]:
+            return turn
+        rest = turn["value"].replace(IMAGE_MARK, "").strip()
+        return {**turn, "value": f"{IMAGE_MARK}\n{prompt}\n{rest}".rstrip()}
+
+    return [changed(turn) for turn in conversations]
 
 
 def _choices(record: dict[str, Any]) -> int | None:
@@ -267,18 +370,29 @@ def _media_files(record: dict[str, Any]) -> tuple[list[str], bool]:
     return files, is_video
 
 
+def _clips(record: dict[str, Any], files: int, is_video: bool) -> list[Clip | None]:
+    """The clip of every video; None for every image."""
+    columns: dict[str, list[float | None]] = {}
+    for name in ("start", "end", "fps"):
+        value = record.get(name)
+        values = value if isinstance(value, list) else [value] * files
+        numbers = [v for v in values if v is not None]
+        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers):
+            raise DataError(f"{name} is {value!r}; it must be a number, or one for each video")
+        if any(not 0 <= v < float("inf") or (name == "fps" and v == 0) for v in numbers):
+            raise DataError(f"{name} is {value!r}; it must be positive")
+        if len(values) != files:
+            raise DataError(f"{len(values)} values of {name} but {files} media files")
+        columns[name] = values
+    if not is_video:
+        if record.get("start") is not None or record.get("end") is not None:
+            raise DataError("start and end are of a video; the record has none")
+        return [None] * files
+    return [Clip(*values) for values in zip(*columns.values(), strict=True)]
+
+
 def _caption(conversations: list[dict[str, Any]]) -> str:
     answers = [turn["value"] for turn in conversations if turn["from"] == "gpt"]
     if len(answers) != 1:
         raise DataError(f"the caption template needs one answer (the caption), got {len(answers)}")
     return answers[0]
-
-
-def _check_length(sample: Sample, preparer: Preparer) -> None:
-    tokens = len(sample.ids) - len(sample.blocks)
-    tokens += sample.frames * preparer.model.tokens_per_frame
-    if tokens > preparer.data.max_length:
-        raise DataError(
-            f"{tokens} tokens ({sample.frames} frames or tiles) are over data.max_length "
-            f"{preparer.data.max_length}; lower data.max_frames or data.max_tiles"
-        )

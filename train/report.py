@@ -28,6 +28,7 @@ class RunLog:
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self.progress = progress_bar(total=steps, initial=start, desc="training", unit="step")
         self.counts = dict.fromkeys(("samples", "tokens", "frames"), 0)
+        self.places = 0
         self.since = time.perf_counter()
 
     @property
@@ -35,8 +36,9 @@ class RunLog:
         """Wall time of all pieces of the run, without steps that an interruption has undone."""
         return round(time.perf_counter() - self.began, 1)
 
-    def count(self, **counts: int) -> None:
-        """Add what a batch had: samples, tokens, frames."""
+    def count(self, places: int, **counts: int) -> None:
+        """Add what a batch had: samples, tokens, frames; and its places for tokens."""
+        self.places += places
         for name, count in counts.items():
             self.counts[name] += count
 
@@ -48,8 +50,9 @@ class RunLog:
         """Write one row, with rates since the row before."""
         now = time.perf_counter()
         rates = {f"{k}_per_second": n / (now - self.since) for k, n in self.counts.items()}
-        row = {"step": step, **metrics, **rates, "seconds": self.seconds}
-        self.counts, self.since = dict.fromkeys(self.counts, 0), now
+        padding = 1 - self.counts["tokens"] / self.places if self.places else 0.0
+        row = {"step": step, **metrics, **rates, "padding": padding, "seconds": self.seconds}
+        self.counts, self.places, self.since = dict.fromkeys(self.counts, 0), 0, now
         self.history.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -107,11 +110,15 @@ def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+SHOWN = 20
+"""Bad samples that are printed at once."""
+
+
 class BadSamples:
     """Samples that were left out, by name, kept in bad_samples.jsonl."""
 
     def __init__(self, run_dir: Path, records: dict[str, int], max_share: float, start: int):
-        """records: number of records in each data file.
+        """records: number of records that are used of each data file.
 
         start: steps that are done already. Samples found in them are kept; those found before
         training or later will be found again, unless they have been mended.
@@ -148,13 +155,16 @@ class BadSamples:
 
     def note(self, bad: list[BadSample], step: int) -> None:
         """Name and count new ones, found in a step; 0: before training."""
-        for sample in bad:
-            if sample.name not in self.reasons:
+        new = {sample.name: sample for sample in bad if sample.name not in self.reasons}
+        with self.path.open("a") as file:
+            for number, sample in enumerate(new.values()):
                 self.reasons[sample.name] = sample.reason
                 row = {"step": step, "name": sample.name, "reason": sample.reason}
-                with self.path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                tqdm.write(f"bad sample left out: {sample.name}: {sample.reason}")
+                file.write(json.dumps(row) + "\n")
+                if number < SHOWN:
+                    tqdm.write(f"bad sample left out: {sample.name}: {sample.reason}")
+        if len(new) > SHOWN:
+            tqdm.write(f"and {len(new) - SHOWN} more; {self.path} lists them all")
 
 
 class TooManyBadSamples(ValueError):

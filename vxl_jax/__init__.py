@@ -4,13 +4,24 @@ CONTRIBUTING.md has the layout of the code, and the legend of axis letters that 
 shape comment uses.
 """
 
-from vxl_jax.chat import encode_caption, encode_conversation, encode_prompt
-from vxl_jax.checkpoint import load
-from vxl_jax.config import ConfigError, LanguageConfig, VideoXLConfig, VisionConfig
-from vxl_jax.generate import Sampling
-from vxl_jax.memory import Memory, empty_memory
-from vxl_jax.model import VideoXL, decode_step, loss_and_metrics, prefill
-from vxl_jax.stream import Stream, StreamBatch, StreamShape, batch_streams, draw_ratio, plan_stream
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vxl_jax.chat import encode_caption, encode_conversation, encode_prompt
+    from vxl_jax.checkpoint import load
+    from vxl_jax.config import ConfigError, LanguageConfig, VideoXLConfig, VisionConfig
+    from vxl_jax.generate import Sampling
+    from vxl_jax.memory import Memory, empty_memory
+    from vxl_jax.model import VideoXL, decode_step, loss_and_metrics, prefill
+    from vxl_jax.stream import (
+        Stream,
+        StreamBatch,
+        StreamShape,
+        batch_streams,
+        draw_ratio,
+        plan_stream,
+    )
 
 __all__ = [
     "ConfigError",
@@ -35,3 +46,34 @@ __all__ = [
     "plan_stream",
     "prefill",
 ]
+
+_MODULES = {
+    "ConfigError": "vxl_jax.config",
+    "LanguageConfig": "vxl_jax.config",
+    "Memory": "vxl_jax.memory",
+    "Sampling": "vxl_jax.generate",
+    "Stream": "vxl_jax.stream",
+    "StreamBatch": "vxl_jax.stream",
+    "StreamShape": "vxl_jax.stream",
+    "VideoXL": "vxl_jax.model",
+    "VideoXLConfig": "vxl_jax.config",
+    "VisionConfig": "vxl_jax.config",
+    "batch_streams": "vxl_jax.stream",
+    "decode_step": "vxl_jax.model",
+    "draw_ratio": "vxl_jax.stream",
+    "empty_memory": "vxl_jax.memory",
+    "encode_caption": "vxl_jax.chat",
+    "encode_conversation": "vxl_jax.chat",
+    "encode_prompt": "vxl_jax.chat",
+    "load": "vxl_jax.checkpoint",
+    "loss_and_metrics": "vxl_jax.model",
+    "plan_stream": "vxl_jax.stream",
+    "prefill": "vxl_jax.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is asked for: data workers use this package without importing JAX."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'vxl_jax' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

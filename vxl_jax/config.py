@@ -8,9 +8,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 class ConfigError(ValueError):

@@ -4,7 +4,7 @@ Shapes follow the axis legend of `vxl_jax`. Source: Qwen2 (arXiv 2407.10671) for
 Video-XL (arXiv 2409.14485, section 3.2) for beacon tokens and what they keep.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,13 @@ from vxl_jax.memory import Memory
 from vxl_jax.stream import BEACON, TEXT, VISUAL, StreamBatch
 
 Angles = tuple[Array, Array]
+
+# Not in `vxl_jax.stream`: data workers make batches without importing JAX.
+jax.tree_util.register_dataclass(
+    StreamBatch,
+    data_fields=[f.name for f in fields(StreamBatch) if f.type is Any],
+    meta_fields=["memory", "has_beacons"],
+)
 
 
 @jax.tree_util.register_dataclass

@@ -9,10 +9,12 @@ computed follows the published Video-XL data code and the CLIP image processor i
 """
 
 import math
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -217,14 +219,94 @@ def frame_indices(
     return [i * step for i in range(count)]
 
 
+Sampling = Literal["capped", "uniform", "fps"]
+"""How frames are chosen, see `choose_frames`."""
+
+
+def choose_frames(
+    frames: int,
+    fps: float,
+    sampling: Sampling,
+    max_frames: int,
+    wanted_fps: float = 1.0,
+    start: float | None = None,
+    end: float | None = None,
+) -> list[int]:
+    """Returns the frame indices of a training video or of a clip of it, in order.
+
+    Args:
+      frames: frames in the video.
+      fps: its frames per second.
+      sampling: `capped`: `wanted_fps` a second, and `max_frames` uniformly where that is more;
+        `uniform`: `max_frames` uniformly, or all where there are fewer; `fps`: `wanted_fps` a
+        second, and an error where that is more than `max_frames`.
+      max_frames: most frames to take.
+      wanted_fps: frames wanted per second.
+      start: second of the video where the clip begins; its beginning if None.
+      end: second where it ends; the video's end if None.
+
+    Raises:
+      MediaError: the clip is empty or outside the video, or `fps` gives too many frames. The
+        message names no file.
+    """
+    first, last = _clip_range(frames, fps, start, end)
+    count = last - first
+    if sampling == "uniform":
+        chosen = uniform_indices(count, min(max_frames, count))
+    else:
+        chosen = frame_indices(
+            count, fps, max_frames if sampling == "capped" else count, wanted_fps
+        )
+    if len(chosen) > max_frames:
+        raise MediaError(
+            f"{len(chosen)} frames at {wanted_fps:g} a second are over max_frames {max_frames}; "
+            "use a clip of it, or another sampling"
+        )
+    return [first + index for index in chosen]
+
+
+def _clip_range(frames: int, fps: float, start: float | None, end: float | None) -> tuple[int, int]:
+    """First frame of a clip and one past its last."""
+    seconds = frames / fps
+    begin, stop = 0.0 if start is None else start, seconds if end is None else end
+    if not 0 <= begin < stop:
+        raise MediaError(f"a clip from {begin:g} s to {stop:g} s has no frames; mend start and end")
+    if begin >= seconds:
+        raise MediaError(
+            f"a clip from {begin:g} s on, but the video has {seconds:.2f} s; mend start and end"
+        )
+    first = min(round(begin * fps), frames - 1)
+    return first, max(first + 1, min(round(stop * fps), frames))
+
+
+def jitter_indices(
+    indices: Sequence[int], end: int, share: float, rng: np.random.Generator
+) -> list[int]:
+    """Returns each frame index moved later at random, by up to `share` of the way to the next.
+
+    Args:
+      indices: rising frame indices.
+      end: one past the last frame that may be taken.
+      share: 0 (not at all) to 1.
+      rng: where the randomness is from.
+    """
+    index = np.asarray(indices, np.int64)
+    # The last one has as much room as the one before it.
+    room = np.diff(index, append=min(end, 2 * index[-1] - index[-2]) if len(index) > 1 else end)
+    return [
+        int(i) for i in index + np.floor(rng.random(len(index)) * share * room).astype(np.int64)
+    ]
+
+
 # --- Files -----------------------------------------------------------------------------------
 
 
-def resolve_media(root: str | Path, relative: str) -> Path:
+def resolve_media(root: str | Path, relative: str, allow_outside: bool = False) -> Path:
     """Returns the path of a sample's media file, which must lie inside `root`.
 
     Sample files come from elsewhere; they must not make the loader open other files. The path is
-    returned with symbolic links followed. That the file exists is not checked.
+    returned with symbolic links followed. That the file exists is not checked. allow_outside:
+    absolute paths, `..` and links out of `root` are followed, for sample files that one trusts.
 
     Raises:
       MediaError: `relative` is absolute, holds `..`, leads out of `root` through a link, or is
@@ -232,14 +314,15 @@ def resolve_media(root: str | Path, relative: str) -> Path:
     """
     if not isinstance(relative, str) or not relative.strip() or "\0" in relative:
         raise MediaError(f"{relative!r}: not a file name; give a path relative to {root}")
-    if Path(relative).is_absolute() or ".." in Path(relative).parts:
+    leaves = Path(relative).is_absolute() or ".." in Path(relative).parts
+    if leaves and not allow_outside:
         raise MediaError(f"{relative}: leaves the media folder; give a path relative to {root}")
     base = Path(root).resolve()
     try:
         path = (base / relative).resolve()
     except (OSError, RuntimeError, UnicodeError) as error:  # RuntimeError: links in a circle
         raise MediaError(f"{relative!r}: cannot be followed inside {root}: {error}") from error
-    if not path.is_relative_to(base):
+    if not allow_outside and not path.is_relative_to(base):
         raise MediaError(f"{relative}: a link leads out of {root} to {path}; put the file inside")
     return path
 
@@ -326,14 +409,67 @@ def load_video_frames(
     Raises:
       MediaError: missing, no video, damaged, or an index past the end.
     """
-    reader = _open_video(path, num_threads)
-    _check_indices(reader, path, indices)
-    result = np.empty((len(indices), size, size, 3), np.uint8)
-    for start in range(0, len(indices), _FRAMES_AT_ONCE):
-        frames = _read_frames(reader, path, indices[start : start + _FRAMES_AT_ONCE])
-        for i, frame in enumerate(frames, start):
-            result[i] = resize_and_crop(frame, size)
-    return result
+    return VideoFile(path, num_threads).read(indices, size)
+
+
+class VideoFile:
+    """An open video: `frames`, `fps` (frames a second), and its pixels. For one process only."""
+
+    def __init__(self, path: str | Path, num_threads: int = 1):
+        """Reads the container. Raises: MediaError: missing, no video, no frames or frame rate."""
+        self.path, self._reader = Path(path), _open_video(path, num_threads)
+        self.frames, self.fps = len(self._reader), float(self._reader.get_avg_fps())
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise MediaError(f"{path}: video with a frame rate of {self.fps}; encode it again")
+
+    def read(self, indices: Sequence[int], size: int, out: np.ndarray | None = None) -> np.ndarray:
+        """As `load_video_frames`; into `out` if it is given."""
+        _check_indices(self._reader, self.path, indices)
+        result = np.empty((len(indices), size, size, 3), np.uint8) if out is None else out
+        for start in range(0, len(indices), _FRAMES_AT_ONCE):
+            frames = _read_frames(self._reader, self.path, indices[start : start + _FRAMES_AT_ONCE])
+            for i, frame in enumerate(frames, start):
+                result[i] = resize_and_crop(frame, size)
+        return result
+
+
+class FrameFolder:
+    """A video as a folder of pictures in the order of their names, as `VideoFile` otherwise."""
+
+    def __init__(self, path: str | Path, fps: float):
+        """fps: frames a second that they were taken at. Raises: MediaError: none there."""
+        self.path, self.fps = Path(path), fps
+        try:
+            names = [
+                entry.name for entry in os.scandir(path) if entry.is_file(follow_symlinks=False)
+            ]
+        except OSError as error:
+            raise MediaError(f"{path}: cannot be read ({error.strerror})") from error
+        names = [name for name in names if Path(name).suffix.lower() in PICTURES]
+        if not names:
+            raise MediaError(
+                f"{path}: a folder without pictures ({', '.join(PICTURES)}; links are not followed)"
+            )
+        self._names = sorted(names, key=lambda name: (_natural(Path(name).stem), name))
+        self.frames = len(names)
+
+    def read(self, indices: Sequence[int], size: int, out: np.ndarray | None = None) -> np.ndarray:
+        """As `load_video_frames`; into `out` if it is given."""
+        result = np.empty((len(indices), size, size, 3), np.uint8) if out is None else out
+        for i, index in enumerate(indices):
+            result[i] = resize_and_crop(load_image(self.path / self._names[index]), size)
+        return result
+
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+"""Suffixes of the pictures in a folder of frames."""
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key by which 10.png comes after 9.png."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
 
 
 def _check_file(path: str | Path) -> None:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, fields
 from functools import reduce
 from typing import Any
 
-import jax
 import numpy as np
 
 from vxl_jax.chat import IGNORE, IMAGE_TOKEN
@@ -278,13 +277,6 @@ class StreamBatch:
     label: Any
     memory: int
     has_beacons: bool
-
-
-jax.tree_util.register_dataclass(
-    StreamBatch,
-    data_fields=[f.name for f in fields(StreamBatch) if f.type is Any],
-    meta_fields=["memory", "has_beacons"],
-)
 
 
 def batch_streams(

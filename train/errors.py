@@ -1,0 +1,12 @@
+"""What goes wrong with training data."""
+
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """Training data that cannot be used; the message names file, record and what to do."""
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error for a data file that cannot be opened or read."""
+    return DataError(f"{path}: cannot be read ({error.strerror}); check the path")

@@ -1,0 +1,380 @@
+"""Processes that read and decode samples, each watched: one that dies or hangs costs one sample.
+
+    python -m train.workers SOCKET MEMORY        # started by WorkerPool, never by hand
+
+A worker answers one request at a time over a socket, and leaves pixels in memory that it shares
+with the training process. It imports neither JAX nor transformers. Media decoders are C code that
+can crash or loop for ever on a damaged file; the training process then ends the worker, starts
+another, and goes on.
+"""
+
+import contextlib
+import mmap
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from train.records import BAD, BadSample, Reader, Sample
+from vxl_jax.stream import Ratio, Stream, draw_ratio
+
+START_SECONDS = 120.0
+"""Most time for a worker to start."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Lengths of a sample: ids without marks, labelled ids, frames or tiles of every block; and
+    whether the blocks are videos.
+    """
+
+    text: int
+    labels: int
+    frames: tuple[int, ...]
+    is_video: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A sample with its stream; its pixels are where the request said."""
+
+    sample: Sample
+    stream: Stream
+
+
+@dataclass(frozen=True)
+class Work:
+    """What workers do with records. `ratios`: those drawn for windows; none: no compression."""
+
+    reader: Reader
+    ratios: tuple[int, ...]
+
+    def measure(self, source: int, records: Sequence[int]) -> list[Measured | BadSample]:
+        """Lengths of records, from their text and the headers of their media."""
+        found: list[Measured | BadSample] = []
+        for record in records:
+            try:
+                sample, _ = self.reader.open(source, record)
+            except BAD as error:
+                found.append(BadSample(self.reader.name(source, record), str(error)))
+                continue
+            labels = int((sample.labels != -100).sum())
+            frames = tuple(block.frames for block in sample.blocks)
+            is_video = any(block.is_video for block in sample.blocks)
+            found.append(Measured(len(sample.ids) - len(frames), labels, frames, is_video))
+        return found
+
+    def load(
+        self,
+        source: int,
+        record: int,
+        seed: tuple[int, ...] | None,
+        out: np.ndarray,
+    ) -> Loaded | BadSample:
+        """A sample, its pixels put into `out` [F, S, S, 3], F as it was measured.
+
+        seed: of its ratios and of moving its frames in time; None: the lowest ratio, no moving.
+        """
+        try:
+            sample, media = self.reader.open(source, record)
+            if sample.frames != len(out):
+                raise_changed(sample, len(out))
+            stream = self.stream(sample, seed)
+            jitter = None
+            if seed is not None and self.reader.preparer.data.frame_jitter > 0:
+                jitter = np.random.default_rng((*seed, 1))
+            start = 0
+            for medium in media:
+                medium.read(out[start : start + medium.block.frames], jitter)
+                start += medium.block.frames
+        except BAD as error:
+            return BadSample(self.reader.name(source, record), str(error))
+        return Loaded(sample, stream)
+
+    def stream(self, sample: Sample, seed: tuple[int, ...] | None) -> Stream:
+        """A sample's stream, with the ratios that `load` gives it."""
+        ratio: Ratio = lowest(self.ratios)
+        if seed is not None:
+            ratio = draw_ratio(self.ratios, np.random.default_rng(seed))
+        return sample.plan(self.reader.preparer.model, ratio)
+
+
+def lowest(ratios: Sequence[int]) -> Ratio:
+    """The ratio that leaves most beacons. As in `draw_ratio`, a window keeps one at least."""
+    return (lambda count: min(*ratios, count)) if ratios else None
+
+
+def raise_changed(sample: Sample, planned: int) -> None:
+    """Refuse a sample that is no longer what it was when its data file was measured."""
+    from vxl_jax.media import MediaError
+
+    paths = ", ".join(str(block.path) for block in sample.blocks)
+    raise MediaError(
+        f"{paths}: {sample.frames} frames or tiles now, {planned} when the data was measured; "
+        "media must not change during a run, start it again"
+    )
+
+
+class WorkerError(RuntimeError):
+    """Data processes cannot be started; the message says what to do."""
+
+
+class WorkerPool:
+    """Does `Work` in processes of its own, for any number of calling threads.
+
+    A call waits for an idle worker and for its answer, `seconds` at most; a worker that takes
+    longer is killed and its record bad. One that dies is replaced, and its record tried once more,
+    since it may not have been the record's fault.
+    """
+
+    def __init__(self, work: Work, count: int, seconds: float):
+        """count: processes; 0: everything in this process, unwatched."""
+        self.work, self.count, self.seconds = work, count, seconds
+        size = work.reader.preparer.size
+        self.frame_bytes = size * size * 3
+        self.closed = False
+        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        setup = pickle.dumps(work, protocol=5)
+        self._workers = [_Worker(setup) for _ in range(count)]
+        for worker in self._workers:
+            self._idle.put(worker)  # its process starts with its first request
+        if count:
+            threading.Thread(target=self._watch, daemon=True, name="data watchdog").start()
+
+    def measure(self, source: int, records: Sequence[int]) -> list[Measured | BadSample]:
+        """As `Work.measure`."""
+        if not self.count:
+            return self.work.measure(source, records)
+        answer = self._ask(("measure", source, list(records)), tries=2 if len(records) == 1 else 1)
+        if isinstance(answer, list):
+            return answer
+        if len(records) == 1:
+            return [BadSample(self.work.reader.name(source, records[0]), answer)]
+        return [self.measure(source, [record])[0] for record in records]
+
+    def load(
+        self,
+        source: int,
+        record: int,
+        seed: tuple[int, ...] | None,
+        out: np.ndarray,
+    ) -> Loaded | BadSample:
+        """As `Work.load`."""
+        if not self.count:
+            return self.work.load(source, record, seed, out)
+        request = "load", source, record, seed, len(out)
+        answer = self._ask(request, tries=2, out=out)
+        if isinstance(answer, str):
+            return BadSample(self.work.reader.name(source, record), answer)
+        return answer
+
+    def rest(self) -> None:
+        """End the processes until they are needed again; no other thread may be asking."""
+        for worker in self._workers:
+            if worker.process is not None:
+                worker.end()
+
+    def close(self) -> None:
+        """End all workers, whatever they are doing."""
+        self.closed = True
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.wait()
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _ask(self, request: tuple[Any, ...], tries: int, out: np.ndarray | None = None) -> Any:
+        """The answer to a request, or text that says why there is none."""
+        reason = ""
+        for _ in range(tries):
+            with self._worker() as worker:
+                try:
+                    return worker.ask(request, self.seconds, out)
+                except _Hung:
+                    return f"reading it took more than data.sample_seconds ({self.seconds:g} s)"
+                except (EOFError, OSError) as error:
+                    if self.closed:
+                        raise WorkerError("the data processes were ended") from error
+                    reason = f"the process that read it died ({worker.end()})"
+        return reason
+
+    @contextlib.contextmanager
+    def _worker(self) -> Iterator["_Worker"]:
+        worker = self._idle.get()
+        try:
+            if self.closed:
+                raise WorkerError("the data processes were ended")
+            yield worker
+        finally:
+            self._idle.put(worker)
+
+    def _watch(self) -> None:
+        while not self.closed:
+            now = time.monotonic()
+            for worker in self._workers:
+                if worker.deadline < now:
+                    worker.hung = True
+                    worker.kill()
+            time.sleep(0.1)
+
+
+class _Hung(Exception):
+    """A worker took longer than allowed."""
+
+
+class _Worker:
+    """The training process's end of one worker; used by one thread at a time."""
+
+    def __init__(self, setup: bytes):
+        self.setup = setup
+        self.deadline = float("inf")
+        self.hung = False
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start the process; it is ready when it first answers.
+
+        Raises: WorkerError if it cannot be started.
+        """
+        ours, theirs = socket.socketpair()
+        self.memory_file = os.memfd_create("vxl-pixels")
+        self.memory: mmap.mmap | None = None
+        try:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "train.workers",
+                    str(theirs.fileno()),
+                    str(self.memory_file),
+                ],
+                pass_fds=(theirs.fileno(), self.memory_file),
+                stdin=subprocess.DEVNULL,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+                },
+                start_new_session=True,  # Ctrl-C is for the training process alone
+            )
+        except OSError as error:
+            raise WorkerError(f"a data process cannot be started ({error})") from error
+        finally:
+            theirs.close()
+        self.connection = Connection(ours.detach())
+        self.fresh = True
+
+    def ask(self, request: tuple[Any, ...], seconds: float, out: np.ndarray | None) -> Any:
+        """The answer to a request; pixels go to `out`.
+
+        Raises: _Hung; EOFError or OSError if the process is dead.
+        """
+        try:
+            if self.process is None:
+                self.start()
+            if self.fresh:
+                self.deadline = time.monotonic() + START_SECONDS
+                self.connection.send_bytes(self.setup)
+                self.connection.recv()
+                self.fresh = False
+            if out is not None:
+                self._grow(out.nbytes)
+            self.hung, self.deadline = False, time.monotonic() + seconds
+            self.connection.send(request)
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            self.deadline = float("inf")
+            if self.hung:
+                self.end()
+                raise _Hung from None
+            raise
+        self.deadline = float("inf")
+        if out is not None and out.size and self.memory is not None:
+            out.reshape(-1)[...] = np.frombuffer(self.memory, np.uint8, out.nbytes)
+        return answer
+
+    def _grow(self, size: int) -> None:
+        if size and (self.memory is None or len(self.memory) < size):
+            os.ftruncate(self.memory_file, size)
+            self.memory = mmap.mmap(self.memory_file, size)
+
+    def kill(self) -> None:
+        """End the process; whoever waits for its answer sees that it is gone."""
+        process = self.process  # another thread may clear it away
+        if process is not None:
+            process.kill()
+
+    def wait(self) -> None:
+        """Wait until a killed process is gone."""
+        process = self.process
+        if process is not None:
+            process.wait()
+
+    def end(self) -> str:
+        """Clear away a dead process, and say how it ended; the next request starts another."""
+        assert self.process is not None
+        self.process.kill()
+        code = self.process.wait()
+        self.process, self.hung, self.deadline = None, False, float("inf")
+        self.connection.close()
+        self.memory = None
+        os.close(self.memory_file)
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+# The worker's side.
+
+
+def main(arguments: list[str]) -> None:
+    """Answer requests until the training process is gone."""
+    connection, memory_file = Connection(int(arguments[0])), int(arguments[1])
+    threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+    work: Work = pickle.loads(connection.recv_bytes())
+    connection.send("ready")
+    size = work.reader.preparer.size
+    memory: mmap.mmap | None = None
+    while True:
+        try:
+            name, *rest = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            if name == "measure":
+                answer: Any = work.measure(*rest)
+            else:
+                source, record, seed, frames = rest
+                need = frames * size * size * 3
+                if need and (memory is None or len(memory) < need):
+                    memory = mmap.mmap(memory_file, os.fstat(memory_file).st_size)
+                out = np.broadcast_to(np.uint8(0), (frames, size, size, 3))  # takes no memory
+                if need and memory is not None:
+                    out = np.frombuffer(memory, np.uint8, need).reshape(out.shape)
+                answer = work.load(source, record, seed, out)
+        except Exception as error:  # a decoder may raise anything, and memory may run out
+            answer = f"{type(error).__name__}: {error}"
+        connection.send(answer)
+
+
+def _follow_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -371,6 +371,36 @@ def test_frames_encoded_in_blocks_give_the_same_features_and_gradients(model, mo
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("labels", [1, 3, 7])
+def test_logits_made_a_few_labels_at_a_time_give_the_same_loss_and_gradients(
+    labels, model, monkeypatch
+):
+    ids = np.arange(1, 24)
+    lengths = (23, 9, 1)
+    streams = batch_streams(
+        [plan_stream(ids[:n], [], window=16, ratio=2, labels=ids[:n]) for n in lengths]
+    )
+    assert streams.label.shape == (3, 22)
+    pixels = None
+    graph, params = nnx.split(model)
+
+    def run():
+        def total(params):
+            return loss_and_metrics(nnx.merge(graph, params), streams, pixels)
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+
+    (expected, expected_metrics), expected_gradient = run()
+    monkeypatch.setattr(
+        model_module, "LOGITS_BYTES", 4 * 3 * model.config.language.vocab_size * labels
+    )
+    (loss, metrics), gradient = run()
+    assert metrics == expected_metrics
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 TILES = [(1, 1), (3, 5), (8, 4), (7, 32), (64, 64)]
 
 

@@ -132,13 +132,47 @@ def loss_and_metrics(
     visual = None if pixels is None else model.encode(pixels)
     hidden = model(streams, visual)
     picked = jax.vmap(lambda rows, index: rows[index])(hidden, streams.label_index)
-    logits = model.logits(picked)
-    counted = streams.label != IGNORE
-    label = jnp.where(counted, streams.label, 0)
-    scores = jnp.take_along_axis(logits, label[..., None], axis=-1)[..., 0]
-    losses = jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - scores, 0.0)
-    correct = counted & (logits.argmax(-1) == label)
-    return losses.sum(), {"tokens": counted.sum(), "correct": correct.sum()}
+    return cross_entropy(model, picked, streams.label)
+
+
+LOGITS_BYTES = 2**28
+"""Most bytes of logits that stand at once while a loss is taken."""
+
+
+def cross_entropy(model: VideoXL, hidden: Array, label: Array) -> tuple[Array, dict[str, Array]]:
+    """Summed cross-entropy of hidden states [B, N, D] with labels [B, N], as `loss_and_metrics`.
+
+    Logits are made some labels at a time, and made again for gradients.
+    """
+    batch, count = label.shape
+    vocabulary = model.config.language.vocab_size
+    step = max(1, LOGITS_BYTES // (4 * batch * vocabulary))
+    graph, params = nnx.split(model)
+
+    def of_some(hidden: Array, label: Array) -> tuple[Array, Array, Array]:
+        logits = nnx.merge(graph, params).logits(hidden)
+        counted = label != IGNORE
+        label = jnp.where(counted, label, 0)
+        scores = jnp.take_along_axis(logits, label[..., None], axis=-1)[..., 0]
+        losses = jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - scores, 0.0)
+        return losses.sum(), counted.sum(), (counted & (logits.argmax(-1) == label)).sum()
+
+    if step >= count:
+        loss, tokens, correct = of_some(hidden, label)
+        return loss, {"tokens": tokens, "correct": correct}
+    blocks = -(-count // step)
+    pad = blocks * step - count
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+    label = jnp.pad(label, ((0, 0), (0, pad)), constant_values=IGNORE)
+
+    def add(sums: Any, some: tuple[Array, Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, jax.checkpoint(of_some)(*some)), None
+
+    first = (rearrange(hidden, "B (K N) D -> K B N D", K=blocks),)
+    some = (*first, rearrange(label, "B (K N) -> K B N", K=blocks))
+    zero = jnp.zeros((), jnp.int32)
+    (loss, tokens, correct), _ = lax.scan(add, (jnp.zeros((), jnp.float32), zero, zero), some)
+    return loss, {"tokens": tokens, "correct": correct}
 
 
 @partial(jax.jit, static_argnums=(0, 4))

@@ -1,142 +1,24 @@
-"""Batches: which samples go together, and what is in them, whoever makes them."""
+"""Batches: what is in them, whoever makes them, and from wherever on."""
 
-import multiprocessing
-import os
-import pickle
-import signal
-import time
 from collections import Counter
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from train.batches import (
-    Batch,
-    Bucket,
-    Epochs,
-    Loader,
-    WorkerError,
-    blank,
-    bucket_of,
-    load_batches,
-)
-from train.config import DataSection
-from train.records import Block, Preparer, Sample, check_records, read_records
+from tests.data import about, as_bytes, load, open_files, write_records
+from train.batches import _OVERHEAD, _Cache, blank
+from train.dataset import Dataset
+from train.records import Sample
+from train.workers import Work
 from vxl_jax.config import tiny
-from vxl_jax.stream import BEACON, IGNORE, PAD, TEXT, VISUAL, StreamShape, batch_streams, draw_ratio
+from vxl_jax.stream import BEACON, IGNORE, PAD, TEXT, VISUAL
 
 RATIOS = (2, 4, 8)
-
-
-def preparer(media_root: Path | str = ".", **data: Any) -> Preparer:
-    data = {"train_json": ("x",), "media_root": str(media_root), "min_tiles": 1, **data}
-    return Preparer(DataSection(**data), tiny())
-
-
-def make_sample(frames: Sequence[int], text: int = 4) -> Sample:
-    """A sample of blocks, some text after each of them, without files."""
-    ids = np.array([1, *(i for _ in frames for i in [-200, *range(1, text + 1)]), 2], np.int32)
-    blocks = tuple(Block(Path(f"{i}.png"), n) for i, n in enumerate(frames))
-    return Sample("s", ids, np.where(ids > 1, ids, IGNORE), blocks, "", "2", "text")
-
-
-# Which samples go together.
-
-SMALL, LARGE = (Bucket(StreamShape(1, size, size, 1, 0), 0) for size in (8, 16))
-# 7 samples of the first file, 6 of the second.
-BUCKETS = [LARGE if i in {1, 4, 7, 8, 9, 12} else SMALL for i in range(13)]
-FILES = [range(7), range(7, 13)]
-
-
-def epochs(**options: Any) -> Epochs:
-    return Epochs(BUCKETS, FILES, **{"batch_size": 3, "seed": 0, **options})
-
-
-def samples_of(plans: Sequence[Any]) -> Counter[int]:
-    return Counter(i for plan in plans for i in plan.samples)
-
-
-def test_every_sample_is_in_one_batch_of_its_bucket_in_each_epoch():
-    plans = list(epochs(epochs=(3,)))
-    # 7 small and 6 large ones: 3 + 2 batches, of which one is not full.
-    assert len(plans) == len(epochs(epochs=(3,))) == 3 * 5
-    for epoch in range(3):
-        some = plans[5 * epoch : 5 * (epoch + 1)]
-        assert samples_of(some) == Counter(range(13))
-        assert sorted(len(plan.samples) for plan in some) == [1, 3, 3, 3, 3]
-    assert all(BUCKETS[i] == plan.bucket for plan in plans for i in plan.samples)
-    assert all(type(i) is int for plan in plans for i in plan.samples)
-
-
-def test_order_and_ratios_follow_from_the_seed_and_differ_between_epochs():
-    plans = list(epochs(epochs=(2,)))
-    assert plans == list(epochs(epochs=(2,)))
-    assert plans != list(epochs(epochs=(2,), seed=1))
-    assert [p.samples for p in plans[:5]] != [p.samples for p in plans[5:]]
-    seeds = [plan.seed for plan in plans]
-    assert len(set(seeds)) == len(seeds)
-
-
-def test_random_access_gives_what_iteration_gives():
-    every = list(epochs(epochs=(3,)))
-    again = epochs(epochs=(3,))
-    for i in np.random.default_rng(0).permutation(len(every)):
-        assert again[int(i)] == every[i]
-    with pytest.raises(IndexError):
-        again[len(every)]
-
-
-def test_files_may_have_different_numbers_of_epochs():
-    plans = list(epochs(epochs=(1, 3)))
-    counts = Counter({**dict.fromkeys(FILES[0], 1), **dict.fromkeys(FILES[1], 3)})
-    assert samples_of(plans) == counts
-    # All are mixed in the first epoch, then the second file is alone.
-    first = [plan.samples for plan in plans[:5]]
-    assert {i for samples in first for i in samples} == set(range(13))
-    assert any(min(samples) < 7 <= max(samples) for samples in first)
-
-
-def test_a_curriculum_takes_one_file_after_the_other():
-    plans = list(epochs(epochs=(2, 1), sequential=True))
-    counts = Counter({**dict.fromkeys(FILES[0], 2), **dict.fromkeys(FILES[1], 1)})
-    assert samples_of(plans) == counts
-    of_first_file = [max(plan.samples) < 7 for plan in plans]
-    assert of_first_file == sorted(of_first_file, reverse=True)
-    assert not any(min(plan.samples) < 7 <= max(plan.samples) for plan in plans)
-
-
-# Padded sizes.
-
-
-@pytest.mark.parametrize("ratios", [(2, 4, 8), (4, 8), (3, 5), (8,), (16,), ()])
-def test_a_bucket_holds_every_draw_of_ratios(ratios: tuple[int, ...]):
-    rng = np.random.default_rng(0)
-    lists_of_frames = ([1], [3], [9, 1], [5, 2, 7], [])
-    # 16, 4 or 1 tokens a frame; sizes as they are, or rounded up to powers of two.
-    for pool_stride, steps, frames in product((1, 2, 4), (16, 1), lists_of_frames):
-        config = tiny(window=16, ratios=ratios, pool_stride=pool_stride)
-        maker = Preparer(preparer(bucket_steps=steps).data, config)
-        sample = make_sample(frames)
-        bucket = bucket_of(sample, maker, ratios)
-        assert bucket.frames >= sample.frames
-        for _ in range(20):
-            stream = sample.plan(config, draw_ratio(ratios, rng))
-            batch_streams([stream], bucket.shape)  # raises if it is too small
-
-
-def test_a_bucket_of_text_has_no_beacons_and_no_pixels():
-    bucket = bucket_of(make_sample([]), preparer(), RATIOS)
-    assert (bucket.frames, bucket.shape.beacons) == (0, 0)
-    assert bucket_of(make_sample([1]), preparer(), RATIOS).shape.beacons == 1
-
-
-# What is in a batch.
+TILE = 56 * 56 * 3
 
 
 @pytest.fixture(scope="module")
@@ -152,87 +34,90 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def prepare(images: Sequence[Sequence[str]], media: Path, tokenizer: Any) -> list[Sample]:
-    """A sample of each list of pictures."""
-    records = [
-        (
-            str(i),
-            {
-                "image": list(files),
-                "conversations": [
-                    {"from": "human", "value": "<image>" * len(files) + "\nhow many shapes"},
-                    {"from": "gpt", "value": "one"},
-                ],
-            },
-        )
-        for i, files in enumerate(images)
-    ]
-    samples, bad = check_records(records, preparer(media), tokenizer, prompts=False)
-    assert not bad
-    return samples
+def open_pictures(
+    images: Sequence[Sequence[str]], media: Path, folder: Path, tokenizer: Any, **data: Any
+) -> Dataset:
+    """A sample of each list of pictures; all of those with any have one shape."""
+    path = write_records(folder / "x.json", [about(files) for files in images])
+    options = {"min_tiles": 1, "shapes": 1, **data}
+    return open_files(path, media, tokenizer, ratios=RATIOS, **options)
 
 
-def load(samples: Sequence[Sample], media: Path, size: int, **data: Any) -> Batch:
-    """One batch of all samples, whatever their buckets."""
-    maker = preparer(media, bucket_steps=1, **data)
-    buckets = [bucket_of(sample, maker, RATIOS) for sample in samples]
-    shape = buckets[0].shape
-    for bucket in buckets:
-        shape = shape.union(bucket.shape)
-    bucket = Bucket(shape, max(bucket.frames for bucket in buckets))
-    (plan,) = Epochs([bucket] * len(samples), [range(len(samples))], size, seed=0)
-    return Loader(samples, maker, RATIOS, size)(plan)
+def number_of(sample: Sample | None) -> int:
+    """The record that a sample is made of; -1: none."""
+    return -1 if sample is None else int(sample.name.rpartition("[")[2].rstrip("]"))
 
 
-def test_pixels_stand_in_their_places_and_the_rest_is_black(media: Path, demo_tokenizer: Any):
-    files = [["1.png"], ["3.png", "2.png"], [], ["2.png"]]
-    samples = prepare(files, media, demo_tokenizer)
-    batch = load(samples, media, size=5)
-    assert sorted(batch.samples.tolist()) == [-1, 0, 1, 2, 3]
+# What is in a batch.
+
+
+def test_pixels_stand_in_their_places_and_the_rest_is_black(
+    media: Path, tmp_path: Path, demo_tokenizer: Any
+):
+    files = [["1.png"], ["3.png", "2.png"], ["1.png", "1.png"], ["2.png"]]
+    with open_pictures(files, media, tmp_path, demo_tokenizer) as dataset:
+        (batch,) = load(dataset, 5).batches()
+    numbers = [number_of(sample) for sample in batch.samples]
+    assert sorted(numbers) == [-1, 0, 1, 2, 3]
     assert batch.pixels is not None
     assert batch.pixels.dtype == np.uint8
-    assert batch.pixels.shape == (5, 8, 56, 56, 3)
-    for place, index in enumerate(batch.samples):
-        names = files[index] if index >= 0 else []
+    assert batch.pixels.shape == (5, 5, 56, 56, 3)
+    for place, number in enumerate(numbers):
         tiles = []
-        for name in names:
+        for name in files[number] if number >= 0 else []:
             picture = np.asarray(Image.open(media / name))
             tiles += np.hsplit(picture, picture.shape[1] // 56)
         if tiles:
             np.testing.assert_array_equal(batch.pixels[place, : len(tiles)], tiles)
         assert not batch.pixels[place, len(tiles) :].any()
-    assert batch.frames == 1 + 5 + 2
+    assert batch.frames == 1 + 5 + 2 + 2
     assert not batch.bad
 
 
-def test_streams_are_those_of_the_samples(media: Path, demo_tokenizer: Any):
-    samples = prepare([["1.png"], ["2.png"]], media, demo_tokenizer)
-    batch = load(samples, media, size=3)
+@pytest.mark.parametrize("random", [True, False])
+def test_streams_are_those_of_the_samples(
+    random: bool, media: Path, tmp_path: Path, demo_tokenizer: Any
+):
+    with open_pictures([["1.png"], ["2.png"]], media, tmp_path, demo_tokenizer) as dataset:
+        (batch,) = load(dataset, 3, random=random).batches()
     kind, source = batch.streams.kind[0], batch.streams.source[0]
-    for place, index in enumerate(batch.samples):
+    for place, sample in enumerate(batch.samples):
         counts = Counter(kind[place].tolist())
-        if index < 0:
-            assert set(counts) == {PAD}
+        if sample is None:
+            assert {*counts} == {PAD}
             continue
-        sample = samples[index]
         text = sample.ids[sample.ids >= 0]
         np.testing.assert_array_equal(source[place][kind[place] == TEXT], text)
         assert counts[VISUAL] == 4 * sample.frames
-        assert counts[BEACON] in {4 * sample.frames // ratio for ratio in RATIOS}
+        drawn = RATIOS if random else RATIOS[:1]
+        assert counts[BEACON] in {4 * sample.frames // ratio for ratio in drawn}
         learned = sample.labels[1:][sample.labels[1:] != IGNORE]
         found = batch.streams.label[place]
         np.testing.assert_array_equal(found[found != IGNORE], learned)
     assert batch.tokens == (kind != PAD).sum()
+    assert batch.token_places == kind.size
 
 
-def test_undecodable_media_leave_an_empty_place(media: Path, demo_tokenizer: Any):
-    samples = prepare([["1.png"], ["2.png", "cut.png"], ["2.png"]], media, demo_tokenizer)
-    batch = load(samples, media, size=3)
-    ((name, reason),) = [(bad.name, bad.reason) for bad in batch.bad]
-    assert name == "1"
-    assert "cut.png: image cannot be decoded" in reason
-    place = int(np.flatnonzero(batch.samples == -1)[0])
-    assert sorted(batch.samples.tolist()) == [-1, 0, 2]
+def test_ratios_are_drawn_anew_each_epoch(media: Path, tmp_path: Path, demo_tokenizer: Any):
+    with open_pictures([["3.png", "1.png"]], media, tmp_path, demo_tokenizer) as dataset:
+        every = [*load(dataset, epochs=(40,)).batches()]
+        again = [*load(dataset, epochs=(40,)).batches()]
+    counts = [int((batch.streams.kind == BEACON).sum()) for batch in every]
+    # Of 12 and of 4 tokens, by ratios that divide them.
+    assert {*counts} == {6 + 2, 6 + 1, 3 + 2, 3 + 1}
+    assert [as_bytes(batch) for batch in every] == [as_bytes(batch) for batch in again]
+
+
+def test_undecodable_media_leave_an_empty_place(media: Path, tmp_path: Path, demo_tokenizer: Any):
+    files = [["1.png"], ["2.png", "cut.png"], ["2.png"]]
+    with open_pictures(files, media, tmp_path, demo_tokenizer) as dataset:
+        (batch,) = load(dataset, 3).batches()
+    (bad,) = batch.bad
+    assert bad.name == f"{tmp_path}/x.json[1]"
+    assert "cut.png: image cannot be decoded" in bad.reason
+    numbers = [number_of(sample) for sample in batch.samples]
+    assert sorted(numbers) == [-1, 0, 2]
+    place = numbers.index(-1)
     assert batch.pixels is not None
     assert not batch.pixels[place].any()
     assert (batch.streams.kind[:, place] == PAD).all()
@@ -241,16 +126,22 @@ def test_undecodable_media_leave_an_empty_place(media: Path, demo_tokenizer: Any
     assert batch.tokens == (batch.streams.kind != PAD).sum()
 
 
-def test_a_batch_may_lose_all_its_samples(media: Path, demo_tokenizer: Any):
-    batch = load(prepare([["cut.png"]] * 2, media, demo_tokenizer), media, size=2)
-    assert sorted(bad.name for bad in batch.bad) == ["0", "1"]
-    assert (batch.tokens, batch.frames, batch.samples.tolist()) == (0, 0, [-1, -1])
+def test_a_batch_may_lose_all_its_samples(media: Path, tmp_path: Path, demo_tokenizer: Any):
+    with open_pictures([["cut.png"]] * 2, media, tmp_path, demo_tokenizer) as dataset:
+        (batch,) = load(dataset, 2).batches()
+    assert sorted(bad.name[-3:] for bad in batch.bad) == ["[0]", "[1]"]
+    assert (batch.tokens, batch.frames, batch.samples) == (0, 0, [None, None])
     assert (batch.streams.label == IGNORE).all()
     assert (batch.streams.kind == PAD).all()
+    assert batch.pixels is not None
+    assert not batch.pixels.any()
 
 
-def test_a_blank_batch_is_black_and_otherwise_the_same(media: Path, demo_tokenizer: Any):
-    batch = load(prepare([["1.png"], ["2.png"]], media, demo_tokenizer), media, size=2)
+def test_a_blank_batch_is_black_and_otherwise_the_same(
+    media: Path, tmp_path: Path, demo_tokenizer: Any
+):
+    with open_pictures([["1.png"], ["2.png"], []], media, tmp_path, demo_tokenizer) as dataset:
+        text, batch = sorted(load(dataset, 2).batches(), key=lambda batch: batch.frames)
     dark = blank(batch)
     assert dark.pixels is not None
     assert batch.pixels is not None
@@ -258,105 +149,74 @@ def test_a_blank_batch_is_black_and_otherwise_the_same(media: Path, demo_tokeniz
     assert not dark.pixels.any()
     assert dark.pixels.shape == batch.pixels.shape
     assert dark.streams is batch.streams
-    text = load(prepare([[]], media, demo_tokenizer), media, size=1)
+    assert text.pixels is None
     assert blank(text).pixels is None
 
 
+def test_batches_have_the_window_of_the_model(media: Path, tmp_path: Path, demo_tokenizer: Any):
+    """A model without compression has no beacons."""
+    path = write_records(tmp_path / "x.json", [about(["3.png"])])
+    model = tiny(ratios=())
+    with open_files(path, media, demo_tokenizer, model, min_tiles=1) as dataset:
+        (batch,) = load(dataset).batches()
+    assert not (batch.streams.kind == BEACON).any()
+    assert not batch.streams.has_beacons
+    assert batch.streams.memory >= batch.streams.length[0] == batch.tokens
+
+
+# Kept media.
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Records that were decoded."""
+    numbers: list[int] = []
+    original = Work.load
+
+    def noted(self: Work, source: int, number: int, *rest: Any) -> Any:
+        numbers.append(number)
+        return original(self, source, number, *rest)
+
+    monkeypatch.setattr(Work, "load", noted)
+    return numbers
+
+
 def test_cached_media_are_not_decoded_again_and_bounded_in_bytes(
-    media: Path, demo_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    media: Path, tmp_path: Path, demo_tokenizer: Any, decoded: list[int]
 ):
-    samples = prepare([["1.png"], ["2.png"], ["3.png"]], media, demo_tokenizer)
-    tile = 56 * 56 * 3
-    decoded: list[str] = []
-    original = Preparer.pixels
-
-    def pixels(self: Preparer, block: Block) -> np.ndarray:
-        decoded.append(block.path.name)
-        return original(self, block)
-
-    monkeypatch.setattr(Preparer, "pixels", pixels)
-    maker = preparer(media)
-    loader = Loader(samples, maker, RATIOS, 1)
-    loader._cache.limit = 4 * tile
-    buckets = [bucket_of(sample, maker, RATIOS) for sample in samples]
-    plans = {plan.samples[0]: plan for plan in Epochs(buckets, [range(3)], 1, seed=0)}
-    fresh: dict[int, Any] = {}
-    for index in (0, 1, 0, 2, 0, 1):
-        # 1 + 2 tiles fit; then 3 push out the 2, which were not used for longer; 1 is kept.
-        found = loader(plans[index]).pixels
-        np.testing.assert_array_equal(found, fresh.setdefault(index, found))
-        held = sum(array.nbytes for array in loader._cache.pixels.values())
-        assert held == loader._cache.used <= 4 * tile
-    assert decoded == ["1.png", "2.png", "3.png", "2.png"]
+    files = [["1.png"], ["2.png"], ["3.png"]]
+    with open_pictures(files, media, tmp_path, demo_tokenizer) as dataset:
+        loader = load(dataset, 1)
+        small = _OVERHEAD + 1000
+        loader.cache = _Cache(4 * TILE + 2 * small)
+        fresh: dict[int, np.ndarray] = {}
+        for index in (0, 1, 0, 2, 0, 1):
+            # 1 + 2 tiles fit; then 3 push out the 2, which were not used for longer; 1 is kept.
+            out = np.zeros((index + 1, 56, 56, 3), np.uint8)
+            loader._sample(index, None, out)
+            np.testing.assert_array_equal(out, fresh.setdefault(index, out))
+            held = sum(pixels.nbytes for _, pixels in loader.cache.held.values())
+            assert held <= loader.cache.used <= held + 2 * small <= loader.cache.limit + 2 * small
+    assert decoded == [0, 1, 2, 1]
 
 
-def test_media_larger_than_the_cache_are_not_kept(media: Path, demo_tokenizer: Any):
-    samples = prepare([["3.png"]], media, demo_tokenizer)
-    maker = preparer(media, cache_mb=0)
-    loader = Loader(samples, maker, RATIOS, 1)
-    (plan,) = Epochs([bucket_of(samples[0], maker, RATIOS)], [range(1)], 1, seed=0)
-    loader(plan)
-    assert (len(loader._cache.pixels), loader._cache.used) == (0, 0)
+def test_media_larger_than_the_cache_are_not_kept(
+    media: Path, tmp_path: Path, demo_tokenizer: Any, decoded: list[int]
+):
+    with open_pictures([["3.png"], []], media, tmp_path, demo_tokenizer, cache_mb=0) as dataset:
+        loader = load(dataset, 1, epochs=(2,))
+        assert len([*loader.batches()]) == 4
+        assert (len(loader.cache.held), loader.cache.used) == (0, 0)
+    assert sorted(decoded) == [0, 0, 1, 1]
 
 
-def test_one_file_may_be_a_picture_and_a_video(media: Path):
-    loader = Loader([], preparer(media, cache_mb=1), RATIOS, 1)
-    picture, video = Block(media / "a.gif", 1), Block(media / "a.gif", 2, (0, 1))
-    loader._cache.put(picture, np.zeros(3, np.uint8))
-    assert loader._cache.get(picture) is not None
-    assert loader._cache.get(video) is None
-
-
-# Worker processes.
-
-
-@pytest.fixture(scope="module")
-def many(demo_data: Path, demo_tokenizer: Any) -> tuple[Epochs, Loader]:
-    """Batches of every kind of demo record: pictures, sets, videos and text."""
-    maker = preparer(demo_data / "media", bucket_steps=1)
-    records = read_records(demo_data / "train.json")
-    samples, bad = check_records(records, maker, demo_tokenizer, prompts=False)
-    assert not bad
-    buckets = [bucket_of(sample, maker, RATIOS) for sample in samples]
-    return Epochs(buckets, [range(len(samples))], 8, 0, (2,)), Loader(samples, maker, RATIOS, 8)
-
-
-def as_bytes(batch: Batch) -> bytes:
-    arrays = [*jax.tree.leaves(batch.streams), batch.samples, batch.pixels, batch.frames]
-    return pickle.dumps([*map(np.asarray, arrays), batch.tokens, batch.bad])
-
-
-def test_batches_do_not_depend_on_workers_or_start(many: tuple[Epochs, Loader]):
-    plans, loader = many
-    expected = [as_bytes(batch) for batch in load_batches(plans, loader, workers=0)]
-    assert len(expected) == len(plans) > 10
-    assert len(set(expected)) == len(expected)
-    for start in (1, 7, len(plans) - 1, len(plans)):
-        found = [as_bytes(batch) for batch in load_batches(plans, loader, 0, start)]
-        assert found == expected[start:]
-    found = [as_bytes(batch) for batch in load_batches(plans, loader, workers=2, start=3)]
-    assert found == expected[3:]
-    assert not multiprocessing.active_children()
-
-
-def test_workers_end_when_the_batches_are_closed(many: tuple[Epochs, Loader]):
-    plans, loader = many
-    batches = load_batches(plans, loader, workers=1)
-    assert as_bytes(next(batches)) == as_bytes(loader(plans[0]))
-    assert multiprocessing.active_children()
-    began = time.perf_counter()
-    batches.close()
-    assert time.perf_counter() - began < 10
-    assert not multiprocessing.active_children()
-
-
-def test_a_killed_worker_is_an_error(many: tuple[Epochs, Loader]):
-    plans, loader = many
-    batches = load_batches(plans, loader, workers=1)
-    next(batches)
-    (worker,) = multiprocessing.active_children()
-    assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(WorkerError, match=r"batch \d+: .* exit code -9.*lower data.workers"):
-        for _ in batches:
-            pass
+def test_what_is_given_up_frees_its_bytes():
+    sample = Sample("s", np.zeros(10, np.int32), np.zeros(10, np.int32), (), "", "", "")
+    cache = _Cache(10 * (_OVERHEAD + 200))
+    rng = np.random.default_rng(0)
+    for i in rng.integers(0, 30, 500):
+        cache.put(int(i), sample, np.zeros(rng.integers(0, 5000), np.uint8))
+        cache.get(int(rng.integers(0, 30)))
+        sizes = [pixels.nbytes + 80 + _OVERHEAD for _, pixels in cache.held.values()]
+        assert cache.used == sum(sizes) <= cache.limit
+    assert len(cache.held) > 2

@@ -1,16 +1,19 @@
 """Held-out questions: who is asked what, and how the answers are counted."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data import frame_numbers, open_files, turns, write_records, write_video
 from train import evaluate
-from train.config import DataSection, RunSection
-from train.evaluate import Answer, accuracy, answer_questions, chance
-from train.records import Preparer, Sample, check_records
+from train.config import RunSection
+from train.dataset import Dataset
+from train.evaluate import Answer, accuracy, answer_questions, chance, eval_ratios
+from train.records import Sample
 from vxl_jax.config import VideoXLConfig, tiny
 from vxl_jax.stream import BEACON, TEXT, VISUAL, StreamBatch
 
@@ -96,17 +99,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
     return calls
 
 
-@pytest.fixture(scope="module")
-def preparer(tmp_path_factory: pytest.TempPathFactory) -> Preparer:
-    folder = tmp_path_factory.mktemp("media")
-    pixels = np.random.default_rng(0).integers(1, 256, (56, 112, 3), np.uint8)
-    Image.fromarray(pixels).save(folder / "a.png")
-    whole = (folder / "a.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    data = DataSection(train_json=("x",), media_root=str(folder), bucket_steps=1)
-    return Preparer(data, tiny())
-
-
 QUESTIONS = {
     **{f"what is the {name}": "a.png" for name in ("colour", "shape", "number", "position")},
     "which came first red": None,
@@ -117,70 +109,96 @@ RUN = RunSection(run_dir="x", eval_batch_size=3, max_new_tokens=5)
 
 
 @pytest.fixture(scope="module")
-def samples(preparer: Preparer, demo_tokenizer: Any) -> list[Sample]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four questions about a picture, two without, one about a picture that cannot be decoded."""
+    folder = tmp_path_factory.mktemp("media")
+    pixels = np.random.default_rng(0).integers(1, 256, (56, 112, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    whole = (folder / "a.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     records = []
     for question, file in QUESTIONS.items():
-        human = {"from": "human", "value": f"<image>\n{question}" if file else question}
         media = {"image": file} if file else {}
-        turns = [human, {"from": "gpt", "value": "red"}]
-        records.append((question, {**media, "conversations": turns}))
-    samples, bad = check_records(records, preparer, demo_tokenizer, prompts=True)
-    assert not bad
-    return samples
+        mark = "<image>\n" if file else ""
+        conversation = turns(f"{mark}{question}", "red")
+        records.append({"id": question, **media, "conversations": conversation})
+    write_records(folder / "x.json", records)
+    write_records(folder / "four.json", records[:3])
+    return folder
 
 
+def heldout(folder: Path, tokenizer: Any, name: str = "x.json", **options: Any) -> Dataset:
+    """Questions, as a run opens them."""
+    return open_files(folder / name, folder, tokenizer, prompts=True, **options)
+
+
+def asked_of(answer: Answer) -> str:
+    """The question, as the record's id says it."""
+    return answer.sample.name.partition("] ")[2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_every_sample_is_asked_once_and_gets_its_own_answer(
-    preparer: Preparer, samples: list[Sample], asked: list[Asked], demo_tokenizer: Any
+    workers: int, folder: Path, asked: list[Asked], demo_tokenizer: Any
 ):
     model: Any = Model(tiny())
-    answers, bad = answer_questions(model, samples, preparer, demo_tokenizer, RUN)
-    assert [sample.name for sample in bad] == ["what appeared of red"]
+    # Whatever fits into a batch of training.
+    options: dict[str, Any] = {"workers": workers, "max_tokens_per_batch": 1, "frame_jitter": 0.5}
+    with heldout(folder, demo_tokenizer, **options) as dataset:
+        answers, bad = answer_questions(model, dataset, demo_tokenizer, RUN)
+    assert [sample.name for sample in bad] == [f"{folder}/x.json[6] what appeared of red"]
     assert "cut.png" in bad[0].reason
-    assert {a.sample.name for a in answers} == QUESTIONS.keys() - {"what appeared of red"}
-    assert len(answers) == 6
+    assert sorted(map(asked_of, answers)) == sorted(QUESTIONS.keys() - {"what appeared of red"})
     for a in answers:
-        assert a.sample.question == a.sample.name
+        assert a.sample.question == asked_of(a)
         assert a.answer == a.sample.question
+        assert a.sample.answer == "red"
     ends = {demo_tokenizer.convert_tokens_to_ids("<|im_end|>"), demo_tokenizer.eos_token_id}
+    assert len(asked) == 3  # at most three at once, text apart
     for call in asked:
         assert set(call.options.pop("stop_ids")) == ends
         assert call.options == {"max_new_tokens": 5}
+        assert call.streams.kind.shape[1] == 3
 
 
 def test_blank_questions_are_dark_and_only_those_about_media(
-    preparer: Preparer, samples: list[Sample], asked: list[Asked], demo_tokenizer: Any
+    folder: Path, asked: list[Asked], demo_tokenizer: Any
 ):
     model: Any = Model(tiny())
-    seen, _ = answer_questions(model, samples, preparer, demo_tokenizer, RUN)
-    pixels = [call.pixels for call in asked if call.pixels is not None]
-    assert any(array.any() for array in pixels)
-    asked.clear()
-    blind, _ = answer_questions(model, samples, preparer, demo_tokenizer, RUN, see=False)
+    with heldout(folder, demo_tokenizer, cache_mb=1) as dataset:
+        seen, _ = answer_questions(model, dataset, demo_tokenizer, RUN)
+        pixels = [call.pixels for call in asked if call.pixels is not None]
+        assert any(array.any() for array in pixels)
+        asked.clear()
+        blind, bad = answer_questions(model, dataset, demo_tokenizer, RUN, see=False)
     names = {question for question, file in QUESTIONS.items() if file == "a.png"}
-    assert {a.sample.name for a in blind} == names
-    assert {a.sample.name for a in seen} > names
+    assert {*map(asked_of, blind)} == names
+    assert {*map(asked_of, seen)} > names
+    assert len(bad) == 1
     for call in asked:
         assert call.pixels is not None
         assert not call.pixels.any()
 
 
 @pytest.mark.parametrize(
-    ("eval_ratio", "ratios", "expected"), [(None, (2, 4, 8), 2), (8, (2, 4), 8), (None, (), None)]
+    ("eval_ratio", "ratios", "expected"), [(None, (8, 2, 4), 2), (8, (2, 4), 8), (None, (), None)]
 )
 def test_questions_are_compressed_by_one_ratio(
     eval_ratio: int | None,
     ratios: tuple[int, ...],
     expected: int | None,
-    preparer: Preparer,
-    samples: list[Sample],
+    folder: Path,
     asked: list[Asked],
     demo_tokenizer: Any,
 ):
     """The smallest that is trained, unless told."""
-    model: Any = Model(tiny(ratios=ratios))
+    config = tiny(ratios=ratios)
+    model: Any = Model(config)
     run = replace(RUN, eval_ratio=eval_ratio)
-    answer_questions(model, samples[:3], preparer, demo_tokenizer, run)
+    used = eval_ratios(config, run)
+    assert used == (() if expected is None else (expected,))
+    with heldout(folder, demo_tokenizer, "four.json", model=config, ratios=used) as dataset:
+        answer_questions(model, dataset, demo_tokenizer, run)
     (call,) = asked
     for kind in call.streams.kind[0]:
         visual, beacons = (kind == VISUAL).sum(), (kind == BEACON).sum()
@@ -188,6 +206,42 @@ def test_questions_are_compressed_by_one_ratio(
         assert beacons == (0 if expected is None else visual / expected)
 
 
-def test_no_questions_no_answers(preparer: Preparer, demo_tokenizer: Any):
+def test_questions_are_the_same_each_time(
+    folder: Path, tmp_path: Path, asked: list[Asked], demo_tokenizer: Any
+):
+    """Though training draws ratios and moves frames in time."""
     model: Any = Model(tiny())
-    assert answer_questions(model, [], preparer, demo_tokenizer, RUN) == ([], [])
+    video = write_video(folder / "a.mp4", 24, fps=4)
+    record = {"video": video.name, "conversations": turns("<image> what", "red")}
+    path = write_records(tmp_path / "x.json", [record])
+    with open_files(path, folder, demo_tokenizer, prompts=True, frame_jitter=1.0) as dataset:
+        answer_questions(model, dataset, demo_tokenizer, RUN)
+    (call,) = asked
+    assert call.pixels is not None
+    assert frame_numbers(call.pixels[0]) == [0, 4, 8, 12, 16, 20]
+    # Two windows, of 16 and of 8 tokens, by the smallest of three ratios.
+    assert (call.streams.kind == BEACON).sum() == 8 + 4
+
+
+def test_all_questions_may_be_undecodable(
+    folder: Path, tmp_path: Path, asked: list[Asked], demo_tokenizer: Any
+):
+    model: Any = Model(tiny())
+    record = {"image": "cut.png", "conversations": turns("<image> what", "red")}
+    path = write_records(tmp_path / "x.json", [record] * 2)
+    with open_files(path, folder, demo_tokenizer, prompts=True) as dataset:
+        answers, bad = answer_questions(model, dataset, demo_tokenizer, RUN)
+    assert (answers, len(bad)) == ([], 2)
+    assert accuracy(answers) == chance(answers) == {}
+
+
+def test_text_alone_is_not_asked_blindly(
+    folder: Path, tmp_path: Path, asked: list[Asked], demo_tokenizer: Any
+):
+    model: Any = Model(tiny())
+    path = write_records(tmp_path / "x.json", [{"conversations": turns("what is red", "red")}])
+    with open_files(path, folder, demo_tokenizer, prompts=True) as dataset:
+        assert answer_questions(model, dataset, demo_tokenizer, RUN, see=False) == ([], [])
+        assert not asked
+        answers, _ = answer_questions(model, dataset, demo_tokenizer, RUN)
+    assert [a.sample.question_type for a in answers] == ["text"]

@@ -25,7 +25,7 @@ from train.demo_data import demo_words
 from train.demo_drawing import COLOURS, SHAPES, Thing, draw_tile, write_png
 from train.demo_tokenizer import save_tokenizer
 from train.finetune import Position, main, restore, save
-from train.signals import stop_request
+from train.signals import stop_request, sure_interrupt
 from train.step import add_batch
 
 STEPS = 40
@@ -329,6 +329,23 @@ def test_the_first_signal_is_a_request_and_the_second_an_interrupt(number: signa
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) == before
+
+
+def test_an_interrupt_is_not_lost_where_exceptions_are_ignored():
+    inside = []
+
+    def _xla_gc_callback() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+            inside.append(True)
+
+    with sure_interrupt():
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            _xla_gc_callback()
+            time.sleep(10)
+        assert inside == [True]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_checkpoint_holds_what_was_saved_though_the_buffers_are_given_up(tmp_path: Path):

@@ -103,6 +103,7 @@ class Loader:
             finally:
                 budget.close()
                 threads.shutdown(wait=False, cancel_futures=True)
+                self.pool.stop()
                 with suppress(AttributeError):
                     iterator.close()
 
@@ -162,8 +163,13 @@ class Loader:
             return Loaded(sample, self.pool.work.stream(sample, seed))
         dataset = self.dataset
         loaded = self.pool.load(int(dataset.source[index]), int(dataset.record[index]), seed, out)
+        if isinstance(loaded, Loaded) and not dataset.is_as_measured(index, loaded.sample):
+            reason = "its text is longer or shorter than when the data was measured; start again"
+            loaded = BadSample(loaded.sample.name, reason, changed=True)
         if isinstance(loaded, Loaded):
             self.cache.put(index, loaded.sample, out)
+        elif loaded.changed:
+            dataset.forget(index)
         return loaded
 
 

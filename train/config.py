@@ -108,7 +108,7 @@ class DataSection:
     template: Literal["chat", "caption"] = "chat"
     """Text around a sample: the chat template, or the plain picture and caption of pre-training."""
     image_mode: Literal["anyres", "square"] = "anyres"
-    """An image becomes the tiles that suit its size, or is squashed into one square."""
+    """An image becomes the tiles that suit its size, or the square in its centre."""
     min_tiles: int = 2
     """Tiles of one image at least; the published model gives even a small image two."""
     max_tiles: int = 49
@@ -131,10 +131,11 @@ class DataSection:
     """Samples in one forward and backward pass at most."""
     max_tokens_per_batch: int | None = None
     """Tokens in one forward and backward pass at most, beacons and padding included: short samples
-    share a batch, a long one has it alone. None: batch_size alone counts."""
-    shapes: int = 8
-    """Padded shapes of batches at most, for samples with media and again for those without: more
-    pad less, and each is compiled once."""
+    share a batch, up to batch_size of them, and a long one has it alone. None: batch_size counts
+    alone."""
+    shapes: int = 16
+    """Padded shapes of batches at most: more pad less, and each is compiled once. Samples of text
+    alone have shapes of their own."""
     workers: int = 2
     """Processes that read and prepare samples; 0: the training process itself, where a damaged file
     that stops a decoder stops the run."""
@@ -341,7 +342,12 @@ class Loaded(NamedTuple):
     """Makes or fetches the data, if the configuration's module defines it."""
 
 
-def load_config(argv: Sequence[str], default: str = "demo") -> Loaded:
+def load_config(
+    argv: Sequence[str],
+    default: str = "demo",
+    prog: str = "train.finetune",
+    description: str = "Train Video-XL.",
+) -> Loaded:
     """Read `--config NAME_OR_FILE`, `--run-dir DIR` and `--section.field value`.
 
     Anything wrong is one message on stderr and SystemExit(2); `--help` prints all fields.
@@ -356,8 +362,8 @@ def load_config(argv: Sequence[str], default: str = "demo") -> Loaded:
         _check_names(argv)
         command = tyro.cli(
             tyro.conf.configure(tyro.conf.FlagConversionOff)(_CommandLine),
-            prog="python -m train.finetune",
-            description="Train Video-XL.",
+            prog=f"python -m {prog}",
+            description=description,
             args=list(argv),
             default=_CommandLine(name, None, config),
         )

@@ -20,9 +20,10 @@ from train.config import DataSection
 from train.errors import DataError
 from train.index import RecordIndex, open_index
 from train.progress import progress_bar
-from train.records import BadSample, FastTokenizer, Preparer, Reader
+from train.records import BadSample, FastTokenizer, Preparer, Reader, Sample
 from train.sources import Source, find_sources, select
 from train.workers import Measured, Work, WorkerPool
+from vxl_jax.chat import IGNORE
 from vxl_jax.config import VideoXLConfig
 
 PART = 2**14
@@ -88,6 +89,7 @@ class Dataset:
         self.bad: list[BadSample] = []
         self.counts: list[Counts] = []
         self.ranges: list[range] = []
+        self._folders: list[list[tuple[int, Path]]] = []
         columns: list[tuple[np.ndarray, ...]] = []
         digest = hashlib.sha256()
         start = 0
@@ -102,6 +104,7 @@ class Dataset:
                 )
             digest.update(repr((state, source.strategy, source.weight, source.repeat)).encode())
             self.bad += bad
+            self._folders.append(measures.folders)
             self.counts.append(Counts(source, len(index), len(chosen), len(record)))
             self.ranges.append(range(start, start + len(record)))
             start += len(record)
@@ -121,6 +124,17 @@ class Dataset:
 
     def __exit__(self, *_: object) -> None:
         self.pool.close()
+
+    def is_as_measured(self, index: int, sample: Sample) -> bool:
+        """Whether a sample's text still has the lengths that its batch was planned with."""
+        text, labels = len(sample.ids) - len(sample.blocks), int((sample.labels != IGNORE).sum())
+        return (text, labels) == (self.lengths.text[index], self.lengths.labels[index])
+
+    def forget(self, index: int) -> None:
+        """Let the next start measure a sample again, with those that are cached with it."""
+        folders = self._folders[int(self.source[index])]
+        part = int(np.searchsorted([last for last, _ in folders], self.record[index]))
+        shutil.rmtree(folders[part][1], ignore_errors=True)
 
     def name(self, index: int) -> str:
         """A sample's name: its file, its number there, and its id."""
@@ -180,6 +194,7 @@ class _Measures:
         self.source, self.index = reader.sources[number], reader.indices[number]
         self.cache_dir = None if data.cache_dir is None else Path(data.cache_dir)
         self.key = self._key(data)
+        self.folders: list[tuple[int, Path]] = []  # last record of each part, and where it is
 
     def _key(self, data: DataSection) -> dict[str, Any]:
         """Everything that lengths depend on, but for the data file and the media."""
@@ -215,6 +230,7 @@ class _Measures:
             for start in parts:
                 chosen = self.chosen[start : start + PART]
                 folder = self._part(f"{name}/{start // PART}", chosen)
+                self.folders.append((int(chosen[-1]), folder))
                 with np.load(folder / "lengths.npz") as held:
                     record, blocks = held["record"], held["blocks"]
                     columns.append(

@@ -30,7 +30,7 @@ from train.evaluate import accuracy, answer_questions, chance, eval_ratios
 from train.plan import Epochs, make_buckets, padded_share, shares
 from train.records import BadSample
 from train.report import BadSamples, RunLog, TooManyBadSamples, draw_loss, write_text
-from train.signals import stop_request
+from train.signals import stop_request, sure_interrupt
 from train.step import (
     add_batch,
     empty_sums,
@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
                 prepare(config)
             except (ImportError, OSError, ValueError) as error:
                 raise DataError(f"the data cannot be made: {error}") from error
-        train(config.resolved(), run_dir)
+        with sure_interrupt():
+            train(config.resolved(), run_dir)
     except (
         CheckpointError,
         ConfigError,

@@ -48,6 +48,7 @@ from train.plan import Epochs, make_buckets, shares
 from train.progress import progress_bar
 from train.records import BadSample, Block, Sample
 from train.report import write_text
+from train.signals import sure_interrupt
 from train.workers import Loaded, WorkerError
 from vxl_jax.chat import IGNORE, IMAGE_TOKEN
 from vxl_jax.config import ConfigError
@@ -64,7 +65,9 @@ FIRST_TOKENS, LAST_TOKENS = 140, 200
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options, rest = read_options(sys.argv[1:] if arguments is None else arguments)
-    config, prepare = load_config(rest)
+    config, prepare = load_config(
+        rest, prog="train.inspect_data", description="Look at the data before training on it."
+    )
     out = options.out or Path(config.run.run_dir, "inspect")
     try:
         try:
@@ -76,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
                 prepare(config)
             except (ImportError, OSError, ValueError) as error:
                 raise DataError(f"the data cannot be made: {error}") from error
-        bad = inspect(config.resolved(), out, options)
+        with sure_interrupt():
+            bad = inspect(config.resolved(), out, options)
     except (
         CheckpointError,
         ConfigError,

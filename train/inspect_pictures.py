@@ -22,7 +22,7 @@ COLOURS = {
 }
 """Of the kinds of samples, in both pictures."""
 
-BINS = 48
+BINS = 60
 """Bars of a histogram, about."""
 
 

@@ -4,6 +4,8 @@ All of it follows from the seed and the samples' lengths. A position in the sequ
 one number, whatever the number of workers or hosts.
 """
 
+import itertools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,18 +80,15 @@ def make_buckets(
 ) -> tuple[list[Bucket], np.ndarray]:
     """Few buckets that pad little, and the bucket of every sample.
 
-    Samples with media and samples of text alone have buckets of their own. Each kind's range of
-    lengths is cut where the sum of padded lengths is least (dynamic programming over a ladder of 16
-    lengths a doubling).
+    Samples with media and samples of text alone have buckets of their own. Lengths are cut where
+    the sum of padded lengths is least (dynamic programming over a ladder of 16 lengths a doubling).
     """
     tokens = lengths.tokens
     of_sample = np.zeros(len(tokens), np.int32)
     buckets: list[Bucket] = []
-    for with_media in (False, True):
-        members = np.flatnonzero((lengths.frames > 0) == with_media)
-        if not len(members):
-            continue
-        ends = _cut(tokens[members], data.shapes)
+    has_media = lengths.frames > 0
+    kinds = [some for some in (np.flatnonzero(~has_media), np.flatnonzero(has_media)) if len(some)]
+    for members, ends in zip(kinds, _cut([tokens[m] for m in kinds], data.shapes), strict=True):
         number = np.searchsorted(ends, tokens[members])
         for i, end in enumerate(ends):
             some = members[number == i]
@@ -108,27 +107,40 @@ def make_buckets(
     return buckets, of_sample
 
 
-def _cut(lengths: np.ndarray, most: int) -> np.ndarray:
-    """Ends of at most `most` ranges that hold all lengths with the least padding."""
+def _cut(kinds: Sequence[np.ndarray], most: int) -> list[np.ndarray]:
+    """For each kind of lengths, ends of ranges that hold them all; at most `most` ranges together,
+    or one a kind, so that the sum of padded lengths is least.
+    """
+    curves = [_cuts(lengths, most) for lengths in kinds]
+    choices = itertools.product(*(range(len(curve)) for curve in curves))
+    fitting = [c for c in choices if sum(c) + len(c) <= max(most, len(kinds))]
+    best = min(fitting, key=lambda c: sum(curve[i][0] for curve, i in zip(curves, c, strict=True)))
+    return [curve[i][1] for curve, i in zip(curves, best, strict=True)]
+
+
+def _cuts(lengths: np.ndarray, most: int) -> list[tuple[float, np.ndarray]]:
+    """For 1, 2, … `most` ranges: the least sum of padded lengths, and the ranges' ends."""
     values, counts = np.unique(lengths, return_counts=True)
     ends, first = np.unique([round_up(int(value), 16) for value in values], return_index=True)
     size = len(ends)
     upto = np.concatenate([[0], np.add.reduceat(counts, first).cumsum()])  # samples below an end
-    # cost[i, j]: padded tokens of a range from end i - 1 to end j - 1; best[j]: of all so far.
+    # cost[i, j]: padded lengths of a range from end i to end j - 1; best[j]: of all below end j.
     cost = np.concatenate([[0], ends]) * (upto - upto[:, None]).astype(float)
     cost[np.tril_indices(size + 1)] = np.inf
     best = np.full(size + 1, np.inf)
     best[0] = 0
-    before = []
+    before: list[np.ndarray] = []
+    found = []
     for _ in range(min(most, size)):
         through = best[:, None] + cost
         before.append(through.argmin(0))
         best = through.min(0)
-    chosen, j = [], size
-    for back in reversed(before):
-        chosen.append(int(ends[j - 1]))
-        j = int(back[j])
-    return np.array(chosen[::-1])
+        chosen, j = [], size
+        for back in reversed(before):
+            chosen.append(int(ends[j - 1]))
+            j = int(back[j])
+        found.append((float(best[size]), np.array(chosen[::-1])))
+    return found
 
 
 class Epochs:
@@ -157,7 +169,8 @@ class Epochs:
                 self.epochs.append([(i, epoch) for i in some if shares[i].epochs > epoch])
         batches = [self._count(number) for number in range(len(self.epochs))]
         self.ends = np.cumsum(batches)
-        self._planned: tuple[int, _Epoch] | None = None
+        self._planned: dict[int, _Epoch] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -166,13 +179,16 @@ class Epochs:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self.ends, index, side="right"))
-        planned = self._planned  # another thread may replace it meanwhile
-        if planned is None or planned[0] != number:
-            planned = self._planned = number, self._plan(number)
+        with self._lock:
+            if number not in self._planned:
+                # Threads that prepare batches ask for the end of one and the beginning of the next.
+                self._planned = {n: p for n, p in self._planned.items() if n == number - 1}
+                self._planned[number] = self._plan(number)
+            epoch = self._planned[number]
         k = index - int(self.ends[number - 1] if number else 0)
-        bucket = int(planned[1].bucket[k])
-        start = int(planned[1].start[k])
-        samples = planned[1].samples[bucket][start : start + int(self.places[bucket])]
+        bucket = int(epoch.bucket[k])
+        start = int(epoch.start[k])
+        samples = epoch.samples[bucket][start : start + int(self.places[bucket])]
         return BatchPlan(samples, self.buckets[bucket], (self.seed, number, k))
 
     def samples(self, number: int) -> np.ndarray:

@@ -93,10 +93,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class BadSample:
-    """A record that is left out, and why."""
+    """A record that is left out, and why; whether that is because its media were changed."""
 
     name: str
     reason: str
+    changed: bool = False
 
 
 class Preparer:
@@ -231,6 +232,14 @@ class Reader:
         # Half of a surrogate pair, which JSON can spell, could not be printed.
         return f"{place} {name.encode(errors='replace').decode()}".rstrip()
 
+    def files(self, source: int, record: int) -> str:
+        """The media that a record names, for an error about them."""
+        with suppress(DataError):
+            value = self.indices[source][record]
+            files = [value.get(name) for name in ("image", "video")] if type(value) is dict else []
+            return ", ".join(_short(file) for file in files if file) or "no media"
+        return "no media"
+
     def open(self, source: int, record: int) -> tuple[Sample, list[Medium]]:
         """A sample, and its media ready to be read.
 
@@ -348,10 +357,16 @@ def _with_times(conversations: list[dict[str, Any]], prompt: str) -> list[dict[s
     return [changed(turn) for turn in conversations]
 
 
+def _short(value: Any) -> str:
+    """A value as text for an error, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
 def _choices(record: dict[str, Any]) -> int | None:
     choices = record.get("choices")
     if choices is not None and (not isinstance(choices, int) or choices < 1):
-        raise DataError(f"choices is {choices!r}; it must be the number of possible answers")
+        raise DataError(f"choices is {_short(choices)}; it must be the number of possible answers")
     return choices
 
 
@@ -378,9 +393,11 @@ def _clips(record: dict[str, Any], files: int, is_video: bool) -> list[Clip | No
         values = value if isinstance(value, list) else [value] * files
         numbers = [v for v in values if v is not None]
         if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers):
-            raise DataError(f"{name} is {value!r}; it must be a number, or one for each video")
-        if any(not 0 <= v < float("inf") or (name == "fps" and v == 0) for v in numbers):
-            raise DataError(f"{name} is {value!r}; it must be positive")
+            raise DataError(
+                f"{name} is {_short(value)}; it must be a number, or one for each video"
+            )
+        if any(not 0 <= v <= 1e9 or (name == "fps" and v == 0) for v in numbers):
+            raise DataError(f"{name} is {_short(value)}; it must be positive, and at most 1e9")
         if len(values) != files:
             raise DataError(f"{len(values)} values of {name} but {files} media files")
         columns[name] = values

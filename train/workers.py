@@ -13,6 +13,7 @@ import mmap
 import os
 import pickle
 import queue
+import resource
 import signal
 import socket
 import subprocess
@@ -27,10 +28,19 @@ from typing import Any
 import numpy as np
 
 from train.records import BAD, BadSample, Reader, Sample
+from vxl_jax.chat import IGNORE
+from vxl_jax.media import MediaError
 from vxl_jax.stream import Ratio, Stream, draw_ratio
 
 START_SECONDS = 120.0
 """Most time for a worker to start."""
+STARTS = 3
+"""Starts of a worker that may fail in a row."""
+MEMORY_BYTES = 2**32
+"""Most memory of a worker's own: a small file can ask a video decoder for any amount."""
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**27)}
+"""Lets glibc keep the memory of one image for the next: fetching it anew from the system took a
+third of the time."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,10 @@ class Loaded:
     stream: Stream
 
 
+class MediaChanged(MediaError):
+    """Media that are not what they were when their data file was measured."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What workers do with records. `ratios`: those drawn for windows; none: no compression."""
@@ -66,10 +80,10 @@ class Work:
         for record in records:
             try:
                 sample, _ = self.reader.open(source, record)
-            except BAD as error:
-                found.append(BadSample(self.reader.name(source, record), str(error)))
+            except Exception as error:  # a decoder may raise anything, and memory may run out
+                found.append(self._bad(source, record, error))
                 continue
-            labels = int((sample.labels != -100).sum())
+            labels = int((sample.labels != IGNORE).sum())
             frames = tuple(block.frames for block in sample.blocks)
             is_video = any(block.is_video for block in sample.blocks)
             found.append(Measured(len(sample.ids) - len(frames), labels, frames, is_video))
@@ -89,7 +103,11 @@ class Work:
         try:
             sample, media = self.reader.open(source, record)
             if sample.frames != len(out):
-                raise_changed(sample, len(out))
+                raise MediaChanged(
+                    f"{', '.join(str(block.path) for block in sample.blocks)}: {sample.frames} "
+                    f"frames or tiles now, {len(out)} when the data was measured; start again, and "
+                    "leave media as they are during a run"
+                )
             stream = self.stream(sample, seed)
             jitter = None
             if seed is not None and self.reader.preparer.data.frame_jitter > 0:
@@ -98,9 +116,15 @@ class Work:
             for medium in media:
                 medium.read(out[start : start + medium.block.frames], jitter)
                 start += medium.block.frames
-        except BAD as error:
-            return BadSample(self.reader.name(source, record), str(error))
+        except Exception as error:  # as in `measure`
+            return self._bad(source, record, error)
         return Loaded(sample, stream)
+
+    def _bad(self, source: int, record: int, error: Exception) -> BadSample:
+        reason = str(error)
+        if not isinstance(error, BAD):
+            reason = f"{type(error).__name__} ({error}) from {self.reader.files(source, record)}"
+        return BadSample(self.reader.name(source, record), reason, isinstance(error, MediaChanged))
 
     def stream(self, sample: Sample, seed: tuple[int, ...] | None) -> Stream:
         """A sample's stream, with the ratios that `load` gives it."""
@@ -113,17 +137,6 @@ class Work:
 def lowest(ratios: Sequence[int]) -> Ratio:
     """The ratio that leaves most beacons. As in `draw_ratio`, a window keeps one at least."""
     return (lambda count: min(*ratios, count)) if ratios else None
-
-
-def raise_changed(sample: Sample, planned: int) -> None:
-    """Refuse a sample that is no longer what it was when its data file was measured."""
-    from vxl_jax.media import MediaError
-
-    paths = ", ".join(str(block.path) for block in sample.blocks)
-    raise MediaError(
-        f"{paths}: {sample.frames} frames or tiles now, {planned} when the data was measured; "
-        "media must not change during a run, start it again"
-    )
 
 
 class WorkerError(RuntimeError):
@@ -141,9 +154,8 @@ class WorkerPool:
     def __init__(self, work: Work, count: int, seconds: float):
         """count: processes; 0: everything in this process, unwatched."""
         self.work, self.count, self.seconds = work, count, seconds
-        size = work.reader.preparer.size
-        self.frame_bytes = size * size * 3
         self.closed = False
+        self._stops = 0
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         setup = pickle.dumps(work, protocol=5)
         self._workers = [_Worker(setup) for _ in range(count)]
@@ -160,7 +172,7 @@ class WorkerPool:
         if isinstance(answer, list):
             return answer
         if len(records) == 1:
-            return [BadSample(self.work.reader.name(source, records[0]), answer)]
+            return [self._bad(source, records[0], answer)]
         return [self.measure(source, [record])[0] for record in records]
 
     def load(
@@ -175,9 +187,11 @@ class WorkerPool:
             return self.work.load(source, record, seed, out)
         request = "load", source, record, seed, len(out)
         answer = self._ask(request, tries=2, out=out)
-        if isinstance(answer, str):
-            return BadSample(self.work.reader.name(source, record), answer)
-        return answer
+        return self._bad(source, record, answer) if isinstance(answer, str) else answer
+
+    def _bad(self, source: int, record: int, reason: str) -> BadSample:
+        reader = self.work.reader
+        return BadSample(reader.name(source, record), f"{reader.files(source, record)}: {reason}")
 
     def rest(self) -> None:
         """End the processes until they are needed again; no other thread may be asking."""
@@ -185,13 +199,23 @@ class WorkerPool:
             if worker.process is not None:
                 worker.end()
 
+    def stop(self) -> None:
+        """Give up what is being read: its callers get WorkerError. The pool can be used on."""
+        self._stops += 1
+        for worker in self._workers:
+            if worker.deadline < float("inf"):
+                worker.kill()
+
     def close(self) -> None:
         """End all workers, whatever they are doing."""
         self.closed = True
         for worker in self._workers:
+            worker.ended = True
             worker.kill()
-        for worker in self._workers:
-            worker.wait()
+        for worker in [self._idle.get() for _ in self._workers]:  # once their callers are done
+            if worker.process is not None:
+                worker.end()
+            self._idle.put(worker)  # for callers that wait, and see that the pool is closed
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -201,17 +225,18 @@ class WorkerPool:
 
     def _ask(self, request: tuple[Any, ...], tries: int, out: np.ndarray | None = None) -> Any:
         """The answer to a request, or text that says why there is none."""
-        reason = ""
+        reason, stops = "", self._stops
         for _ in range(tries):
             with self._worker() as worker:
                 try:
                     return worker.ask(request, self.seconds, out)
-                except _Hung:
-                    return f"reading it took more than data.sample_seconds ({self.seconds:g} s)"
                 except (EOFError, OSError) as error:
-                    if self.closed:
+                    hung, how = worker.hung, worker.end()
+                    if self.closed or stops != self._stops:
                         raise WorkerError("the data processes were ended") from error
-                    reason = f"the process that read it died ({worker.end()})"
+                    if hung:
+                        return f"reading it took more than data.sample_seconds ({self.seconds:g} s)"
+                    reason = f"the process that read it died ({how})"
         return reason
 
     @contextlib.contextmanager
@@ -234,17 +259,14 @@ class WorkerPool:
             time.sleep(0.1)
 
 
-class _Hung(Exception):
-    """A worker took longer than allowed."""
-
-
 class _Worker:
     """The training process's end of one worker; used by one thread at a time."""
 
     def __init__(self, setup: bytes):
         self.setup = setup
         self.deadline = float("inf")
-        self.hung = False
+        self.hung = self.ended = False
+        self.failed_starts = 0
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -268,6 +290,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 env={
                     **os.environ,
+                    **KEEP_MEMORY,
                     "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
                 },
                 start_new_session=True,  # Ctrl-C is for the training process alone
@@ -278,35 +301,44 @@ class _Worker:
             theirs.close()
         self.connection = Connection(ours.detach())
         self.fresh = True
+        if self.ended:  # meanwhile
+            self.process.kill()
 
     def ask(self, request: tuple[Any, ...], seconds: float, out: np.ndarray | None) -> Any:
         """The answer to a request; pixels go to `out`.
 
-        Raises: _Hung; EOFError or OSError if the process is dead.
+        Raises: EOFError or OSError if the process is dead, or killed for taking longer (`hung`).
         """
         try:
             if self.process is None:
                 self.start()
             if self.fresh:
-                self.deadline = time.monotonic() + START_SECONDS
-                self.connection.send_bytes(self.setup)
-                self.connection.recv()
-                self.fresh = False
+                self._set_up()
             if out is not None:
                 self._grow(out.nbytes)
             self.hung, self.deadline = False, time.monotonic() + seconds
             self.connection.send(request)
             answer = self.connection.recv()
-        except (EOFError, OSError):
+        finally:
             self.deadline = float("inf")
-            if self.hung:
-                self.end()
-                raise _Hung from None
-            raise
-        self.deadline = float("inf")
         if out is not None and out.size and self.memory is not None:
             out.reshape(-1)[...] = np.frombuffer(self.memory, np.uint8, out.nbytes)
         return answer
+
+    def _set_up(self) -> None:
+        self.deadline = time.monotonic() + START_SECONDS
+        self.failed_starts += 1
+        try:
+            self.connection.send_bytes(self.setup)
+            self.connection.recv()
+        except (EOFError, OSError) as error:
+            if self.failed_starts < STARTS or self.ended:
+                raise
+            raise WorkerError(
+                f"a data process ended {STARTS} times as it started ({self.end()}); its error is "
+                "above, and data.workers 0 does without"
+            ) from error
+        self.fresh, self.failed_starts = False, 0
 
     def _grow(self, size: int) -> None:
         if size and (self.memory is None or len(self.memory) < size):
@@ -319,20 +351,16 @@ class _Worker:
         if process is not None:
             process.kill()
 
-    def wait(self) -> None:
-        """Wait until a killed process is gone."""
-        process = self.process
-        if process is not None:
-            process.wait()
-
     def end(self) -> str:
-        """Clear away a dead process, and say how it ended; the next request starts another."""
+        """Clear away the process, and say how it ended; the next request starts another."""
         assert self.process is not None
-        self.process.kill()
-        code = self.process.wait()
-        self.process, self.hung, self.deadline = None, False, float("inf")
         self.connection.close()
-        self.memory = None
+        try:
+            code = self.process.wait(1.0)  # it may be about to end by itself, with a status to tell
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        self.process, self.hung, self.memory = None, False, None
         os.close(self.memory_file)
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
@@ -343,6 +371,13 @@ class _Worker:
 def main(arguments: list[str]) -> None:
     """Answer requests until the training process is gone."""
     connection, memory_file = Connection(int(arguments[0])), int(arguments[1])
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(MEMORY_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+    with contextlib.suppress(ImportError):  # hundreds of lines for a damaged file, which is named
+        from decord import logging
+
+        logging.set_level(logging.QUIET)
     threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
     work: Work = pickle.loads(connection.recv_bytes())
     connection.send("ready")
@@ -365,8 +400,8 @@ def main(arguments: list[str]) -> None:
                 if need and memory is not None:
                     out = np.frombuffer(memory, np.uint8, need).reshape(out.shape)
                 answer = work.load(source, record, seed, out)
-        except Exception as error:  # a decoder may raise anything, and memory may run out
-            answer = f"{type(error).__name__}: {error}"
+        except Exception as error:  # memory may run out
+            answer = f"{type(error).__name__} ({error})"
         connection.send(answer)
 
 

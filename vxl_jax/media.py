@@ -11,6 +11,7 @@ computed follows the published Video-XL data code and the CLIP image processor i
 import math
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,16 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 Size = tuple[int, int]
 
-# Frames decoded at a stretch. For 3840 x 2160: 200 MB, and 0.6 to 0.95 GB at the process's peak,
+# Frames decoded at a stretch. For 3840 x 2160: 8 frames, and 0.6 to 0.95 GB at the process's peak,
 # measured. Fewer cost time where the frames lie closer than key frames do.
-_FRAMES_AT_ONCE = 8
+_BYTES_AT_ONCE = 200_000_000
+# Larger images are refused: decoding one takes 10 bytes a pixel, and a header of 74 bytes can ask
+# for any number.
+_MAX_PIXELS = 2**26
+# Pillow knows many more, some of which start other programs (EPS).
+_IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF")
+# FFmpeg follows what is in these to other files.
+_PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"<?xml", b"<MPD", b"v=0", b"[Reference]")
 # Images longer than this many times their width are cut before they are resized: the centre crop
 # takes 1/32 of the rest, and a 1 x 10000 image would otherwise become 4 GB.
 _MAX_ASPECT = 32
@@ -333,8 +341,7 @@ def load_image(path: str | Path) -> Image.Image:
     As published, EXIF orientation is not applied, alpha is dropped, and 16-bit grey saturates.
 
     Raises:
-      MediaError: missing, unreadable, truncated, empty or far too large (Pillow's limit against
-        decompression bombs, 179 million pixels).
+      MediaError: missing, unreadable, truncated, empty or larger than 67 million pixels.
     """
     with _open_image(path) as image:
         try:
@@ -359,11 +366,21 @@ def _open_image(path: str | Path) -> Image.Image:
     """Opens an image file: its header is read, its pixels are not."""
     _check_file(path)
     try:
-        return Image.open(path)
+        with warnings.catch_warnings():
+            # Pillow warns of images that are refused below, and refuses those twice as large.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=_IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
         raise MediaError(f"{path}: {error}; reduce the image") from error
     except Exception as error:  # As in `load_image`; images of 0 pixels are refused here too.
         raise MediaError(f"{path}: not a readable image ({error}); replace it") from error
+    if image.width * image.height > _MAX_PIXELS:
+        image.close()
+        raise MediaError(
+            f"{path}: {image.width} x {image.height} pixels are more than {_MAX_PIXELS:,}, it may "
+            "be a decompression bomb; reduce the image"
+        )
+    return image
 
 
 @dataclass(frozen=True)
@@ -426,10 +443,11 @@ class VideoFile:
         """As `load_video_frames`; into `out` if it is given."""
         _check_indices(self._reader, self.path, indices)
         result = np.empty((len(indices), size, size, 3), np.uint8) if out is None else out
-        for start in range(0, len(indices), _FRAMES_AT_ONCE):
-            frames = _read_frames(self._reader, self.path, indices[start : start + _FRAMES_AT_ONCE])
-            for i, frame in enumerate(frames, start):
-                result[i] = resize_and_crop(frame, size)
+        done = 0
+        while done < len(indices):
+            for frame in _read_frames(self._reader, self.path, indices[done:]):
+                result[done] = resize_and_crop(frame, size)
+                done += 1
         return result
 
 
@@ -489,6 +507,13 @@ def _open_video(path: str | Path, num_threads: int) -> Any:
 
     _check_file(path)
     try:
+        with open(path, "rb") as file:
+            beginning = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be read ({error.strerror})") from error
+    if beginning.startswith(_PLAYLISTS):
+        raise MediaError(f"{path}: is a playlist of other files, not a video; replace it")
+    try:
         reader = VideoReader(str(path), num_threads=num_threads)
     except Exception as error:  # decord raises RuntimeError or its own DECORDError.
         raise _video_error(path, "not a readable video", error) from error
@@ -509,14 +534,21 @@ def _check_indices(reader: Any, path: str | Path, indices: Sequence[int]) -> Non
 
 
 def _read_frames(reader: Any, path: str | Path, indices: Sequence[int]) -> list[np.ndarray]:
-    """Returns frames as uint8 [H, W, 3].
+    """Returns frames as uint8 [H, W, 3], of the first indices: at most `_BYTES_AT_ONCE`, or one.
 
     decord's thread decodes on while its caller does something else, and keeps every frame
     (decord issue 208): several GB of a 3840 x 2160 video. So frames are fetched without a pause,
     one by one (`get_batch` lets it run ahead too), and a seek at the end stops the thread.
     """
     try:
-        frames = [reader[int(index)].asnumpy() for index in indices]
+        frames = []
+        for index in indices:
+            frame = reader[int(index)].asnumpy()
+            # Rows of narrow videos are padded, and decord takes the padding for more channels.
+            height, width, _ = frame.shape
+            frames.append(frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3))
+            if (len(frames) + 1) * frames[0].nbytes > _BYTES_AT_ONCE:
+                break
         reader.seek(0)
         return frames
     except Exception as error:  # As in `_open_video`.

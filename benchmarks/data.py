@@ -1,0 +1,607 @@
+"""What the data plane costs: its speed beside plain decoding, its memory, its padding.
+
+    python -m benchmarks.data                          # made files, about ten minutes
+    python -m benchmarks.data --videos ../shared/media # real videos instead
+    python -m benchmarks.data --quick                  # everything small, to see that it runs
+
+- Throughput: `Loader.batches()` beside the same files, frames and resizing in a plain process pool
+  of as many processes, which throws its pixels away; videos (`get_batch` of decord, and
+  `load_video_frames`) and images (Pillow and `tile_image`). Rounds alternate, the best of each
+  counts; everything is measured and started before the clock.
+- First batch: from `open_dataset` on, without and with a cache.
+- Memory: of a process and of one of its workers, at many records beside ten records, each in
+  processes of their own: one that measures, and one that finds the cache.
+- Padding: the share of an epoch's token and frame places that stay empty in a mixture.
+
+Writes benchmarks/results/data.json.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from multiprocessing.pool import Pool
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.core import RESULTS, machine
+from train.batches import Loader
+from train.config import DataSection
+from train.dataset import Dataset, Lengths, count_beacons, open_dataset
+from train.plan import Epochs, Share, make_buckets, padded_share, shares
+from vxl_jax.config import VideoXLConfig, video_xl_7b
+from vxl_jax.media import (
+    VideoFile,
+    choose_frames,
+    grid_pinpoints,
+    load_image,
+    load_video_frames,
+    resize_and_crop,
+    tile_image,
+)
+
+MODEL = video_xl_7b(ratios=(2, 4, 8))
+FPS = 25
+WORDS = ("the", "a", "of", "picture", "video", "shows", "man", "red", "car", "near", "what", "is")
+
+RATIO_GOAL, PADDED_GOAL, MEMORY_GOAL = 0.9, 0.15, 150e6
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    videos: int
+    seconds: tuple[int, ...]
+    images: int
+    records: tuple[int, ...]
+    samples: int
+    rounds: int
+
+
+FULL = Sizes(24, (20, 30, 40, 60), 400, (10**4, 10**5, 10**6), 20_000, 3)
+QUICK = Sizes(4, (4, 6), 24, (10**3, 10**4), 2_000, 2)
+
+
+# Files.
+
+
+def make_videos(folder: Path, sizes: Sizes) -> list[Path]:
+    """H.264 files of 640 x 360 with a moving picture; copies count as files of their own."""
+    import av
+
+    rng = np.random.default_rng(0)
+    made: list[Path] = []
+    for i in range(sizes.videos):
+        path = folder / f"{i}.mp4"
+        if i >= len(sizes.seconds):
+            made.append(Path(shutil.copy(made[i % len(sizes.seconds)], path)))
+            continue
+        wide = rng.integers(0, 256, (36, 192, 3), np.uint8).repeat(10, 0).repeat(10, 1)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast"})
+            stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+            for frame in range(FPS * sizes.seconds[i]):
+                start = (3 * frame) % (wide.shape[1] - 640)
+                pixels = np.ascontiguousarray(wide[:, start : start + 640])
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        made.append(path)
+    return made
+
+
+def make_images(folder: Path, count: int) -> list[Path]:
+    """JPEG files of about 800 x 600."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(count):
+        width, height = (int(side) for side in rng.integers((700, 500), (900, 700)))
+        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
+        made.append(folder / f"{i}.jpg")
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(made[-1], quality=90)
+    return made
+
+
+def write_media_records(path: Path, files: Sequence[Path]) -> None:
+    """One record for each file."""
+    records = []
+    for file in files:
+        kind = "video" if file.suffix == ".mp4" else "image"
+        turns = [
+            {"from": "human", "value": "<image>\nwhat is the picture"},
+            {"from": "gpt", "value": "the man is near the red car"},
+        ]
+        records.append({"id": file.stem, kind: file.name, "conversations": turns})
+    path.write_text(json.dumps(records))
+
+
+def write_text_records(path: Path, count: int) -> None:
+    """Records of about 400 bytes, as LLaVA's."""
+    rng = random.Random(0)
+
+    def turns() -> str:
+        question = " ".join(rng.choices(WORDS, k=12))
+        answer = " ".join(rng.choices(WORDS, k=rng.randrange(30, 60)))
+        values = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        return json.dumps(values)
+
+    some = [turns() for _ in range(1000)]
+    with path.open("w") as file:
+        for i in range(count):
+            start = "," if i else "["
+            file.write(f'{start}\n{{"id": "{i:012}", "conversations": {rng.choice(some)}}}')
+        file.write("\n]\n")
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Of a directory, as `open_dataset` takes it; transformers is not needed for that."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return SimpleNamespace(backend_tokenizer=backend)
+
+
+def make_epochs(dataset: Dataset, data: DataSection) -> Epochs:
+    """One epoch over all samples."""
+    buckets, bucket_of = make_buckets(dataset.lengths, data, data.batch_size)
+    return Epochs(buckets, bucket_of, shares(dataset, (1,)), 0)
+
+
+# Throughput.
+
+
+def decode_plainly(task: tuple[str, list[int]]) -> int:
+    """Frames of a video through decord alone."""
+    from decord import VideoReader
+
+    frames = VideoReader(task[0], num_threads=1).get_batch(task[1]).asnumpy()
+    size = MODEL.vision.image_size
+    return len([resize_and_crop(frame, size) for frame in frames])
+
+
+def decode_ours(task: tuple[str, list[int]]) -> int:
+    """The same through this project's function."""
+    return len(load_video_frames(*task, MODEL.vision.image_size))
+
+
+def tile_plainly(path: str) -> int:
+    """Tiles of an image through Pillow."""
+    size = MODEL.vision.image_size
+    return len(tile_image(load_image(path), grid_pinpoints(size), size))
+
+
+def spread(pool: Pool, function: Callable[[Any], int], tasks: Sequence[Any]) -> int:
+    """Work of a pool; the frames of all tasks."""
+    return sum(pool.imap_unordered(function, tasks))
+
+
+def warm_up(_: int) -> int:
+    """Import what the work needs, and give every process of the pool a turn."""
+    import decord  # noqa: F401
+
+    time.sleep(0.2)
+    return 0
+
+
+def load_all(loader: Loader) -> int:
+    """Frames of all batches."""
+    frames = 0
+    for batch in loader.batches():
+        frames += batch.frames
+        if batch.bad:
+            raise SystemExit(f"{batch.bad[0].name}: {batch.bad[0].reason}")
+    return frames
+
+
+def throughput(
+    folder: Path,
+    files: Sequence[Path],
+    data: DataSection,
+    tokenizer: Any,
+    references: dict[str, tuple[Callable[[Any], int], Sequence[Any]]],
+    rounds: int,
+) -> dict[str, Any]:
+    """Seconds of the loader and of each reference (a function and its tasks), in turns."""
+    path = folder / f"{files[0].suffix[1:]}.json"
+    write_media_records(path, files)
+    began = time.perf_counter()
+    context = multiprocessing.get_context("spawn")
+    with (
+        open_dataset((str(path),), data, MODEL, tokenizer) as dataset,
+        context.Pool(data.workers) as pool,
+    ):
+        measuring = time.perf_counter() - began
+        if dataset.bad:
+            raise SystemExit(f"{dataset.bad[0].name}: {dataset.bad[0].reason}")
+        loader = Loader(make_epochs(dataset, data), dataset)
+        runs: dict[str, Callable[[], int]] = {"loader": lambda: load_all(loader)}
+        for name, (function, tasks) in references.items():
+            runs[name] = lambda function=function, tasks=tasks: spread(pool, function, tasks)
+        pool.map(warm_up, range(4 * data.workers), chunksize=1)
+        batches = loader.batches()
+        next(batches)  # its workers run too
+        batches.close()
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        frames = set()
+        for number in range(rounds):
+            for name in list(runs) if number % 2 else reversed(list(runs)):
+                gc.collect()
+                began = time.perf_counter()
+                frames.add(runs[name]())
+                seconds[name].append(time.perf_counter() - began)
+    if len(frames) != 1:
+        raise SystemExit(f"not the same frames: {frames}")
+    best = {name: min(values) for name, values in seconds.items()}
+    return {
+        "samples": len(files),
+        "frames": frames.pop(),
+        "workers": data.workers,
+        "measuring_and_start_seconds": measuring,
+        "all_seconds": seconds,
+        "seconds": best,
+        "ratio": {name: value / best["loader"] for name, value in best.items() if name != "loader"},
+    }
+
+
+def first_batch(path: Path, data: DataSection, tokenizer: Any, cache: Path) -> dict[str, float]:
+    """Seconds from opening a data set to its first batch, without and with a cache."""
+    found = {}
+    for name in ("cold", "warm"):
+        began = time.perf_counter()
+        with open_dataset((str(path),), replace(data, cache_dir=str(cache)), MODEL, tokenizer) as d:
+            opened = time.perf_counter() - began
+            batches = Loader(make_epochs(d, data), d).batches()
+            next(batches)
+            found[name] = time.perf_counter() - began
+            found[f"{name}_open"] = opened
+            batches.close()
+    return found
+
+
+# Memory.
+
+
+def memory_of(process: int) -> dict[str, int]:
+    """Bytes resident now, and at most so far."""
+    status = Path(f"/proc/{process}/status").read_text()
+    kilobytes = {name: int(status.split(f"{name}:")[1].split()[0]) for name in ("VmRSS", "VmHWM")}
+    return {"now": kilobytes["VmRSS"] * 1024, "peak": kilobytes["VmHWM"] * 1024}
+
+
+def use_records(path: Path, tokenizer: Path) -> dict[str, Any]:
+    """In this process: open, plan an epoch, read 200 records; seconds and memory."""
+    from train import index
+
+    data = replace(text_section(path), workers=1)
+    began = time.perf_counter()
+    index.open_index(path, Path(str(data.cache_dir)))
+    indexed = time.perf_counter()
+    with open_dataset((str(path),), data, MODEL, load_tokenizer(tokenizer)) as dataset:
+        opened = time.perf_counter()
+        epochs = make_epochs(dataset, data)
+        epochs[len(epochs) // 2]
+        planned = time.perf_counter()
+        rng = np.random.default_rng(0)
+        size = MODEL.vision.image_size
+        out = np.empty((0, size, size, 3), np.uint8)
+        for sample in rng.integers(0, len(dataset), 200):
+            dataset.pool.load(0, int(dataset.record[sample]), (0, 1), out)
+        read = time.perf_counter()
+        return {
+            "index_seconds": indexed - began,
+            "open_seconds": opened - indexed,
+            "plan_seconds": planned - opened,
+            "read_200_seconds": read - planned,
+            "main": memory_of(os.getpid()),
+            "worker": memory_of(child_of(os.getpid())),
+        }
+
+
+def child_of(parent: int) -> int:
+    """The process of a worker."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+            if (
+                int(fields[1]) == parent
+                and b"train.workers" in (path.parent / "cmdline").read_bytes()
+            ):
+                return int(path.parent.name)
+        except OSError:  # it has ended
+            continue
+    raise SystemExit("no worker runs")
+
+
+def text_section(path: Path) -> DataSection:
+    """Settings of a data set of text."""
+    return DataSection(
+        train_json=(str(path),),
+        media_root=str(path.parent),
+        cache_dir=str(path.parent / "cache"),
+        batch_size=64,
+        max_tokens_per_batch=32768,
+    )
+
+
+def memory(folder: Path, counts: Sequence[int], tokenizer: Path) -> list[dict[str, Any]]:
+    """Seconds, and memory beyond that with ten records, for each number of records."""
+    rows: list[dict[str, Any]] = []
+    none: dict[str, Any] = {}
+    for count in (10, *counts):
+        path = folder / f"{count}.json"
+        write_text_records(path, count)
+        runs = {}
+        for name in ("cold", "warm"):  # the second finds what the first has cached
+            command = [sys.executable, "-m", "benchmarks.data", "--worker", str(path)]
+            done = subprocess.run(
+                [*command, str(tokenizer)], stdout=subprocess.PIPE, text=True, check=False
+            )
+            if done.returncode:
+                raise SystemExit(f"memory at {count} records failed")
+            runs[name] = json.loads(done.stdout.splitlines()[-1])
+        size = path.stat().st_size
+        path.unlink()
+        if not none:
+            none = runs
+            continue
+        row: dict[str, Any] = {"records": count, "file_bytes": size, **runs}
+        for run in runs:
+            for process in ("main", "worker"):
+                for what in ("now", "peak"):
+                    grown = runs[run][process][what] - none[run][process][what]
+                    row[run][process][f"{what}_growth"] = grown
+        rows.append(row)
+    return rows
+
+
+# Padding.
+
+
+def mixture(count: int, model: VideoXLConfig) -> Lengths:
+    """Lengths of a mixture: 60 % images, 10 % sets of images, 25 % videos, 5 % text."""
+    rng = np.random.default_rng(0)
+    kind = rng.choice(4, count, p=(0.6, 0.1, 0.25, 0.05))
+    text = np.exp(rng.normal(5.2, 0.6, count)).clip(50, 600).astype(np.int32)
+    text = np.where(kind == 3, np.exp(rng.uniform(np.log(50), np.log(4000), count)), text)
+    blocks = []
+    for k in kind:
+        if k == 0:
+            blocks.append(rng.integers(2, 11, 1))
+        elif k == 1:
+            blocks.append(rng.integers(2, 11, rng.integers(2, 7)))
+        elif k == 2:
+            blocks.append(np.exp(rng.uniform(np.log(8), np.log(129), 1)).astype(np.int64))
+        else:
+            blocks.append(np.zeros(0, np.int64))
+    of_sample = np.repeat(np.arange(count), [len(b) for b in blocks])
+    frames = np.concatenate(blocks)
+    tokens = frames * model.tokens_per_frame
+
+    def total(of_block: np.ndarray) -> np.ndarray:
+        return np.bincount(of_sample, of_block, count).astype(np.int32)
+
+    return Lengths(
+        text=text.astype(np.int32),
+        labels=(0.7 * text).astype(np.int32),
+        frames=total(frames),
+        visual=total(tokens),
+        beacons=total(count_beacons(tokens, model.window, model.ratios)),
+    )
+
+
+def padding(count: int) -> list[dict[str, Any]]:
+    """Shares of empty places for several numbers of shapes."""
+    lengths = mixture(count, MODEL)
+    rows = []
+    for shapes in (4, 8, 16):
+        data = DataSection(
+            train_json=("x",),
+            media_root=".",
+            batch_size=64,
+            max_tokens_per_batch=32768,
+            shapes=shapes,
+        )
+        began = time.perf_counter()
+        buckets, bucket_of = make_buckets(lengths, data, data.batch_size)
+        epochs = Epochs(buckets, bucket_of, [Share(range(count), count)], 0)
+        plans = [epochs[i] for i in range(len(epochs))]
+        seconds = time.perf_counter() - began
+        frame_places = sum(plan.bucket.frames * plan.bucket.places for plan in plans)
+        token_places = sum(plan.bucket.shape.tokens * plan.bucket.places for plan in plans)
+        empty = sum(
+            (plan.bucket.places - len(plan.samples)) * plan.bucket.shape.tokens for plan in plans
+        )
+        rows.append(
+            {
+                "shapes": shapes,
+                "buckets": len(buckets),
+                "batches": len(plans),
+                "padded_share": padded_share(lengths, epochs),
+                "empty_places_share": empty / token_places,
+                "blank_frames_share": 1 - int(lengths.frames.sum()) / frame_places,
+                "plan_seconds": seconds,
+            }
+        )
+    return rows
+
+
+# The run.
+
+
+@contextmanager
+def work_folder(directory: Path | None) -> Iterator[Path]:
+    """A temporary folder with a tokenizer."""
+    from train.demo_tokenizer import save_tokenizer
+
+    with tempfile.TemporaryDirectory(dir=directory) as name:
+        save_tokenizer(Path(name) / "tokenizer", WORDS)
+        yield Path(name)
+
+
+def video_tasks(files: Sequence[Path], data: DataSection) -> list[tuple[str, list[int]]]:
+    """The frames that the loader takes of each file."""
+    tasks = []
+    for path in files:
+        file = VideoFile(path)
+        indices = choose_frames(
+            file.frames, file.fps, data.frame_sampling, data.max_frames, data.video_fps
+        )
+        tasks.append((str(path), indices))
+    return tasks
+
+
+def verdict(ok: bool) -> str:
+    """How a figure compares with its goal."""
+    return "reached" if ok else "missed"
+
+
+def show_throughput(results: dict[str, Any]) -> None:
+    """Speed beside plain decoding, and the time to the first batch."""
+    print(f"\n{'throughput':12}{'samples/s':>11}{'frames/s':>10}  times of plain decoding")
+    for name, row in results["throughput"].items():
+        seconds = row["seconds"]["loader"]
+        ratios = ", ".join(f"{value:.2f} {other}" for other, value in row["ratio"].items())
+        ok = verdict(min(row["ratio"].values()) >= RATIO_GOAL)
+        print(
+            f"{name:12}{row['samples'] / seconds:11.1f}{row['frames'] / seconds:10.1f}  "
+            f"{ratios}   (goal {RATIO_GOAL}: {ok})"
+        )
+    print(f"\n{'first batch':12}{'no cache s':>11}{'cache s':>10}")
+    for name, row in results["first_batch"].items():
+        print(f"{name:12}{row['cold']:11.2f}{row['warm']:10.2f}")
+
+
+def show_memory(results: dict[str, Any]) -> None:
+    """Seconds, and memory beyond that with ten records: its peak with a cache, and without."""
+    print(
+        f"\n{'records':>9}{'index s':>9}{'measure s':>11}{'warm open s':>13}{'plan s':>8}"
+        f"{'main MB':>9}{'worker MB':>11}{'measuring: main':>17}{'worker':>8}"
+    )
+    for row in results["memory"]:
+        cold, warm = row["cold"], row["warm"]
+        grown = [
+            run[process]["peak_growth"] for run in (warm, cold) for process in ("main", "worker")
+        ]
+        text = ""
+        if row["records"] == 10**6:
+            text = f"   (goal {MEMORY_GOAL / 1e6:.0f} MB: {verdict(max(grown) <= MEMORY_GOAL)})"
+        print(
+            f"{row['records']:9}{cold['index_seconds']:9.2f}{cold['open_seconds']:11.1f}"
+            f"{warm['index_seconds'] + warm['open_seconds']:13.2f}{warm['plan_seconds']:8.2f}"
+            f"{grown[0] / 1e6:9.1f}{grown[1] / 1e6:11.1f}{grown[2] / 1e6:17.1f}"
+            f"{grown[3] / 1e6:8.1f}{text}"
+        )
+
+
+def show_padding(results: dict[str, Any]) -> None:
+    """Empty places."""
+    print(f"\n{'shapes':>7}{'buckets':>9}{'batches':>9}{'padded':>8}{'blank frames':>14}")
+    for row in results["padding"]:
+        ok = verdict(row["padded_share"] <= PADDED_GOAL)
+        print(
+            f"{row['shapes']:7}{row['buckets']:9}{row['batches']:9}{row['padded_share']:8.1%}"
+            f"{row['blank_frames_share']:14.1%}"
+            + (f"   (goal {PADDED_GOAL:.0%}: {ok})" if row["shapes"] == 8 else "")
+        )
+
+
+def main() -> None:
+    """Run all, print tables, write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--videos", type=Path, help="a folder of .mp4 files instead of made ones")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--records", type=int, nargs="*", help="sizes of the memory test")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        choices=("throughput", "memory", "padding"),
+        help="these alone, and nothing is written",
+    )
+    parser.add_argument("--quick", action="store_true", help="small, and nothing is written")
+    parser.add_argument("--directory", type=Path, help="where to work (default: a temporary one)")
+    parser.add_argument("--worker", nargs=2, type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(use_records(*options.worker)))
+        return
+    sizes = QUICK if options.quick else FULL
+    if options.rounds:
+        sizes = replace(sizes, rounds=options.rounds)
+    if options.records is not None:
+        sizes = replace(sizes, records=tuple(options.records))
+    wanted = options.only or ("throughput", "memory", "padding")
+    results: dict[str, Any] = {"throughput": {}, "first_batch": {}, "memory": [], "padding": []}
+    with work_folder(options.directory) as folder:
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        if "throughput" in wanted:
+            media = folder / "media"
+            media.mkdir()
+            data = DataSection(
+                train_json=("x",),
+                media_root=str(media),
+                allow_outside_root=True,
+                cache_dir=str(folder / "cache"),
+                workers=options.workers,
+                batch_size=4,
+            )
+            videos = make_videos(media, sizes) if options.videos is None else []
+            for path in sorted(options.videos.glob("*.mp4")) if options.videos else ():
+                videos.append(media / path.name)
+                videos[-1].symlink_to(path.resolve())
+            images = make_images(media, sizes.images)
+            tasks = video_tasks(videos, data)
+            plain = {"decord": (decode_plainly, tasks), "ours": (decode_ours, tasks)}
+            tiles = {"pillow": (tile_plainly, [str(path) for path in images])}
+            for name, files, references in (("videos", videos, plain), ("images", images, tiles)):
+                some = replace(data, batch_size=4 if name == "videos" else 16)
+                row = throughput(folder, files, some, tokenizer, references, sizes.rounds)
+                results["throughput"][name] = row
+                path = folder / f"{files[0].suffix[1:]}.json"
+                cache = folder / f"first-{name}"
+                results["first_batch"][name] = first_batch(path, some, tokenizer, cache)
+        if "memory" in wanted:
+            results["memory"] = memory(folder, sizes.records, folder / "tokenizer")
+        if "padding" in wanted:
+            results["padding"] = padding(sizes.samples)
+    tables = {"throughput": show_throughput, "memory": show_memory, "padding": show_padding}
+    for name in wanted:
+        tables[name](results)
+    if options.quick or options.only:
+        return
+    about = machine()
+    about["versions"] |= {name: version(name) for name in ("grain", "decord", "pillow", "av")}
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "data.json"
+    result = {
+        "command": "python -m benchmarks.data " + " ".join(sys.argv[1:]),
+        "machine": about,
+        "goals": {
+            "throughput_ratio": RATIO_GOAL,
+            "padded_share": PADDED_GOAL,
+            "memory_growth_bytes": MEMORY_GOAL,
+        },
+        **results,
+    }
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\nwrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """What the data plane costs: its speed beside plain decoding, its memory, its padding.
 
     python -m benchmarks.data                          # made files, about ten minutes
-    python -m benchmarks.data --videos ../shared/media # real videos instead
+    python -m benchmarks.data --videos DIR # real videos instead
     python -m benchmarks.data --quick                  # everything small, to see that it runs
 
 - Throughput: `Loader.batches()` beside the same files, frames and resizing in a plain process pool
@@ -517,7 +517,7 @@ def show_padding(results: dict[str, Any]) -> None:
         print(
             f"{row['shapes']:7}{row['buckets']:9}{row['batches']:9}{row['padded_share']:8.1%}"
             f"{row['blank_frames_share']:14.1%}"
-            + (f"   (goal {PADDED_GOAL:.0%}: {ok})" if row["shapes"] == 8 else "")
+            + (f"   (goal {PADDED_GOAL:.0%}: {ok})" if row["shapes"] == DataSection.shapes else "")
         )
 
 

@@ -89,6 +89,7 @@ def new_directory(path: Path, needed: int, overwrite: bool) -> Iterator[Path]:
                     f"{free / 1e9:.2f} GB left; make room, or choose another disk"
                 )
             yield part
+            _sync(part)
             _put_in_place(part, path, old)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
@@ -96,6 +97,16 @@ def new_directory(path: Path, needed: int, overwrite: bool) -> Iterator[Path]:
     finally:
         os.close(lock)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    """Let everything in a directory reach the disk."""
+    for entry in [*directory.rglob("*"), directory]:
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _put_in_place(part: Path, path: Path, old: Path) -> None:

@@ -143,7 +143,12 @@ def test_every_sample_is_asked_once_and_gets_its_own_answer(
 ):
     model: Any = Model(tiny())
     # Whatever fits into a batch of training.
-    options: dict[str, Any] = {"workers": workers, "max_tokens_per_batch": 1, "frame_jitter": 0.5}
+    options: dict[str, Any] = {
+        "workers": workers,
+        "batch_size": 2,
+        "max_tokens_per_batch": 1,
+        "frame_jitter": 0.5,
+    }
     with heldout(folder, demo_tokenizer, **options) as dataset:
         answers, bad = answer_questions(model, dataset, demo_tokenizer, RUN)
     assert [sample.name for sample in bad] == [f"{folder}/x.json[6] what appeared of red"]

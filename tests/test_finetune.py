@@ -387,6 +387,26 @@ def test_other_samples_are_refused(own: Path):
     assert run(own, own / "run", "--run.max-steps", "2").status == 0
 
 
+def test_media_mended_meanwhile_do_not_keep_a_run_from_resuming(own: Path):
+    """Its samples stay those that it began with."""
+    (own / "media/0.png").rename(own / "media/away.png")
+    began = run(own, own / "run", "--run.max-steps", "2")
+    assert began.summary["bad_samples"]["count"] == 2
+    (own / "media/away.png").rename(own / "media/0.png")
+    ended = run(own, own / "run", "--run.max-steps", "4")
+    assert ended.status == 0
+    assert ended.summary["bad_samples"]["count"] == 2
+    never = own / "never"
+    (own / "media/0.png").rename(own / "media/away.png")
+    assert run(own, never, "--run.max-steps", "4").status == 0
+    assert (
+        json.loads((never / "summary.json").read_text())["params_sha256"]
+        == (ended.summary["params_sha256"])
+    )
+    (own / "media/away.png").rename(own / "media/0.png")
+    assert run(own, own / "new", "--run.max-steps", "1").summary["bad_samples"]["count"] == 0
+
+
 def test_a_run_without_steps_may_change(own: Path):
     """One that ended on an error in its data, say."""
     (own / "train.json").rename(own / "other.json")

@@ -271,3 +271,13 @@ def test_frames_of_other_sizes_become_squares(tmp_path: Path):
     for i, size in enumerate(sizes):
         Image.new("RGB", size, (10 * i,) * 3).save(tmp_path / f"{i}.png")
     assert frame_numbers(FrameFolder(tmp_path, 1.0).read([0, 1, 2], 56)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("fps", "wanted"), [(24, 10), (30, 20), (25, 4), (29.97, 3), (10, 25)])
+def test_fixed_sampling_keeps_its_rate(fps: float, wanted: float):
+    """Not only where the rates divide each other."""
+    chosen = choose_frames(round(60 * fps), fps, "fps", 10_000, wanted)
+    assert len(chosen) == pytest.approx(60 * min(fps, wanted), abs=1)
+    assert sorted({*chosen}) == chosen
+    seconds = np.array(chosen) / fps
+    np.testing.assert_allclose(seconds, np.arange(len(chosen)) / min(fps, wanted), atol=1 / fps)

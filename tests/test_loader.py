@@ -235,20 +235,20 @@ def test_the_room_of_a_batch_waits_for_its_turn():
     ]
     for thread in threads:
         thread.start()
-    wait_for(lambda: order == [5, 6])  # 10 of 10
-    assert entered() == [5, 6]
+    wait_for(lambda: sorted(order) == [5, 6])  # 10 of 10
+    assert sorted(entered()) == [5, 6]
     budget.leave(4)
-    wait_for(lambda: order == [5, 6, 7])
+    wait_for(lambda: sorted(order) == [5, 6, 7])
     budget.leave(6)
-    assert entered() == [5, 6, 7]  # 8 is over the limit: it waits until it is alone
+    assert sorted(entered()) == [5, 6, 7]  # 8 is over the limit: it waits until it is alone
     budget.leave(4)
-    wait_for(lambda: order == [5, 6, 7, 8])
-    assert entered() == [5, 6, 7, 8]
+    wait_for(lambda: sorted(order) == [5, 6, 7, 8])
+    assert sorted(entered()) == [5, 6, 7, 8]
     budget.close()
     for thread in threads:
         thread.join(10)
         assert not thread.is_alive()
-    assert order == [5, 6, 7, 8]
+    assert sorted(order) == [5, 6, 7, 8]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -310,7 +310,7 @@ def test_an_error_in_any_thread_ends_the_batches(
     original = Loader._load
 
     def fails(self: Loader, plan: Any, threads: Any) -> Batch:
-        if plan.seed[2] == 3:
+        if plan.seed[3] == 3:
             raise RuntimeError("not this one")
         return original(self, plan, threads)
 
@@ -356,11 +356,6 @@ print("done", flush=True)
 """
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=subprocess.TimeoutExpired,
-    reason="threads that wait for room are waited for, before the generator is cleared away",
-)
 def test_a_script_that_does_not_close_its_batches_ends():
     script = subprocess.Popen([sys.executable, "-c", FORGETFUL], stdout=subprocess.PIPE, text=True)
     try:

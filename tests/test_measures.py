@@ -228,9 +228,6 @@ def test_several_runs_may_measure_at_once(
     assert len(open_at_once(tmp_path / "x.json", media, demo_tokenizer)) == 1
 
 
-@pytest.mark.xfail(
-    strict=True, raises=FileNotFoundError, reason="one removes what the others are reading"
-)
 def test_several_runs_may_find_mended_records_at_once(
     media: Path, demo_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

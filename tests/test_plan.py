@@ -15,6 +15,7 @@ import pytest
 
 from tests.data import section
 from train.dataset import Lengths, count_beacons
+from train.errors import DataError
 from train.plan import (
     BatchPlan,
     Bucket,
@@ -151,7 +152,7 @@ def test_buckets_are_few_and_text_has_its_own():
 def test_short_samples_share_a_batch_and_long_ones_have_it_alone():
     lengths = some_lengths(500)
     for limit in (1, 300, 1000, 10**6):
-        data = section(".", max_tokens_per_batch=limit)
+        data = section(".", batch_size=2, max_tokens_per_batch=limit)
         buckets, _ = make_buckets(lengths, data, 20)
         for bucket in buckets:
             assert 1 <= bucket.places <= 20
@@ -406,7 +407,9 @@ def test_an_epoch_is_planned_once_for_all_threads(monkeypatch: pytest.MonkeyPatc
 
 def test_padding_is_what_the_batches_hold():
     lengths = some_lengths(300)
-    buckets, bucket_of = make_buckets(lengths, section(".", max_tokens_per_batch=2000), 7)
+    buckets, bucket_of = make_buckets(
+        lengths, section(".", batch_size=2, max_tokens_per_batch=2000), 7
+    )
     some = [Share(range(200), 500.0, 2), Share(range(200, 300), 30.0, 1)]
     plans = Epochs(buckets, bucket_of, some, 0)
     for number, start in enumerate([0, *plans.ends[:-1]]):
@@ -415,3 +418,10 @@ def test_padding_is_what_the_batches_hold():
         held = sum(int(lengths.tokens[plan.samples].sum()) for plan in here)
         assert padded_share(lengths, plans, number) == pytest.approx(1 - held / places)
     assert 0 < padded_share(lengths, plans) < 0.5
+
+
+def test_no_batch_at_all_is_an_error():
+    lengths = some_lengths(3)
+    buckets, bucket_of = make_buckets(lengths, section("."), 1)
+    with pytest.raises(DataError, match="an epoch has no sample"):
+        Epochs(buckets, bucket_of, [Share(range(3), 0.3)], 0)

@@ -345,3 +345,11 @@ def test_there_is_no_such_strategy(strategy: Any):
     with pytest.raises(DataError) as caught:
         select(strategy, 3, 0)
     assert str(caught.value) == f"sampling_strategy is {strategy!r}; it must be {STRATEGIES}"
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path):
+    """A forgotten dash would lose a dataset."""
+    path = tmp_path / "m.yaml"
+    path.write_text("datasets:\n  - json_path: a.json\n    json_path: b.json\n")
+    with pytest.raises(DataError, match=r"is not valid YAML .*json_path is there twice"):
+        find_sources([str(path)], str(tmp_path))

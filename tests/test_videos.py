@@ -168,7 +168,7 @@ REFUSED: list[tuple[Record, str]] = [
     ({"fps": 0}, "fps is 0; it must be positive, and at most 1e9"),
     ({"fps": [-4]}, "fps is [-4]; it must be positive, and at most 1e9"),
     ({"start": [1, 2]}, "2 values of start but 1 media files"),
-    ({"end": []}, "0 values of end but 1 media files"),
+    ({"end": [1, 2]}, "2 values of end but 1 media files"),
     ({"start": 3, "end": 2}, NO_FRAMES % (3, 2)),
     ({"start": 2, "end": 2}, NO_FRAMES % (2, 2)),
     ({"end": 0}, NO_FRAMES % (0, 0)),
@@ -200,12 +200,13 @@ def test_absurd_numbers_of_clips(clip: Record, root: Path, demo_tokenizer: Any):
 @pytest.mark.parametrize("media", [{"image": "a.png"}, {}])
 def test_only_videos_have_clips(media: Record, root: Path, demo_tokenizer: Any):
     conversation = ASK if media else turns("what", "red")
-    for clip in ({"start": 1}, {"end": [1] * len(media)}):
+    for clip in ({"start": 1}, {"end": [1] * max(1, len(media))}):
         bad = check({**media, **clip, "conversations": conversation}, root, demo_tokenizer)
         assert isinstance(bad, BadSample)
         assert bad.reason == "start and end are of a video; the record has none"
-    null = {**media, "start": None, "conversations": conversation}
-    assert isinstance(check(null, root, demo_tokenizer), Sample)
+    for nothing in (None, []):
+        null = {**media, "start": nothing, "end": nothing, "conversations": conversation}
+        assert isinstance(check(null, root, demo_tokenizer), Sample)
 
 
 # Frames that are moved in time.

@@ -254,7 +254,6 @@ def test_workers_that_cannot_start_are_an_error(tmp_path: Path):
         read_some(pool)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="ends a process that is not there")
 def test_a_system_without_room_for_a_worker_is_an_error(
     pools: Pools, monkeypatch: pytest.MonkeyPatch
 ):
@@ -340,7 +339,6 @@ def test_closing_ends_workers_that_are_busy(pools: Pools, tmp_path: Path):
     pool.rest()
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="waits for workers it took before")
 def test_closing_that_was_interrupted_can_be_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -8,7 +8,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import grain
@@ -70,8 +69,8 @@ class Loader:
         data, model = dataset.reader.preparer.data, dataset.reader.preparer.model
         self.size = model.vision.image_size
         self.limit = data.buffer_mb * 2**20
-        # Frames that are moved in time are others each time.
-        self.cache = _Cache(0 if random and data.frame_jitter else data.cache_mb * 2**20)
+        # Frames that are moved in time are others each time; held-out samples come once.
+        self.cache = _Cache(data.cache_mb * 2**20 if random and not data.frame_jitter else 0)
 
     def batches(self, start: int = 0) -> Generator[Batch, None, None]:
         """Batches from number `start` on, in order. Close the generator to stop what runs ahead.
@@ -104,7 +103,7 @@ class Loader:
                 budget.close()
                 threads.shutdown(wait=False, cancel_futures=True)
                 self.pool.stop()
-                with suppress(AttributeError):
+                if hasattr(iterator, "close"):  # not in all versions of grain
                     iterator.close()
 
     def _bytes(self, plan: BatchPlan) -> int:
@@ -220,17 +219,19 @@ class _Budget:
         Raises: WorkerError once closed.
         """
         with self.changed:
-            self.changed.wait_for(
-                lambda: (
-                    self.closed
-                    or (self.turn == number and (not self.used or self.used + size <= self.limit))
-                )
-            )
+            while not (self.closed or self._may_enter(number, size)):
+                self.changed.wait(0.5)
+                # The interpreter waits for all threads before it ends, though nobody has closed
+                # the batches. It has no public name for that moment.
+                self.closed |= getattr(threading, "_SHUTTING_DOWN", False)
             if self.closed:
                 raise WorkerError("the data is no longer asked for")
             self.used += size
             self.turn += 1
             self.changed.notify_all()
+
+    def _may_enter(self, number: int, size: int) -> bool:
+        return self.turn == number and (not self.used or self.used + size <= self.limit)
 
     def leave(self, size: int) -> None:
         """Give back the room of a batch that was handed over."""

@@ -67,6 +67,11 @@ def cached(
     raise DataError("; ".join(problems) + "; set data.cache_dir to a directory that can")
 
 
+def forget(folder: Path) -> None:
+    """Let a folder fit no more, so that the next who asks for it builds it anew."""
+    (folder / KEY).unlink(missing_ok=True)
+
+
 def _cache_parents(source: Path, cache_dir: Path | None) -> list[Path]:
     absolute = os.path.abspath(source)
     hashed = f"{hashlib.sha256(os.fsencode(absolute)).hexdigest()[:16]}-{source.name}"

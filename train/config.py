@@ -166,6 +166,12 @@ class DataSection:
             f"at least data.min_tiles ({self.min_tiles})",
         )
         _check_least("data", self, 1, "shapes", "max_tokens_per_batch")
+        _check(
+            self.max_tokens_per_batch is None or self.batch_size > 1,
+            "data.batch_size",
+            self.batch_size,
+            "more than 1 with data.max_tokens_per_batch: it is the most samples of a batch",
+        )
         _check_least("data", self, 0, "workers", "cache_mb", "buffer_mb")
         _check(self.sample_seconds > 0, "data.sample_seconds", self.sample_seconds, "more than 0")
         _check(0 <= self.frame_jitter <= 1, "data.frame_jitter", self.frame_jitter, "in [0, 1]")

@@ -6,7 +6,6 @@ both are kept in a cache that notices when data files or settings change.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from train.cache import cached
+from train.cache import cached, forget
 from train.config import DataSection
 from train.errors import DataError
 from train.index import RecordIndex, open_index
@@ -79,8 +78,19 @@ class Dataset:
     files and lengths. pool: reads them; ended with the dataset's `with` block.
     """
 
-    def __init__(self, reader: Reader, pool: WorkerPool, seed: int, data: DataSection):
+    def __init__(
+        self,
+        reader: Reader,
+        pool: WorkerPool,
+        seed: int,
+        data: DataSection,
+        kept: Path | None = None,
+        resume: bool = False,
+    ):
         """Measure what no cache has. `reader` is that of the pool's work.
+
+        kept: folder of a run, where its samples are noted. resume: the samples are those noted
+        there, though media that were bad then could be read now, or the other way round.
 
         Raises: DataError if a file cannot be read, or a source has no record that can be used.
         """
@@ -96,20 +106,31 @@ class Dataset:
         for number, (source, index) in enumerate(zip(reader.sources, reader.indices, strict=True)):
             chosen = select(source.strategy, len(index), seed)
             measures = _Measures(reader, pool, number, chosen, data)
-            record, kind, lengths, bad, state = measures.read()
-            if not len(record):
+            noted = None if kept is None else kept / f"{number}.npz"
+            if noted is not None and resume and noted.exists():
+                with np.load(noted) as held:
+                    found, bad_rows = [held[f"column_{i}"] for i in range(7)], str(held["bad"])
+                bad = [BadSample(*row) for row in json.loads(bad_rows)]
+            else:
+                found, bad = measures.read()
+            if not len(found[0]):
                 raise DataError(
                     f"{source.path}: none of its {len(chosen)} records can be used; the first: "
                     f"{bad[0].reason}"
                 )
-            digest.update(repr((state, source.strategy, source.weight, source.repeat)).encode())
+            if noted is not None and not resume:
+                _note(noted, found, bad)
+            with source.path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+            for column in found:
+                digest.update(column.tobytes())
+            digest.update(repr((source.strategy, source.weight, source.repeat)).encode())
             self.bad += bad
             self._folders.append(measures.folders)
-            self.counts.append(Counts(source, len(index), len(chosen), len(record)))
-            self.ranges.append(range(start, start + len(record)))
-            start += len(record)
-            where = np.full(len(record), number, np.uint16)
-            columns.append((where, record, kind, *lengths))
+            self.counts.append(Counts(source, len(index), len(chosen), len(found[0])))
+            self.ranges.append(range(start, start + len(found[0])))
+            start += len(found[0])
+            columns.append((np.full(len(found[0]), number, np.uint16), *found))
         self.source, self.record, self.kind, *rest = (
             np.concatenate(column) for column in zip(*columns, strict=True)
         )
@@ -132,9 +153,10 @@ class Dataset:
 
     def forget(self, index: int) -> None:
         """Let the next start measure a sample again, with those that are cached with it."""
-        folders = self._folders[int(self.source[index])]
-        part = int(np.searchsorted([last for last, _ in folders], self.record[index]))
-        shutil.rmtree(folders[part][1], ignore_errors=True)
+        for last, folder in self._folders[int(self.source[index])]:
+            if self.record[index] <= last:
+                forget(folder)
+                return
 
     def name(self, index: int) -> str:
         """A sample's name: its file, its number there, and its id."""
@@ -149,6 +171,8 @@ def open_dataset(
     seed: int = 0,
     prompts: bool = False,
     ratios: Sequence[int] | None = None,
+    kept: Path | None = None,
+    resume: bool = False,
 ) -> Dataset:
     """The samples of data files; use it in a `with` block, which ends its workers.
 
@@ -160,6 +184,8 @@ def open_dataset(
         seed: of what `random` sampling strategies choose.
         prompts: samples end where the last answer is to begin, for evaluation.
         ratios: compression ratios drawn for windows; those of the model if None.
+        kept: folder of a run, where its samples are noted.
+        resume: the samples are those noted there.
 
     Raises: DataError naming file and record or field; WorkerError if workers cannot be started.
     """
@@ -178,7 +204,7 @@ def open_dataset(
     work = Work(reader, tuple(model.ratios if ratios is None else ratios))
     pool = WorkerPool(work, data.workers, data.sample_seconds)
     try:
-        return Dataset(reader, pool, seed, data)
+        return Dataset(reader, pool, seed, data, kept, resume)
     except BaseException:
         pool.close()
         raise
@@ -217,49 +243,51 @@ class _Measures:
             "chosen": hashlib.sha256(self.chosen.tobytes()).hexdigest(),
         }
 
-    def read(self) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], list[BadSample], str]:
-        """Records that can be used, their kinds and lengths, the others, and a digest of all."""
+    def read(self) -> tuple[list[np.ndarray], list[BadSample]]:
+        """Columns of the records that can be used (record, kind, and those of `Lengths`), and the
+        others.
+        """
         name = "lengths-" + hashlib.sha256(json.dumps(self.key).encode()).hexdigest()[:16]
         parts = range(0, len(self.chosen), PART)
         self.bar = progress_bar(
             total=len(self.chosen), desc=f"measuring {self.source.path.name}", unit="record"
         )
-        records, kinds, columns, bad = [], [], [], []
-        digest = hashlib.sha256()
+        columns: list[tuple[np.ndarray, ...]] = []
+        bad: list[BadSample] = []
         with self.bar:
             for start in parts:
                 chosen = self.chosen[start : start + PART]
-                folder = self._part(f"{name}/{start // PART}", chosen)
-                self.folders.append((int(chosen[-1]), folder))
-                with np.load(folder / "lengths.npz") as held:
-                    record, blocks = held["record"], held["blocks"]
-                    columns.append(
-                        self._lengths(held["text"], held["labels"], blocks, held["frames"])
-                    )
-                    for array in (record, *columns[-1]):
-                        digest.update(array.tobytes())
-                    kinds.append(_kinds(blocks, held["is_video"]))
-                records.append(record)
-                bad += [
-                    BadSample(*row[1:]) for row in json.loads((folder / "bad.json").read_text())
-                ]
+                held, bad_rows = self._part(f"{name}/{start // PART}", chosen)
+                blocks = held["blocks"]
+                lengths = self._lengths(held["text"], held["labels"], blocks, held["frames"])
+                columns.append((held["record"], _kinds(blocks, held["is_video"]), *lengths))
+                bad += [BadSample(*row[1:]) for row in bad_rows]
                 self.bar.update(len(chosen) - (self.bar.n - start))
-        joined = [np.concatenate(column) for column in zip(*columns, strict=True)]
-        return np.concatenate(records), np.concatenate(kinds), joined, bad, digest.hexdigest()
+        return [np.concatenate(column) for column in zip(*columns, strict=True)], bad
 
-    def _part(self, name: str, chosen: np.ndarray) -> Path:
-        """The folder of one part; measured anew if a record that was bad can be used now."""
+    def _part(self, name: str, chosen: np.ndarray) -> tuple[dict[str, np.ndarray], list[Any]]:
+        """What is cached of one part; measured anew if a record that was bad can be used now."""
+        built = False
 
         def build(folder: Path) -> None:
+            nonlocal built
+            built = True
             self._measure(folder, chosen)
 
-        folder = cached(self.source.path, self.cache_dir, name, self.key, build)
-        bad = [row[0] for row in json.loads((folder / "bad.json").read_text())]
-        # A list: leaving `_ask` before its end would end the workers.
-        if any([isinstance(now, Measured) for _, now in self._ask(np.array(bad, np.int64))]):
-            shutil.rmtree(folder)
+        while True:
             folder = cached(self.source.path, self.cache_dir, name, self.key, build)
-        return folder
+            try:
+                with np.load(folder / "lengths.npz") as file:
+                    held = dict(file)
+                bad = json.loads((folder / "bad.json").read_text())
+            except FileNotFoundError:  # another process puts a new one in its place
+                continue
+            # A list: leaving `_ask` before its end would end the workers.
+            again = [] if built else [*self._ask(np.array([row[0] for row in bad], np.int64))]
+            if not any(isinstance(now, Measured) for _, now in again):
+                self.folders.append((int(chosen[-1]), folder))
+                return held, bad
+            forget(folder)
 
     def _measure(self, folder: Path, chosen: np.ndarray) -> None:
         good: list[tuple[int, ...]] = []
@@ -317,6 +345,16 @@ class _Measures:
             total(tokens),
             total(beacons),
         )
+
+
+def _note(path: Path, columns: list[np.ndarray], bad: list[BadSample]) -> None:
+    """Write a source's samples, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    named = {f"column_{i}": column for i, column in enumerate(columns)}
+    with part.open("wb") as file:
+        np.savez(file, bad=np.array(json.dumps([(b.name, b.reason) for b in bad])), **named)  # type: ignore[arg-type]
+    part.replace(path)
 
 
 def _kinds(blocks: np.ndarray, is_video: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from train.config import TrainConfig, compare, load_config, save_config
 from train.dataset import Dataset, open_dataset
 from train.errors import DataError
 from train.evaluate import accuracy, answer_questions, chance, eval_ratios
-from train.plan import Epochs, make_buckets, padded_share, shares
+from train.plan import Epochs, padded_share, plan_run
 from train.records import BadSample
 from train.report import BadSamples, RunLog, TooManyBadSamples, draw_loss, write_text
 from train.signals import stop_request, sure_interrupt
@@ -122,19 +122,18 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     tokenizer = load_tokenizer(config, model_config)
     with (
         open_dataset(
-            config.data.train_json, config.data, model_config, tokenizer, config.run.seed
+            config.data.train_json,
+            config.data,
+            model_config,
+            tokenizer,
+            config.run.seed,
+            kept=run_dir / "samples",
+            resume=step > 0,
         ) as data,
         open_heldout(config, model_config, tokenizer) as heldout,
     ):
         bad = check_data(config, run_dir, step, data, heldout)
-        buckets, bucket_of = make_buckets(data.lengths, config.data, config.data.batch_size)
-        plans = Epochs(
-            buckets,
-            bucket_of,
-            shares(data, config.data.epochs),
-            config.run.seed,
-            config.data.sequential,
-        )
+        plans = plan_run(data, config.data, config.run.seed)
         steps = math.ceil(len(plans) / config.optim.accumulate)
         last_step = min(steps, config.run.max_steps or steps)
         optimizer, schedule = make_optimizer(config.optim, steps)
@@ -191,6 +190,7 @@ def train(config: TrainConfig, run_dir: Path) -> None:
             draw_loss(log.history, run_dir / "loss.png")
 
         data.pool.close()
+        del loader, stream  # with the media that they keep
         model = nnx.merge(graph, trained, frozen)
         results, found = evaluate(model, heldout, tokenizer, config)
     bad.note(found, step + 1)  # training is done: too many of them are no reason to lose it

@@ -44,7 +44,7 @@ from train.inspect_pictures import (
     draw_lengths,
     draw_samples,
 )
-from train.plan import Epochs, make_buckets, shares
+from train.plan import Epochs, plan_run
 from train.progress import progress_bar
 from train.records import BadSample, Block, Sample
 from train.report import write_text
@@ -131,7 +131,7 @@ def read_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where to write (default: RUN_DIR/inspect)"
     )
-    parser.add_argument("--check-media", action="store_true", help="decode all media completely")
+    parser.add_argument("--check-media", action="store_true", help="decode all that is used")
     parser.add_argument(
         "--samples", type=int, default=12, metavar="N", help="samples in samples.png (default: 12)"
     )
@@ -166,14 +166,7 @@ def inspect(config: TrainConfig, out: Path, options: Options) -> int:
         bad = BadNames(out / "bad_samples.jsonl")
         for dataset in datasets:
             bad.add(dataset.bad)
-        buckets, bucket_of = make_buckets(data.lengths, config.data, config.data.batch_size)
-        plans = Epochs(
-            buckets,
-            bucket_of,
-            shares(data, config.data.epochs),
-            config.run.seed,
-            config.data.sequential,
-        )
+        plans = plan_run(data, config.data, config.run.seed)
         summary: dict[str, Any] = {
             "sources": source_figures(data, plans),
             "heldout": source_figures(heldout) if heldout else [],

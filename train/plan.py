@@ -13,6 +13,7 @@ import numpy as np
 
 from train.config import DataSection
 from train.dataset import Dataset, Lengths
+from train.errors import DataError
 from vxl_jax.stream import StreamShape, round_up
 
 
@@ -64,12 +65,12 @@ def shares(dataset: Dataset, epochs: Sequence[int]) -> list[Share]:
     """
     total = sum(len(samples) for samples in dataset.ranges)
     weights = [source.weight for source in dataset.reader.sources]
-    heaviest = sum(weight for weight in weights if weight is not None)
+    total_weight = sum(weight for weight in weights if weight is not None)
     found = []
     for source, samples in zip(dataset.reader.sources, dataset.ranges, strict=True):
         amount = len(samples) * source.repeat
         if source.weight is not None:
-            amount = total * source.weight / heaviest
+            amount = total * source.weight / total_weight
         times = epochs[source.entry] if len(epochs) > 1 else epochs[0]
         found.append(Share(samples, amount, times, source.entry))
     return found
@@ -169,6 +170,10 @@ class Epochs:
                 self.epochs.append([(i, epoch) for i in some if shares[i].epochs > epoch])
         batches = [self._count(number) for number in range(len(self.epochs))]
         self.ends = np.cumsum(batches)
+        if not len(self):
+            raise DataError(
+                "an epoch has no sample: data.train_json repeats its few for less than one"
+            )
         self._planned: dict[int, _Epoch] = {}
         self._lock = threading.Lock()
 
@@ -189,7 +194,7 @@ class Epochs:
         bucket = int(epoch.bucket[k])
         start = int(epoch.start[k])
         samples = epoch.samples[bucket][start : start + int(self.places[bucket])]
-        return BatchPlan(samples, self.buckets[bucket], (self.seed, number, k))
+        return BatchPlan(samples, self.buckets[bucket], (self.seed, 3, number, k))
 
     def samples(self, number: int) -> np.ndarray:
         """The samples of an epoch, in no random order; one may be there several times."""
@@ -208,7 +213,7 @@ class Epochs:
         for lap in range(start // count, -(-stop // count)):
             order = np.arange(samples.start, samples.stop, dtype=np.int32)
             if lap * count < start or (lap + 1) * count > stop:  # else all of them are taken
-                order = np.random.default_rng([self.seed, share, lap]).permutation(order)
+                order = np.random.default_rng([self.seed, 1, share, lap]).permutation(order)
             pieces.append(order[max(0, start - lap * count) : stop - lap * count])
         return np.concatenate([np.empty(0, np.int32), *pieces])
 
@@ -218,7 +223,7 @@ class Epochs:
 
     def _plan(self, number: int) -> "_Epoch":
         """Fill a batch of each bucket in random order; what is left at the end is not full."""
-        rng = np.random.default_rng([self.seed, number])
+        rng = np.random.default_rng([self.seed, 2, number])
         order = rng.permutation(self.samples(number))
         of_place = self.bucket_of[order]
         samples, complete, bucket, start = [], [], [], []
@@ -243,6 +248,15 @@ class _Epoch:
     samples: list[np.ndarray]
     bucket: np.ndarray
     start: np.ndarray
+
+
+def plan_run(dataset: Dataset, data: DataSection, seed: int) -> Epochs:
+    """All batches of a training run.
+
+    Raises: DataError if there is none.
+    """
+    buckets, bucket_of = make_buckets(dataset.lengths, data, data.batch_size)
+    return Epochs(buckets, bucket_of, shares(dataset, data.epochs), seed, data.sequential)
 
 
 def padded_share(lengths: Lengths, epochs: Epochs, number: int = 0) -> float:

@@ -224,11 +224,15 @@ class Reader:
 
     def name(self, source: int, record: int) -> str:
         """`FILE[17] ID`: data sets repeat ids, so it says the place too."""
-        place = f"{self.sources[source].path}[{record}]"
         value = None
         with suppress(DataError):
             value = self.indices[source][record]
-        name = str(value.get("id", "")) if isinstance(value, dict) else ""
+        return self._name(source, record, value)
+
+    def _name(self, source: int, record: int, value: Any) -> str:
+        place = f"{self.sources[source].path}[{record}]"
+        name = value.get("id") if isinstance(value, dict) else None
+        name = "" if name is None else str(name)
         # Half of a surrogate pair, which JSON can spell, could not be printed.
         return f"{place} {name.encode(errors='replace').decode()}".rstrip()
 
@@ -256,13 +260,13 @@ class Reader:
         if marks != len(files):
             raise DataError(f"{marks} <image> marks but {len(files)} media files")
         media = self._media(self.sources[source], files, _clips(value, len(files), is_video))
+        questions = [turn["value"] for turn in conversations if turn["from"] == "human"]
         if self.preparer.data.time_prompt and len(media) == 1 and isinstance(media[0], Film):
             conversations = _with_times(conversations, media[0].time_prompt())
         ids, labels = self._encode(conversations, len(files))
-        questions = [turn["value"] for turn in conversations if turn["from"] == "human"]
         kind = "video" if is_video else "image" if files else "text"
         sample = Sample(
-            name=self.name(source, record),
+            name=self._name(source, record, value),
             ids=ids,
             labels=labels,
             blocks=tuple(medium.block for medium in media),
@@ -365,15 +369,15 @@ def _short(value: Any) -> str:
 
 def _choices(record: dict[str, Any]) -> int | None:
     choices = record.get("choices")
-    if choices is not None and (not isinstance(choices, int) or choices < 1):
+    if choices is not None and (type(choices) is not int or choices < 1):
         raise DataError(f"choices is {_short(choices)}; it must be the number of possible answers")
     return choices
 
 
 def _media_files(record: dict[str, Any]) -> tuple[list[str], bool]:
     """The record's media paths, and whether they are videos."""
-    # Tables that became JSON have null where a column was empty.
-    image, video = record.get("image"), record.get("video")
+    # Tables that became JSON have null or no items where a column was empty.
+    image, video = (None if record.get(k) == [] else record.get(k) for k in ("image", "video"))
     if image is not None and video is not None:
         raise DataError("the record has both image and video; use one of them")
     is_video = video is not None
@@ -387,9 +391,13 @@ def _media_files(record: dict[str, Any]) -> tuple[list[str], bool]:
 
 def _clips(record: dict[str, Any], files: int, is_video: bool) -> list[Clip | None]:
     """The clip of every video; None for every image."""
+    if not is_video:
+        if any(record.get(name) not in (None, []) for name in ("start", "end")):
+            raise DataError("start and end are of a video; the record has none")
+        return [None] * files
     columns: dict[str, list[float | None]] = {}
     for name in ("start", "end", "fps"):
-        value = record.get(name)
+        value = None if record.get(name) == [] else record.get(name)
         values = value if isinstance(value, list) else [value] * files
         numbers = [v for v in values if v is not None]
         if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers):
@@ -401,10 +409,6 @@ def _clips(record: dict[str, Any], files: int, is_video: bool) -> list[Clip | No
         if len(values) != files:
             raise DataError(f"{len(values)} values of {name} but {files} media files")
         columns[name] = values
-    if not is_video:
-        if record.get("start") is not None or record.get("end") is not None:
-            raise DataError("start and end are of a video; the record has none")
-        return [None] * files
     return [Clip(*values) for values in zip(*columns.values(), strict=True)]
 
 

@@ -172,10 +172,26 @@ def _expand_braces(text: str) -> list[str]:
 # Mixtures.
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe types, and no key twice: a forgotten dash would lose a dataset."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if isinstance(name, str) and name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{name} is there twice", key.start_mark
+                )
+            if isinstance(name, str):
+                seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def _read_mixture(path: Path, default: Source) -> list[Source]:
     """The datasets of a YAML file; what they do not say is as in `default`."""
     try:
-        mixture = yaml.safe_load(path.read_text(encoding="utf-8"))
+        mixture = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -111,7 +111,7 @@ class Work:
             stream = self.stream(sample, seed)
             jitter = None
             if seed is not None and self.reader.preparer.data.frame_jitter > 0:
-                jitter = np.random.default_rng((*seed, 1))
+                jitter = np.random.default_rng((*seed, 1))  # others than those of the ratios
             start = 0
             for medium in media:
                 medium.read(out[start : start + medium.block.frames], jitter)
@@ -156,7 +156,7 @@ class WorkerPool:
         self.work, self.count, self.seconds = work, count, seconds
         self.closed = False
         self._stops = 0
-        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        self._idle: queue.Queue[_Worker] = queue.Queue()
         setup = pickle.dumps(work, protocol=5)
         self._workers = [_Worker(setup) for _ in range(count)]
         for worker in self._workers:
@@ -203,8 +203,9 @@ class WorkerPool:
         """Give up what is being read: its callers get WorkerError. The pool can be used on."""
         self._stops += 1
         for worker in self._workers:
-            if worker.deadline < float("inf"):
-                worker.kill()
+            with worker.lock:
+                if worker.deadline < float("inf"):
+                    worker.kill()
 
     def close(self) -> None:
         """End all workers, whatever they are doing."""
@@ -212,10 +213,13 @@ class WorkerPool:
         for worker in self._workers:
             worker.ended = True
             worker.kill()
-        for worker in [self._idle.get() for _ in self._workers]:  # once their callers are done
-            if worker.process is not None:
-                worker.end()
-            self._idle.put(worker)  # for callers that wait, and see that the pool is closed
+        for _ in self._workers:
+            worker = self._idle.get()  # once its caller is done
+            try:
+                if worker.process is not None:
+                    worker.end()
+            finally:
+                self._idle.put(worker)  # for callers that wait, and see that the pool is closed
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -226,17 +230,22 @@ class WorkerPool:
     def _ask(self, request: tuple[Any, ...], tries: int, out: np.ndarray | None = None) -> Any:
         """The answer to a request, or text that says why there is none."""
         reason, stops = "", self._stops
-        for _ in range(tries):
+        while tries:
             with self._worker() as worker:
                 try:
-                    return worker.ask(request, self.seconds, out)
+                    return worker.ask(
+                        request, self.seconds, out, stopped=lambda: stops != self._stops
+                    )
                 except (EOFError, OSError) as error:
-                    hung, how = worker.hung, worker.end()
+                    hung, ready, how = worker.hung, worker.ready, worker.end()
                     if self.closed or stops != self._stops:
                         raise WorkerError("the data processes were ended") from error
+                    if not ready:  # it never got as far as the request
+                        continue
                     if hung:
                         return f"reading it took more than data.sample_seconds ({self.seconds:g} s)"
                     reason = f"the process that read it died ({how})"
+                    tries -= 1
         return reason
 
     @contextlib.contextmanager
@@ -253,9 +262,10 @@ class WorkerPool:
         while not self.closed:
             now = time.monotonic()
             for worker in self._workers:
-                if worker.deadline < now:
-                    worker.hung = True
-                    worker.kill()
+                with worker.lock:
+                    if worker.deadline < now:
+                        worker.hung = True
+                        worker.kill()
             time.sleep(0.1)
 
 
@@ -264,8 +274,9 @@ class _Worker:
 
     def __init__(self, setup: bytes):
         self.setup = setup
+        self.lock = threading.Lock()  # of the deadline, so that nobody is killed who was in time
         self.deadline = float("inf")
-        self.hung = self.ended = False
+        self.hung = self.ended = self.ready = self.killed = False
         self.failed_starts = 0
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -274,59 +285,72 @@ class _Worker:
 
         Raises: WorkerError if it cannot be started.
         """
-        ours, theirs = socket.socketpair()
-        self.memory_file = os.memfd_create("vxl-pixels")
-        self.memory: mmap.mmap | None = None
+        command = [sys.executable, "-m", "train.workers"]
+        environment = {
+            **os.environ,
+            **KEEP_MEMORY,
+            "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+        }
         try:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "train.workers",
-                    str(theirs.fileno()),
-                    str(self.memory_file),
-                ],
-                pass_fds=(theirs.fileno(), self.memory_file),
-                stdin=subprocess.DEVNULL,
-                env={
-                    **os.environ,
-                    **KEEP_MEMORY,
-                    "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
-                },
-                start_new_session=True,  # Ctrl-C is for the training process alone
-            )
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                self.memory_file = os.memfd_create("vxl-pixels")
+                passed = theirs.fileno(), self.memory_file
+                self.process = subprocess.Popen(
+                    [*command, *map(str, passed)],
+                    pass_fds=passed,
+                    stdin=subprocess.DEVNULL,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C is for the training process alone
+                )
+                ours = ours.dup()
         except OSError as error:
-            raise WorkerError(f"a data process cannot be started ({error})") from error
-        finally:
-            theirs.close()
-        self.connection = Connection(ours.detach())
-        self.fresh = True
+            raise WorkerError(
+                f"a data process cannot be started ({error}); lower data.workers, or raise the "
+                "limits of processes and open files"
+            ) from error
+        self.memory: mmap.mmap | None = None
+        self.connection, self.ready = Connection(ours.detach()), False
         if self.ended:  # meanwhile
             self.process.kill()
 
-    def ask(self, request: tuple[Any, ...], seconds: float, out: np.ndarray | None) -> Any:
-        """The answer to a request; pixels go to `out`.
+    def ask(
+        self,
+        request: tuple[Any, ...],
+        seconds: float,
+        out: np.ndarray | None,
+        stopped: Callable[[], bool],
+    ) -> Any:
+        """The answer to a request; pixels go to `out`. stopped: whether it is no longer wanted.
 
         Raises: EOFError or OSError if the process is dead, or killed for taking longer (`hung`).
         """
         try:
+            if self.process is not None and (self.killed or self.process.poll() is not None):
+                self.end()  # it died while it had nothing to do
             if self.process is None:
                 self.start()
-            if self.fresh:
+            if not self.ready:
                 self._set_up()
             if out is not None:
                 self._grow(out.nbytes)
-            self.hung, self.deadline = False, time.monotonic() + seconds
+            self._allow(seconds)
+            if stopped():
+                raise OSError("given up")
             self.connection.send(request)
             answer = self.connection.recv()
         finally:
-            self.deadline = float("inf")
+            self._allow(float("inf"))
         if out is not None and out.size and self.memory is not None:
             out.reshape(-1)[...] = np.frombuffer(self.memory, np.uint8, out.nbytes)
         return answer
 
+    def _allow(self, seconds: float) -> None:
+        with self.lock:
+            self.deadline = time.monotonic() + seconds
+
     def _set_up(self) -> None:
-        self.deadline = time.monotonic() + START_SECONDS
+        self._allow(START_SECONDS)
         self.failed_starts += 1
         try:
             self.connection.send_bytes(self.setup)
@@ -338,7 +362,7 @@ class _Worker:
                 f"a data process ended {STARTS} times as it started ({self.end()}); its error is "
                 "above, and data.workers 0 does without"
             ) from error
-        self.fresh, self.failed_starts = False, 0
+        self.ready, self.failed_starts = True, 0
 
     def _grow(self, size: int) -> None:
         if size and (self.memory is None or len(self.memory) < size):
@@ -349,6 +373,7 @@ class _Worker:
         """End the process; whoever waits for its answer sees that it is gone."""
         process = self.process  # another thread may clear it away
         if process is not None:
+            self.killed = True
             process.kill()
 
     def end(self) -> str:
@@ -360,9 +385,12 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
-        self.process, self.hung, self.memory = None, False, None
+        self.process, self.hung, self.killed, self.memory = None, False, False, None
         os.close(self.memory_file)
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        if code >= 0:
+            return f"exit status {code}"
+        names = {int(number): number.name for number in signal.Signals}
+        return f"signal {names.get(-code, -code)}"
 
 
 # The worker's side.

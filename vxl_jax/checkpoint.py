@@ -5,7 +5,8 @@ files as they are, `vision_tower/` with the tower's configuration, `params/` wit
 an Orbax tree, and `unused.safetensors` with the tensors that the network never reads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ def save_params(
             (jax.ShapeDtypeStruct, _Described())
         ),
     )
-    with ocp.Checkpointer(handler) as checkpointer:
+    with _refused(directory), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(unflatten_dict(shapes)))
     jobs = []
     for row in table(config):
@@ -207,18 +208,28 @@ def save_params(
                 "chunk_grid": grid,
             },
         }
-        store = tensorstore.open(spec, create=True).result()
+        with _refused(directory):
+            store = tensorstore.open(spec, create=True).result()
         jobs += [(row, store, index) for index in parts(struct.shape, chunk)]
 
     def write(row: Row, store: Any, index: Index) -> None:
         out = scratch_array(tuple(p.stop - p.start for p in index), shapes[row.ours].dtype)
         read(row, index, out)
-        try:  # the buffer is this thread's until the write is done: nobody has to copy it
+        with _refused(directory):
+            # The buffer is this thread's until the write is done: nobody has to copy it.
             store[index].write(out, can_reference_source_data_indefinitely=True).result()
-        except Exception as error:  # TensorStore has no class of its own
-            raise CheckpointError(f"{directory}: cannot be written ({error})") from error
 
     in_threads(write, jobs)
+
+
+@contextmanager
+def _refused(directory: Path) -> Iterator[None]:
+    """Whatever goes wrong in writing as CheckpointError: TensorStore has no error of its own."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{directory}: cannot be written ({reason})") from error
 
 
 def part_reader(directory: Path) -> Callable[[ParamPath, Index], np.ndarray]:

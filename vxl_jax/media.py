@@ -261,10 +261,11 @@ def choose_frames(
     count = last - first
     if sampling == "uniform":
         chosen = uniform_indices(count, min(max_frames, count))
+    elif sampling == "capped":
+        chosen = frame_indices(count, fps, max_frames, wanted_fps)
     else:
-        chosen = frame_indices(
-            count, fps, max_frames if sampling == "capped" else count, wanted_fps
-        )
+        step = max(1.0, fps / wanted_fps)  # not rounded: 10 a second of 24 are 10
+        chosen = [int(i * step) for i in range(max(1, int(count / step + 1e-9)))]
     if len(chosen) > max_frames:
         raise MediaError(
             f"{len(chosen)} frames at {wanted_fps:g} a second are over max_frames {max_frames}; "
@@ -277,12 +278,12 @@ def _clip_range(frames: int, fps: float, start: float | None, end: float | None)
     """First frame of a clip and one past its last."""
     seconds = frames / fps
     begin, stop = 0.0 if start is None else start, seconds if end is None else end
-    if not 0 <= begin < stop:
-        raise MediaError(f"a clip from {begin:g} s to {stop:g} s has no frames; mend start and end")
     if begin >= seconds:
         raise MediaError(
             f"a clip from {begin:g} s on, but the video has {seconds:.2f} s; mend start and end"
         )
+    if not 0 <= begin < stop:
+        raise MediaError(f"a clip from {begin:g} s to {stop:g} s has no frames; mend start and end")
     first = min(round(begin * fps), frames - 1)
     return first, max(first + 1, min(round(stop * fps), frames))
 

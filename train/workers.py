@@ -237,10 +237,10 @@ class WorkerPool:
                         request, self.seconds, out, stopped=lambda: stops != self._stops
                     )
                 except (EOFError, OSError) as error:
-                    hung, ready, how = worker.hung, worker.ready, worker.end()
+                    hung, begun, how = worker.hung, worker.begun, worker.end()
                     if self.closed or stops != self._stops:
                         raise WorkerError("the data processes were ended") from error
-                    if not ready:  # it never got as far as the request
+                    if not begun:  # it never got as far as the request
                         continue
                     if hung:
                         return f"reading it took more than data.sample_seconds ({self.seconds:g} s)"
@@ -276,7 +276,7 @@ class _Worker:
         self.setup = setup
         self.lock = threading.Lock()  # of the deadline, so that nobody is killed who was in time
         self.deadline = float("inf")
-        self.hung = self.ended = self.ready = self.killed = False
+        self.hung = self.ended = self.killed = self.ready = self.begun = False
         self.failed_starts = 0
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -325,6 +325,7 @@ class _Worker:
 
         Raises: EOFError or OSError if the process is dead, or killed for taking longer (`hung`).
         """
+        self.begun = False
         try:
             if self.process is not None and (self.killed or self.process.poll() is not None):
                 self.end()  # it died while it had nothing to do
@@ -338,6 +339,8 @@ class _Worker:
             if stopped():
                 raise OSError("given up")
             self.connection.send(request)
+            self.connection.recv()
+            self.begun = True
             answer = self.connection.recv()
         finally:
             self._allow(float("inf"))
@@ -416,6 +419,7 @@ def main(arguments: list[str]) -> None:
             name, *rest = connection.recv()
         except (EOFError, OSError):
             return
+        connection.send("begun")
         try:
             if name == "measure":
                 answer: Any = work.measure(*rest)

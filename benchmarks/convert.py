@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.core import RESULTS, machine
+from benchmarks.core import write_results
 from convert.writing import Piece, Planned, published_config, write_json, write_shards, write_tower
 from vxl_jax.checkpoint import abstract_params
 from vxl_jax.config import LanguageConfig, VideoXLConfig
@@ -131,19 +131,8 @@ def main() -> None:
                 f"{place:6}{name:14}{values['seconds']:9.2f}{ratio_text}"
                 f"{values['peak_bytes'] / 1e9:9.2f}"
             )
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "convert.json"
-    write_json(
-        path,
-        {
-            "command": "python -m benchmarks.convert " + " ".join(sys.argv[1:]),
-            "machine": machine(),
-            "weights_bytes": size,
-            "layers": options.layers,
-            "results": results,
-        },
-    )
-    print(f"wrote {path}")
+    figures = {"weights_bytes": size, "layers": options.layers, "results": results}
+    write_results("convert", figures)
 
 
 if __name__ == "__main__":

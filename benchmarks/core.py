@@ -272,6 +272,19 @@ def machine() -> dict[str, Any]:
     }
 
 
+def write_results(name: str, figures: dict[str, Any], about: dict[str, Any] | None = None) -> None:
+    """Write benchmarks/results/NAME.json: the command, the machine and the figures.
+
+    about: the machine; what `machine` says if None.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}"
+    result = {"command": command, "machine": about or machine(), **figures}
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\nwrote {path}")
+
+
 def main() -> None:
     """Run all phases, print a table, write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -319,11 +332,7 @@ def main() -> None:
             f"{training['temporary_bytes'] / 1e6:25.0f}",
             flush=True,
         )
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"core-{options.size}.json"
-    result = {
-        "command": "python -m benchmarks.core " + " ".join(sys.argv[1:]),
-        "machine": machine(),
+    figures = {
         "text_tokens": TEXT,
         "new_tokens": NEW_TOKENS,
         "vision_frames": VISION_FRAMES,
@@ -332,8 +341,7 @@ def main() -> None:
         "phases": phases,
         "growth": growth,
     }
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\nwrote {path}")
+    write_results(f"core-{options.size}", figures)
 
 
 if __name__ == "__main__":

@@ -38,11 +38,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.core import RESULTS, machine
+from benchmarks.core import machine, write_results
 from train.batches import Loader
 from train.config import DataSection
 from train.dataset import Dataset, Lengths, count_beacons, open_dataset
-from train.plan import Epochs, Share, make_buckets, padded_share, shares
+from train.plan import Epochs, Share, make_buckets, padded_share, plan_run
 from vxl_jax.config import VideoXLConfig, video_xl_7b
 from vxl_jax.media import (
     VideoFile,
@@ -159,8 +159,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 def make_epochs(dataset: Dataset, data: DataSection) -> Epochs:
     """One epoch over all samples."""
-    buckets, bucket_of = make_buckets(dataset.lengths, data, data.batch_size)
-    return Epochs(buckets, bucket_of, shares(dataset, (1,)), 0)
+    return plan_run(dataset, data, 0)
 
 
 # Throughput.
@@ -587,11 +586,7 @@ def main() -> None:
         return
     about = machine()
     about["versions"] |= {name: version(name) for name in ("grain", "decord", "pillow", "av")}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "data.json"
-    result = {
-        "command": "python -m benchmarks.data " + " ".join(sys.argv[1:]),
-        "machine": about,
+    figures = {
         "goals": {
             "throughput_ratio": RATIO_GOAL,
             "padded_share": PADDED_GOAL,
@@ -599,8 +594,7 @@ def main() -> None:
         },
         **results,
     }
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\nwrote {path}")
+    write_results("data", figures, about)
 
 
 if __name__ == "__main__":

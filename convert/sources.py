@@ -23,6 +23,7 @@ from vxl_jax.checkpoint import (
     Shapes,
     abstract_params,
     compare_shapes,
+    open_published,
     part_reader,
     stored_shapes,
 )
@@ -33,12 +34,9 @@ from vxl_jax.tensors import (
     CheckpointError,
     Index,
     Tensor,
-    check_tensors,
-    find_tensors,
     raise_problems,
     read_json,
     read_part,
-    stored_dtype,
     tensors_of,
     unused_tensors,
 )
@@ -92,11 +90,7 @@ def _converted(directory: Path) -> Source:
 
 
 def _published(directory: Path) -> Source:
-    tensors, problems = find_tensors(directory)
-    config = read_config(directory, param_dtype=stored_dtype(tensors))
-    _, shapes = abstract_params(config)
-    problems += check_tensors(tensors, config, shapes, None)
-    raise_problems(directory, problems)
+    tensors, config, _, shapes = open_published(directory)
 
     def read(row: Row, index: Index) -> np.ndarray:
         found: list[str] = []

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import struct
-import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import train.progress
 from vxl_jax.checkpoint import PARAMS
 from vxl_jax.config import VideoXLConfig, VisionConfig
 from vxl_jax.published import (
@@ -244,8 +244,8 @@ def published_config(config: VideoXLConfig) -> dict[str, Any]:
 
 def progress_bar(what: str, total: int) -> tqdm:
     """A bar in bytes, with rate and time left."""
-    return tqdm(
-        desc=what, total=total, unit="B", unit_scale=True, unit_divisor=1000, file=sys.stderr
+    return train.progress.progress_bar(
+        desc=what, total=total, unit="B", unit_scale=True, unit_divisor=1000
     )
 
 

@@ -31,7 +31,7 @@ from train.config import DataSection
 from train.dataset import Dataset, open_dataset
 from train.demo_drawing import write_mp4
 from train.errors import DataError
-from train.plan import Epochs, make_buckets, shares
+from train.plan import plan_run
 from vxl_jax.config import tiny
 from vxl_jax.media import VideoFile, grid_pinpoints, load_image, tile_image
 
@@ -289,8 +289,7 @@ def data_section(media: Path, **changes: Any) -> DataSection:
 
 def epoch(dataset: Dataset, data: DataSection) -> Loader:
     """A loader of one epoch over a data set."""
-    buckets, bucket_of = make_buckets(dataset.lengths, data, data.batch_size)
-    return Loader(Epochs(buckets, bucket_of, shares(dataset, (1,)), 0), dataset)
+    return Loader(plan_run(dataset, data, 0), dataset)
 
 
 class MemoryWatch:

@@ -189,7 +189,7 @@ class _Cache:
             return self.held.get(index)
 
     def put(self, index: int, sample: Sample, pixels: np.ndarray) -> None:
-        size = pixels.nbytes + 2 * sample.ids.nbytes + _OVERHEAD
+        size = self._size(sample, pixels)
         if size > self.limit:
             return
         with self.lock:
@@ -198,8 +198,11 @@ class _Cache:
             self.held[index] = sample, pixels.copy()
             self.used += size
             while self.used > self.limit:
-                sample, pixels = self.held.popitem(last=False)[1]
-                self.used -= pixels.nbytes + 2 * sample.ids.nbytes + _OVERHEAD
+                self.used -= self._size(*self.held.popitem(last=False)[1])
+
+    @staticmethod
+    def _size(sample: Sample, pixels: np.ndarray) -> int:
+        return pixels.nbytes + 2 * sample.ids.nbytes + _OVERHEAD
 
 
 _OVERHEAD = 2**11

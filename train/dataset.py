@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from train.progress import progress_bar
 from train.records import BadSample, FastTokenizer, Preparer, Reader, Sample
 from train.sources import Source, find_sources, select
 from train.workers import Measured, Work, WorkerPool
-from vxl_jax.chat import IGNORE
 from vxl_jax.config import VideoXLConfig
 
 PART = 2**14
@@ -74,8 +74,8 @@ class Dataset:
     """The samples of some sources that can be used, in the order of sources and records.
 
     source, record: where each sample stands, uint16 and uint32 [N]. kind: its place in `KINDS`,
-    uint8 [N]. ranges: the samples of each source. bad: what was left out. fingerprint: of all data
-    files and lengths. pool: reads them; ended with the dataset's `with` block.
+    uint8 [N]. ranges: the samples of each source. bad: what was left out. pool: reads them; ended
+    with the dataset's `with` block.
     """
 
     def __init__(
@@ -101,16 +101,13 @@ class Dataset:
         self.ranges: list[range] = []
         self._folders: list[list[tuple[int, Path]]] = []
         columns: list[tuple[np.ndarray, ...]] = []
-        digest = hashlib.sha256()
         start = 0
         for number, (source, index) in enumerate(zip(reader.sources, reader.indices, strict=True)):
             chosen = select(source.strategy, len(index), seed)
             measures = _Measures(reader, pool, number, chosen, data)
             noted = None if kept is None else kept / f"{number}.npz"
             if noted is not None and resume and noted.exists():
-                with np.load(noted) as held:
-                    found, bad_rows = [held[f"column_{i}"] for i in range(7)], str(held["bad"])
-                bad = [BadSample(*row) for row in json.loads(bad_rows)]
+                found, bad = _noted(noted)
             else:
                 found, bad = measures.read()
             if not len(found[0]):
@@ -120,11 +117,6 @@ class Dataset:
                 )
             if noted is not None and not resume:
                 _note(noted, found, bad)
-            with source.path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-            for column in found:
-                digest.update(column.tobytes())
-            digest.update(repr((source.strategy, source.weight, source.repeat)).encode())
             self.bad += bad
             self._folders.append(measures.folders)
             self.counts.append(Counts(source, len(index), len(chosen), len(found[0])))
@@ -135,7 +127,21 @@ class Dataset:
             np.concatenate(column) for column in zip(*columns, strict=True)
         )
         self.lengths = Lengths(*rest)
-        self.fingerprint = digest.hexdigest()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of all data files and of where each sample stands and how long it is; reads the
+        files, so that only a run that keeps its position pays for it.
+        """
+        digest = hashlib.sha256()
+        columns = (self.record, self.kind, *vars(self.lengths).values())
+        for source, samples in zip(self.reader.sources, self.ranges, strict=True):
+            with source.path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+            for column in columns:
+                digest.update(column[samples.start : samples.stop].tobytes())
+            digest.update(repr((source.strategy, source.weight, source.repeat)).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.record)
@@ -148,8 +154,8 @@ class Dataset:
 
     def is_as_measured(self, index: int, sample: Sample) -> bool:
         """Whether a sample's text still has the lengths that its batch was planned with."""
-        text, labels = len(sample.ids) - len(sample.blocks), int((sample.labels != IGNORE).sum())
-        return (text, labels) == (self.lengths.text[index], self.lengths.labels[index])
+        planned = self.lengths.text[index], self.lengths.labels[index]
+        return (sample.text, sample.labelled) == planned
 
     def forget(self, index: int) -> None:
         """Let the next start measure a sample again, with those that are cached with it."""
@@ -217,7 +223,7 @@ class _Measures:
         self, reader: Reader, pool: WorkerPool, number: int, chosen: np.ndarray, data: DataSection
     ):
         self.reader, self.pool, self.number, self.chosen = reader, pool, number, chosen
-        self.source, self.index = reader.sources[number], reader.indices[number]
+        self.source = reader.sources[number]
         self.cache_dir = None if data.cache_dir is None else Path(data.cache_dir)
         self.key = self._key(data)
         self.folders: list[tuple[int, Path]] = []  # last record of each part, and where it is
@@ -355,6 +361,13 @@ def _note(path: Path, columns: list[np.ndarray], bad: list[BadSample]) -> None:
     with part.open("wb") as file:
         np.savez(file, bad=np.array(json.dumps([(b.name, b.reason) for b in bad])), **named)  # type: ignore[arg-type]
     part.replace(path)
+
+
+def _noted(path: Path) -> tuple[list[np.ndarray], list[BadSample]]:
+    """What `_note` wrote."""
+    with np.load(path) as held:
+        bad = [BadSample(*row) for row in json.loads(str(held["bad"]))]
+        return [held[f"column_{i}"] for i in range(len(held.files) - 1)], bad
 
 
 def _kinds(blocks: np.ndarray, is_video: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -58,11 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     run_dir = Path(config.run.run_dir)
     try:
         start_directory(config, run_dir)
-        if prepare:
-            try:
-                prepare(config)
-            except (ImportError, OSError, ValueError) as error:
-                raise DataError(f"the data cannot be made: {error}") from error
+        prepare_data(config, prepare)
         with sure_interrupt():
             train(config.resolved(), run_dir)
     except (
@@ -80,6 +77,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"interrupted: the same command goes on from what {run_dir} holds", file=sys.stderr)
         return 130
     return 0
+
+
+def prepare_data(config: TrainConfig, prepare: Callable[[TrainConfig], None] | None) -> None:
+    """Make or fetch the data, if the configuration says how.
+
+    Raises: DataError if that fails.
+    """
+    if prepare is None:
+        return
+    try:
+        prepare(config)
+    except (ImportError, OSError, ValueError) as error:
+        raise DataError(f"the data cannot be made: {error}") from error
 
 
 def start_directory(config: TrainConfig, run_dir: Path) -> None:
@@ -134,8 +144,7 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     ):
         bad = check_data(config, run_dir, step, data, heldout)
         plans = plan_run(data, config.data, config.run.seed)
-        steps = math.ceil(len(plans) / config.optim.accumulate)
-        last_step = min(steps, config.run.max_steps or steps)
+        steps, last_step = count_steps(config, plans)
         optimizer, schedule = make_optimizer(config.optim, steps)
 
         model = make_model(config, model_config)
@@ -205,6 +214,12 @@ def train(config: TrainConfig, run_dir: Path) -> None:
     }
     write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"wrote {run_dir}/summary.json, loss.png, metrics.jsonl, checkpoints/{step}")
+
+
+def count_steps(config: TrainConfig, plans: Epochs) -> tuple[int, int]:
+    """Optimizer steps of all batches, and the step at which `run.max_steps` ends the run."""
+    steps = math.ceil(len(plans) / config.optim.accumulate)
+    return steps, min(steps, config.run.max_steps or steps)
 
 
 def read_model_config(config: TrainConfig) -> VideoXLConfig:

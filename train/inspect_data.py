@@ -22,7 +22,13 @@ import numpy as np
 from train.config import TrainConfig, load_config
 from train.dataset import KINDS, Dataset, open_dataset
 from train.errors import DataError
-from train.finetune import load_tokenizer, open_heldout, read_model_config
+from train.finetune import (
+    count_steps,
+    load_tokenizer,
+    open_heldout,
+    prepare_data,
+    read_model_config,
+)
 from train.inspect_figures import (
     BadNames,
     bad_figures,
@@ -74,11 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--out {out}: cannot be made ({error.strerror})") from error
-        if prepare:
-            try:
-                prepare(config)
-            except (ImportError, OSError, ValueError) as error:
-                raise DataError(f"the data cannot be made: {error}") from error
+        prepare_data(config, prepare)
         with sure_interrupt():
             bad = inspect(config.resolved(), out, options)
     except (
@@ -167,13 +169,14 @@ def inspect(config: TrainConfig, out: Path, options: Options) -> int:
         for dataset in datasets:
             bad.add(dataset.bad)
         plans = plan_run(data, config.data, config.run.seed)
+        buckets = bucket_figures(data, plans)
         summary: dict[str, Any] = {
             "sources": source_figures(data, plans),
             "heldout": source_figures(heldout) if heldout else [],
             "lengths": length_figures(data),
             "epochs": epoch_figures(data, plans),
-            "buckets": bucket_figures(data, plans),
-            "run": run_figures(data, plans, config),
+            "buckets": buckets,
+            "run": run_figures(buckets, plans, *count_steps(config, plans)),
         }
         print_figures(summary)
         wrote = ["lengths.png", "summary.json", "bad_samples.jsonl"]

@@ -1,6 +1,5 @@
 """Figures about a data set: computed for summary.json, and printed as tables."""
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from train.config import TrainConfig
 from train.dataset import KINDS, Dataset
 from train.plan import Epochs, padded_share
 from train.records import BadSample
@@ -140,9 +138,8 @@ def bucket_figures(data: Dataset, plans: Epochs) -> list[dict[str, Any]]:
     batches, samples, tokens = (np.zeros(size, np.int64) for _ in range(3))
     for number in range(len(plans.epochs)):
         some = plans.samples(number)
-        counts = np.bincount(plans.bucket_of[some], minlength=size)
-        batches += -(-counts // plans.places)
-        samples += counts
+        batches += plans.batches_of(some)
+        samples += np.bincount(plans.bucket_of[some], minlength=size)
         weights = data.lengths.tokens[some]
         tokens += np.bincount(plans.bucket_of[some], weights, size).astype(np.int64)
     rows = []
@@ -165,10 +162,10 @@ def bucket_figures(data: Dataset, plans: Epochs) -> list[dict[str, Any]]:
     return rows
 
 
-def run_figures(data: Dataset, plans: Epochs, config: TrainConfig) -> dict[str, Any]:
-    """Totals of the run. last_step: where `run.max_steps` ends it."""
-    rows = bucket_figures(data, plans)
-    steps = math.ceil(len(plans) / config.optim.accumulate)
+def run_figures(
+    rows: list[dict[str, Any]], plans: Epochs, steps: int, last_step: int
+) -> dict[str, Any]:
+    """Totals of the run, of which `rows` are the `bucket_figures`. last_step: where it ends."""
     room = sum(row["batches_run"] * row["places"] * row["tokens"] for row in rows)
     tokens = sum(row["tokens_run"] for row in rows)
     return {
@@ -177,7 +174,7 @@ def run_figures(data: Dataset, plans: Epochs, config: TrainConfig) -> dict[str, 
         "tokens": tokens,
         "batches": len(plans),
         "steps": steps,
-        "last_step": min(steps, config.run.max_steps or steps),
+        "last_step": last_step,
         "padded_share": 1 - tokens / room,
     }
 

@@ -168,8 +168,9 @@ class Epochs:
             some = [i for i, share in enumerate(shares) if lesson in (None, share.lesson)]
             for epoch in range(max(shares[i].epochs for i in some)):
                 self.epochs.append([(i, epoch) for i in some if shares[i].epochs > epoch])
-        batches = [self._count(number) for number in range(len(self.epochs))]
-        self.ends = np.cumsum(batches)
+        self.ends = np.cumsum(
+            [self.batches_of(self.samples(number)).sum() for number in range(len(self.epochs))]
+        )
         if not len(self):
             raise DataError(
                 "an epoch has no sample: data.train_json repeats its few for less than one"
@@ -217,9 +218,10 @@ class Epochs:
             pieces.append(order[max(0, start - lap * count) : stop - lap * count])
         return np.concatenate([np.empty(0, np.int32), *pieces])
 
-    def _count(self, number: int) -> int:
-        counts = np.bincount(self.bucket_of[self.samples(number)], minlength=len(self.buckets))
-        return int((-(-counts // self.places)).sum())
+    def batches_of(self, samples: np.ndarray) -> np.ndarray:
+        """Batches of each bucket that an epoch of these samples makes."""
+        counts = np.bincount(self.bucket_of[samples], minlength=len(self.buckets))
+        return -(-counts // self.places)
 
     def _plan(self, number: int) -> "_Epoch":
         """Fill a batch of each bucket in random order; what is left at the end is not full."""
@@ -262,7 +264,6 @@ def plan_run(dataset: Dataset, data: DataSection, seed: int) -> Epochs:
 def padded_share(lengths: Lengths, epochs: Epochs, number: int = 0) -> float:
     """Share of an epoch's token places that hold no token; empty places of a batch count too."""
     samples = epochs.samples(number)
-    counts = np.bincount(epochs.bucket_of[samples], minlength=len(epochs.buckets))
     sizes = np.array([bucket.shape.tokens * bucket.places for bucket in epochs.buckets])
-    total = (-(-counts // epochs.places) * sizes).sum()
+    total = (epochs.batches_of(samples) * sizes).sum()
     return float(1 - lengths.tokens[samples].sum(dtype=np.int64) / total)

@@ -85,6 +85,16 @@ class Sample:
         """Frames and tiles of all blocks."""
         return sum(block.frames for block in self.blocks)
 
+    @property
+    def text(self) -> int:
+        """Token ids without the marks of blocks."""
+        return len(self.ids) - len(self.blocks)
+
+    @property
+    def labelled(self) -> int:
+        """Token ids that carry loss."""
+        return int((self.labels != IGNORE).sum())
+
     def plan(self, model: VideoXLConfig, ratio: Ratio) -> Stream:
         """The sample's stream under a ratio."""
         tokens = [block.frames * model.tokens_per_frame for block in self.blocks]
@@ -305,8 +315,7 @@ class Reader:
         return ids, np.full_like(ids, IGNORE)
 
     def _check_length(self, sample: Sample) -> None:
-        tokens = len(sample.ids) - len(sample.blocks)
-        tokens += sample.frames * self.preparer.model.tokens_per_frame
+        tokens = sample.text + sample.frames * self.preparer.model.tokens_per_frame
         longest = self.preparer.data.max_length
         if tokens > longest:
             raise DataError(

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 
 from train.records import BAD, BadSample, Reader, Sample
-from vxl_jax.chat import IGNORE
 from vxl_jax.media import MediaError
 from vxl_jax.stream import Ratio, Stream, draw_ratio
 
@@ -83,10 +82,9 @@ class Work:
             except Exception as error:  # a decoder may raise anything, and memory may run out
                 found.append(self._bad(source, record, error))
                 continue
-            labels = int((sample.labels != IGNORE).sum())
             frames = tuple(block.frames for block in sample.blocks)
             is_video = any(block.is_video for block in sample.blocks)
-            found.append(Measured(len(sample.ids) - len(frames), labels, frames, is_video))
+            found.append(Measured(sample.text, sample.labelled, frames, is_video))
         return found
 
     def load(

@@ -90,14 +90,8 @@ def abstract_params(config: VideoXLConfig) -> tuple[Any, Shapes]:
 def _load_published(
     directory: Path, vision: Any, placement: Placement | None, changes: dict[str, Any]
 ) -> VideoXL:
-    tensors, problems = find_tensors(directory)
-    dtype = changes.get("param_dtype")
-    config = read_config(
-        directory, vision=vision, **_with_dtype(changes, dtype or stored_dtype(tensors))
-    )
-    graph, shapes = abstract_params(config)
-    problems += check_tensors(tensors, config, shapes, dtype)
-    raise_problems(directory, problems)
+    tensors, config, graph, shapes = open_published(directory, vision, **changes)
+    problems: list[str] = []
     arrays: Params = {}
     for row in table(config):
         shape, dtype = shapes[row.ours].shape, DTYPES[config.param_dtype]
@@ -109,6 +103,24 @@ def _load_published(
             arrays[row.ours] = jax.make_array_from_callback(shape, sharding, read)
     raise_problems(directory, problems)
     return nnx.merge(graph, unflatten_dict(arrays))
+
+
+def open_published(
+    directory: Path, vision: str | Path | None = None, **changes: Any
+) -> tuple[dict[str, Tensor], VideoXLConfig, Any, Shapes]:
+    """Tensors of a directory in the published layout, all accounted for, with the configuration and
+    `abstract_params`. Arguments as for `load`; no weight is read.
+
+    Raises: CheckpointError that lists every missing, unexpected or misshapen tensor.
+    """
+    tensors, problems = find_tensors(directory)
+    dtype = changes.get("param_dtype")
+    config = read_config(
+        directory, vision=vision, **_with_dtype(changes, dtype or stored_dtype(tensors))
+    )
+    graph, shapes = abstract_params(config)
+    raise_problems(directory, problems + check_tensors(tensors, config, shapes, dtype))
+    return tensors, config, graph, shapes
 
 
 def _read_index(
@@ -192,7 +204,7 @@ def save_params(
             (jax.ShapeDtypeStruct, _Described())
         ),
     )
-    with _refused(directory), ocp.Checkpointer(handler) as checkpointer:
+    with _failing(directory, "written"), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(unflatten_dict(shapes)))
     jobs = []
     for row in table(config):
@@ -208,14 +220,14 @@ def save_params(
                 "chunk_grid": grid,
             },
         }
-        with _refused(directory):
+        with _failing(directory, "written"):
             store = tensorstore.open(spec, create=True).result()
         jobs += [(row, store, index) for index in parts(struct.shape, chunk)]
 
     def write(row: Row, store: Any, index: Index) -> None:
         out = scratch_array(tuple(p.stop - p.start for p in index), shapes[row.ours].dtype)
         read(row, index, out)
-        with _refused(directory):
+        with _failing(directory, "written"):
             # The buffer is this thread's until the write is done: nobody has to copy it.
             store[index].write(out, can_reference_source_data_indefinitely=True).result()
 
@@ -223,13 +235,15 @@ def save_params(
 
 
 @contextmanager
-def _refused(directory: Path) -> Iterator[None]:
-    """Whatever goes wrong in writing as CheckpointError: TensorStore has no error of its own."""
+def _failing(directory: Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong as CheckpointError: Orbax and TensorStore raise anything. what: cannot be
+    done with the directory.
+    """
     try:
         yield
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{directory}: cannot be written ({reason})") from error
+        raise CheckpointError(f"{directory}: cannot be {what} ({reason})") from error
 
 
 def part_reader(directory: Path) -> Callable[[ParamPath, Index], np.ndarray]:
@@ -240,13 +254,10 @@ def part_reader(directory: Path) -> Callable[[ParamPath, Index], np.ndarray]:
     opened: dict[ParamPath, tensorstore.TensorStore] = {}
 
     def read(path: ParamPath, index: Index) -> np.ndarray:
-        try:
+        with _failing(directory, "read"):
             if path not in opened:
                 opened[path] = tensorstore.open(_spec(directory, path), open=True).result()
             return opened[path][index].read().result()
-        except Exception as error:  # TensorStore has no class of its own
-            reason = str(error).partition("\n")[0]
-            raise CheckpointError(f"{directory}: cannot be read ({reason})") from error
 
     return read
 
@@ -270,13 +281,9 @@ def stored_shapes(directory: Path, part: str | None = None) -> Shapes:
 
     Raises: CheckpointError if the tree cannot be read.
     """
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(directory.absolute()).item_metadata.tree
-            tree = tree if part is None else tree[part]
-    except Exception as error:  # Orbax raises anything on a damaged tree
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{directory}: cannot be read ({reason})") from error
+    with _failing(directory, "read"), ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(directory.absolute()).item_metadata.tree
+        tree = tree if part is None else tree[part]
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for path, leaf in flatten_dict(tree).items()
@@ -284,26 +291,19 @@ def stored_shapes(directory: Path, part: str | None = None) -> Shapes:
 
 
 def read_params(directory: Path, target: Shapes) -> Params:
-    """Parameters like those of `target`: all or some of the stored ones.
-
-    A struct with a sharding gives an array that is so placed, each device's part read by itself;
-    one without gives a NumPy array.
+    """Parameters like those of `target`, whose structs have shardings: all or some of the stored
+    ones, each device's part read by itself.
 
     Raises: CheckpointError if a parameter cannot be read.
     """
 
     def how(struct: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
-        if struct.sharding is None:
-            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=struct.dtype)
         return ocp.ArrayRestoreArgs(sharding=struct.sharding, dtype=struct.dtype)
 
     tree = unflatten_dict(target)
     args = ocp.args.PyTreeRestore(
         item=tree, restore_args=jax.tree.map(how, tree), partial_restore=True
     )
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as checkpointer:
-            return flatten_dict(checkpointer.restore(directory.absolute(), args=args))
-    except Exception as error:  # Orbax raises anything on a damaged tree
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{directory}: cannot be read ({reason})") from error
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)
+    with _failing(directory, "read"), ocp.Checkpointer(handler) as checkpointer:
+        return flatten_dict(checkpointer.restore(directory.absolute(), args=args))

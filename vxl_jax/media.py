@@ -400,12 +400,9 @@ def probe_video(path: str | Path, num_threads: int = 1) -> VideoInfo:
     Raises:
       MediaError: missing, no video, no frames, no frame rate, or damaged at its start.
     """
-    reader = _open_video(path, num_threads)
-    fps = float(reader.get_avg_fps())
-    if not (math.isfinite(fps) and fps > 0):
-        raise MediaError(f"{path}: video with a frame rate of {fps}; encode it again")
-    height, width, _ = _read_frames(reader, path, [0])[0].shape
-    return VideoInfo(frames=len(reader), fps=fps, width=width, height=height)
+    video = VideoFile(path, num_threads)
+    height, width, _ = _read_frames(video._reader, path, [0])[0].shape
+    return VideoInfo(frames=video.frames, fps=video.fps, width=width, height=height)
 
 
 def load_video_frames(

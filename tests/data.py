@@ -9,7 +9,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from train.batches import Batch, Host, Loader
+from train.batches import Batch, Loader, Shards
 from train.config import DataSection
 from train.dataset import Dataset, open_dataset
 from train.demo_drawing import TILE, write_mp4
@@ -171,13 +171,13 @@ def load(
     batch_size: int | None = None,
     epochs: Sequence[int] = (1,),
     random: bool = True,
-    host: Host | None = None,
+    shards: Shards | None = None,
 ) -> Loader:
     """A loader of all samples, as training has it."""
     data = dataset.reader.preparer.data
     buckets, bucket_of = make_buckets(dataset.lengths, data, batch_size or data.batch_size)
     plans = Epochs(buckets, bucket_of, shares(dataset, epochs), 0, data.sequential)
-    return Loader(plans, dataset, random, host)
+    return Loader(plans, dataset, random, shards)
 
 
 def as_bytes(batch: Batch) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from tests.data import about, as_bytes, load, open_files, write_records
-from train.batches import Batch, Host, Loader, _Budget
+from train.batches import Batch, Loader, Shards, _Budget
 from train.dataset import Dataset
 from train.plan import padded_share
 from train.workers import WorkerError
@@ -152,7 +152,8 @@ def test_hosts_share_every_batch(records: Path, demo_tokenizer: Any):
         ]
         for start, stop, count in plan:
             hosts = [
-                load(dataset, epochs=(2,), host=Host(i, count)).batches(start) for i in range(count)
+                load(dataset, epochs=(2,), shards=Shards((i,), count)).batches(start)
+                for i in range(count)
             ]
             for number in range(start, stop):
                 theirs, one = [next(host) for host in hosts], alone[number]
@@ -340,14 +341,14 @@ def test_closing_the_pool_ends_the_batches(records: Path, demo_tokenizer: Any):
 
 FORGETFUL = """
 from types import SimpleNamespace
-from train.batches import Host, Loader
+from train.batches import Loader, Shards
 
 class Plans(list):
     def __getitem__(self, number):
         return SimpleNamespace(bucket=SimpleNamespace(places=1, frames=1))
 
 loader = object.__new__(Loader)
-loader.plans, loader.host, loader.size, loader.limit = Plans([0] * 100), Host(), 4, 0
+loader.plans, loader.shards, loader.size, loader.limit = Plans([0] * 100), Shards(), 4, 0
 loader.pool = SimpleNamespace(count=1, stop=lambda: None)
 loader._load = lambda plan, threads: None
 batches = loader.batches()

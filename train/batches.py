@@ -42,30 +42,30 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Host:
-    """Which of several hosts this is: each loads its share of the places of every batch."""
+class Shards:
+    """Which shares of every batch this process loads: those numbered `own`, of `count`."""
 
-    index: int = 0
+    own: tuple[int, ...] = (0,)
     count: int = 1
 
-    def places(self, total: int) -> range:
-        """Its places; so many on every host, though the last may have some past the end."""
+    def places(self, total: int) -> list[int]:
+        """Their places in a batch, equally many of each share; the last may lie past the end."""
         each = -(-total // self.count)
-        return range(self.index * each, (self.index + 1) * each)
+        return [shard * each + i for shard in self.own for i in range(each)]
 
 
 class Loader:
     """Loads the batches of a plan.
 
-    random: draw ratios and move frames in time by the plan's seeds; else the lowest ratio. host:
+    random: draw ratios and move frames in time by the plan's seeds; else the lowest ratio. shards:
     the places of each batch that are loaded.
     """
 
     def __init__(
-        self, plans: Epochs, dataset: Dataset, random: bool = True, host: Host | None = None
+        self, plans: Epochs, dataset: Dataset, random: bool = True, shards: Shards | None = None
     ):
         self.plans, self.dataset, self.pool = plans, dataset, dataset.pool
-        self.random, self.host = random, host or Host()
+        self.random, self.shards = random, shards or Shards()
         data, model = dataset.reader.preparer.data, dataset.reader.preparer.model
         self.size = model.vision.image_size
         self.limit = data.buffer_mb * 2**20
@@ -107,12 +107,12 @@ class Loader:
                     iterator.close()
 
     def _bytes(self, plan: BatchPlan) -> int:
-        places = self.host.places(plan.bucket.places)
+        places = self.shards.places(plan.bucket.places)
         return len(places) * plan.bucket.frames * self.size**2 * 3
 
     def _load(self, plan: BatchPlan, threads: ThreadPoolExecutor | None) -> Batch:
         """Samples whose media cannot be decoded leave their place empty and are listed in `bad`."""
-        places = self.host.places(plan.bucket.places)
+        places = self.shards.places(plan.bucket.places)
         frames = plan.bucket.frames
         pixels = None
         if frames:

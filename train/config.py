@@ -30,6 +30,13 @@ Part = Literal["vision", "projector", "language", "beacon"]
 """A part of the model whose parameters are trained or frozen together."""
 
 
+def part_of(path: tuple[str, ...]) -> str:
+    """Which part a parameter belongs to, from its path in the model."""
+    if path[0] != "language":
+        return path[0]
+    return "beacon" if any(name.startswith("beacon_") for name in path) else "language"
+
+
 def _check(ok: bool, field: str, value: Any, rule: str) -> None:
     if not ok:
         raise ConfigError(f"{field} is {value!r}; it must be {rule}")
@@ -57,7 +64,7 @@ class ModelSection:
     pool_stride: int | None = None
     """Patches of a frame are averaged over this many squared; None: the preset's."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of frozen parameters. Trained ones are float32: bfloat16 would lose steps of 1e-5."""
+    """Dtype of frozen parameters; optim.param_dtype is that of trained ones."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of activations and matrix products."""
     remat: bool = True
@@ -180,8 +187,25 @@ class DataSection:
 
 
 @dataclass(frozen=True)
+class MeshSection:
+    """The devices of all processes as a mesh data x fsdp x tensor. No number depends on it."""
+
+    data: int | None = None
+    """Copies of the model, each for a share of the samples; None: as many as there are devices for.
+    """
+    fsdp: int = 1
+    """Devices that parameters, gradients and optimizer state of one copy are cut over; samples are
+    divided over these too."""
+    tensor: int = 1
+    """Devices that heads and MLP columns of one copy are divided over."""
+
+    def __post_init__(self) -> None:
+        _check_least("mesh", self, 1, "data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
 class OptimSection:
-    """AdamW with linear warm-up and cosine decay to 0."""
+    """AdamW or Adafactor with linear warm-up and cosine decay to 0."""
 
     learning_rate: float = 1e-5
     """Peak learning rate."""
@@ -190,15 +214,31 @@ class OptimSection:
     weight_decay: float = 0.0
     """Decoupled weight decay of the weight matrices."""
     b1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of AdamW's mean of gradients."""
     b2: float = 0.999
-    """Decay of the mean of squared gradients."""
+    """Decay of AdamW's mean of squared gradients."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     accumulate: int = 1
     """Batches whose gradients are averaged for one optimizer step."""
     train: tuple[Part, ...] = ("vision", "projector", "language", "beacon")
     """Parts of the model that are trained; the others are frozen."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """adamw keeps 8 bytes for each trained parameter; adafactor next to nothing: a row and a column
+    of numbers for each matrix."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of trained parameters; bfloat16 is rounded stochastically, so that steps of 1e-5 count.
+    """
+    vision_learning_rate: float | None = None
+    """Peak learning rate of the vision tower; None: learning_rate."""
+    projector_learning_rate: float | None = None
+    """Peak learning rate of the projector; None: learning_rate."""
+    language_learning_rate: float | None = None
+    """Peak learning rate of the language model but its beacons; None: learning_rate."""
+    beacon_learning_rate: float | None = None
+    """Peak learning rate of beacon embedding and projections; None: learning_rate."""
+    lora_learning_rate: float | None = None
+    """Peak learning rate of low-rank adapters; None: learning_rate."""
 
     def __post_init__(self) -> None:
         _check(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "more than 0")
@@ -209,6 +249,17 @@ class OptimSection:
         _check(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "more than 0")
         _check_least("optim", self, 1, "accumulate")
         _check(len(self.train) > 0, "optim.train", self.train, "at least one part of the model")
+        for part in ("vision", "projector", "language", "beacon", "lora"):
+            name = f"{part}_learning_rate"
+            rate = getattr(self, name)
+            _check(rate is None or rate > 0, f"optim.{name}", rate, "more than 0")
+            rule = f"None where optim.train does not have {part!r}; it is {self.train}"
+            _check(rate is None or part in self.train, f"optim.{name}", rate, rule)
+
+    def peak(self, part: str) -> float:
+        """Peak learning rate of a part of the model."""
+        rate = getattr(self, f"{part}_learning_rate")
+        return self.learning_rate if rate is None else rate
 
 
 @dataclass(frozen=True)
@@ -227,6 +278,15 @@ class RunSection:
     """Steps from one checkpoint to the next; there is one at the end in any case."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Checkpoints of every so many steps are kept as well (a multiple of save_every); None: none.
+    """
+    keep_best: int = 0
+    """Checkpoints that answer most held-out questions right are kept as well; needs eval_every."""
+    skip_steps: tuple[int, ...] = ()
+    """Steps whose batches are passed over, such as one that gave a loss that is not finite."""
+    eval_every: int | None = None
+    """Steps from one pass over the held-out questions to the next; None: at the end alone."""
     answers_shown: int = 8
     """Held-out questions printed with the model's answers at the end."""
     eval_batch_size: int = 8
@@ -241,6 +301,21 @@ class RunSection:
         _check_least("run", self, 0, "seed", "answers_shown")
         _check_least("run", self, 1, "max_steps", "log_every", "save_every", "keep_checkpoints")
         _check_least("run", self, 1, "eval_batch_size", "max_new_tokens", "eval_ratio")
+        _check_least("run", self, 1, "eval_every")
+        _check_least("run", self, 0, "keep_best")
+        _check(
+            self.keep_every is None
+            or (self.keep_every >= 1 and not self.keep_every % self.save_every),
+            "run.keep_every",
+            self.keep_every,
+            f"a multiple of run.save_every ({self.save_every})",
+        )
+        _check(
+            not self.keep_best or self.eval_every is not None,
+            "run.keep_best",
+            self.keep_best,
+            "0 where there is no run.eval_every to find the best by",
+        )
 
 
 @dataclass(frozen=True)
@@ -251,6 +326,7 @@ class TrainConfig:
     data: DataSection
     optim: OptimSection
     run: RunSection
+    mesh: MeshSection = MeshSection()
 
     def __post_init__(self) -> None:
         if "beacon" in self.optim.train and self.model.ratios == ():
@@ -285,15 +361,22 @@ CHANGEABLE = frozenset(
         "data.max_bad_share",
         "data.sample_seconds",
         "data.workers",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
         "run.answers_shown",
         "run.eval_batch_size",
+        "run.eval_every",
         "run.eval_ratio",
+        "run.keep_best",
         "run.keep_checkpoints",
+        "run.keep_every",
         "run.log_every",
         "run.max_new_tokens",
         "run.max_steps",
         "run.run_dir",
         "run.save_every",
+        "run.skip_steps",
     }
 )
 """Fields that a resumed run may change: they do not change the parameters it arrives at."""

@@ -1,4 +1,4 @@
-"""What goes wrong with training data."""
+"""What goes wrong with training and its data."""
 
 from pathlib import Path
 
@@ -10,3 +10,7 @@ class DataError(ValueError):
 def unreadable(path: Path, error: OSError) -> DataError:
     """The error for a data file that cannot be opened or read."""
     return DataError(f"{path}: cannot be read ({error.strerror}); check the path")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""

@@ -1,7 +1,7 @@
 """Answer held-out questions and score them, with and without seeing the media."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,16 +73,72 @@ def answer_questions(
     return answers, bad
 
 
+def evaluate(
+    model: VideoXL, dataset: Dataset, tokenizer: Any, run: RunSection
+) -> dict[str, dict[str, float]]:
+    """Share of right answers by question type and by modality, while training goes on."""
+    answers, _ = answer_questions(model, dataset, tokenizer, run)
+    return {"accuracy": accuracy(answers), "modality": accuracy(answers, modality)}
+
+
+def evaluate_at_end(
+    model: VideoXL, dataset: Dataset | None, tokenizer: Any, run: RunSection, show: bool = True
+) -> tuple[dict[str, Any], list[BadSample]]:
+    """Answer the held-out questions, with and without seeing the media, and print what came of it.
+
+    Returns the accuracies and the samples whose media cannot be decoded.
+    """
+    if dataset is None:
+        return {"heldout_accuracy": {}, "blank_accuracy": {}, "chance": {}}, []
+    answers, found = answer_questions(model, dataset, tokenizer, run)
+    blind, _ = answer_questions(model, dataset, tokenizer, run, see=False)
+    result = {
+        "heldout_accuracy": accuracy(answers),
+        "blank_accuracy": accuracy(blind),
+        "chance": chance(answers),
+    }
+    if not answers or not show:
+        return result, found
+    print(f"\n{'held-out questions':20}{'accuracy':>10}{'blank':>8}{'chance':>8}")
+    for name, share in result["heldout_accuracy"].items():
+        blank_share = result["blank_accuracy"].get(name)
+        blank_text = "-" if blank_share is None else f"{blank_share:.0%}"
+        print(f"{name:20}{share:>10.0%}{blank_text:>8}{result['chance'][name]:>8.0%}")
+    print()
+    every = max(1, len(answers) // max(1, run.answers_shown))
+    for answer in answers[::every][: run.answers_shown]:
+        sample = answer.sample
+        media = ", ".join(block.path.name for block in sample.blocks) or "no media"
+        verdict = "right" if answer.right else f"expected {sample.answer}"
+        print(f"[{media}] {sample.question} -> {answer.answer} ({verdict})")
+    return result, found
+
+
+def modality(sample: Sample) -> str:
+    """What a question is about, as in `train.dataset.KINDS`."""
+    if not sample.blocks:
+        return "text"
+    name = "video" if any(block.is_video for block in sample.blocks) else "image"
+    return name + "s" * (len(sample.blocks) > 1)
+
+
+def question_type(sample: Sample) -> str:
+    """The record's own name for its kind of question."""
+    return sample.question_type
+
+
 def eval_ratios(model: VideoXLConfig, run: RunSection) -> tuple[int, ...]:
     """The one ratio for held-out questions; none where the model does not compress."""
     return (run.eval_ratio,) if run.eval_ratio else tuple(sorted(model.ratios)[:1])
 
 
-def accuracy(answers: Sequence[Answer]) -> dict[str, float]:
-    """Share of right answers by question type, and over all of them under `ALL`."""
+def accuracy(
+    answers: Sequence[Answer], kind: Callable[[Sample], str] = question_type
+) -> dict[str, float]:
+    """Share of right answers by kind of sample, and over all of them under `ALL`."""
     by_type: dict[str, list[bool]] = defaultdict(list)
     for answer in answers:
-        by_type[answer.sample.question_type].append(answer.right)
+        by_type[kind(answer.sample)].append(answer.right)
         by_type[ALL].append(answer.right)
     return {name: sum(right) / len(right) for name, right in sorted(by_type.items())}
 

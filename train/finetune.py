@@ -4,64 +4,73 @@
     python -m train.finetune --config finetune_video --run-dir runs/mine --optim.learning-rate 2e-5
 
 Started again on the same directory, it goes on from the last checkpoint and arrives at the same
-parameters as a run that was never interrupted.
+parameters as a run that was never interrupted. docs/clusters.md tells how to start it on several
+machines.
 """
 
 import json
-import math
-import os
+import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 
-from train.batches import Host, Loader
-from train.config import TrainConfig, compare, load_config, save_config
+from train.batches import Loader
+from train.checkpoints import Checkpoints, Position
+from train.config import RunSection, TrainConfig, load_config
 from train.dataset import Dataset, open_dataset
-from train.errors import DataError
-from train.evaluate import accuracy, answer_questions, chance, eval_ratios
+from train.distributed import (
+    first_then_others,
+    gather,
+    is_first,
+    open_mesh,
+    own_shards,
+    place_batch,
+    start_processes,
+)
+from train.errors import DataError, TrainingError
+from train.evaluate import evaluate, evaluate_at_end
+from train.optimizer import Optimizer
 from train.plan import Epochs, padded_share, plan_run
 from train.records import BadSample
 from train.report import BadSamples, RunLog, TooManyBadSamples, draw_loss, write_text
-from train.signals import stop_request, sure_interrupt
-from train.step import (
-    add_batch,
-    empty_sums,
-    fingerprint,
-    make_optimizer,
-    split_parts,
-    update,
+from train.setup import (
+    count_steps,
+    init_opt_state,
+    load_tokenizer,
+    make_model,
+    open_heldout,
+    prepare_data,
+    read_model_config,
+    start_directory,
 )
+from train.signals import stop_request, sure_interrupt
+from train.step import add_batch, empty_sums, fingerprint, split_parts, update
 from train.workers import WorkerError
-from vxl_jax.chat import encode_prompt
-from vxl_jax.checkpoint import load
-from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig, cross_check_vocabulary
-from vxl_jax.model import VideoXL, parameter_count
-from vxl_jax.published import read_config
+from vxl_jax.config import ConfigError, VideoXLConfig
+from vxl_jax.model import parameter_count
+from vxl_jax.sharding import param_placement
 from vxl_jax.tensors import CheckpointError
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to do."""
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status: 0 also after SIGTERM, when all is saved."""
     config, prepare = load_config(sys.argv[1:] if arguments is None else arguments)
     run_dir = Path(config.run.run_dir)
+    goes_on = f"the same command goes on from what {run_dir} holds"
     try:
-        start_directory(config, run_dir)
-        prepare_data(config, prepare)
+        start_processes()
+        first_then_others(lambda: start_directory(config, run_dir))
+        first_then_others(lambda: prepare_data(config, prepare))
         with sure_interrupt():
-            train(config.resolved(), run_dir)
+            stopped = train(config.resolved(), run_dir)
     except (
         CheckpointError,
         ConfigError,
@@ -74,135 +83,104 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted: the same command goes on from what {run_dir} holds", file=sys.stderr)
+        print(f"interrupted: {goes_on}", file=sys.stderr)
         return 130
+    if stopped is not None and is_first():
+        print(f"stopped by SIGTERM, step {stopped:,} is saved: {goes_on}", file=sys.stderr)
     return 0
 
 
-def prepare_data(config: TrainConfig, prepare: Callable[[TrainConfig], None] | None) -> None:
-    """Make or fetch the data, if the configuration says how.
+def train(config: TrainConfig, run_dir: Path) -> int | None:
+    """The whole run: mesh, data, model, restore, loop, held-out questions, summary.
 
-    Raises: DataError if that fails.
+    Returns the step after which SIGTERM has stopped it, None at the end.
     """
-    if prepare is None:
-        return
-    try:
-        prepare(config)
-    except (ImportError, OSError, ValueError) as error:
-        raise DataError(f"the data cannot be made: {error}") from error
-
-
-def start_directory(config: TrainConfig, run_dir: Path) -> None:
-    """Make the run's directory; if a run has saved steps in it, check that it is this one.
-
-    Raises: ConfigError listing every field that differs from the run's own configuration.
-    """
-    saved, checkpoints = run_dir / "config.json", run_dir / "checkpoints"
-    if checkpoints.is_dir() and ocp.utils.checkpoint_steps(checkpoints):
-        try:
-            before = json.loads(saved.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{saved} cannot be read ({error}); repair it, or use another --run-dir"
-            ) from error
-        if changed := compare(config, before):
-            raise ConfigError(
-                f"{run_dir} holds a run with another configuration ({'; '.join(changed)}); "
-                "use its configuration to resume it, or another --run-dir"
-            )
-        return
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        part = saved.with_suffix(".part")
-        save_config(config, part)
-        part.replace(saved)
-    except OSError as error:
-        raise ConfigError(f"--run-dir {run_dir}: cannot be made ({error.strerror})") from error
-
-
-def train(config: TrainConfig, run_dir: Path) -> None:
-    """The whole run: data, model, restore, loop, held-out questions, summary."""
     began = time.perf_counter()
-    checkpoints = ocp.CheckpointManager(
-        (run_dir / "checkpoints").absolute(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=config.run.keep_checkpoints),
-    )
-    step = checkpoints.latest_step() or 0
+    mesh = open_mesh(config.mesh)
+    checkpoints = Checkpoints(run_dir, config)
+    step = checkpoints.last or 0
     model_config = read_model_config(config)
     tokenizer = load_tokenizer(config, model_config)
-    with (
-        open_dataset(
-            config.data.train_json,
-            config.data,
-            model_config,
-            tokenizer,
-            config.run.seed,
-            kept=run_dir / "samples",
-            resume=step > 0,
-        ) as data,
-        open_heldout(config, model_config, tokenizer) as heldout,
-    ):
-        bad = check_data(config, run_dir, step, data, heldout)
+    own_dir = own_directory(run_dir)
+    with ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        data, heldout = first_then_others(
+            lambda: open_data(config, run_dir, model_config, tokenizer, resume=step > 0)
+        )
+        stack.enter_context(data)
+        stack.enter_context(heldout or nullcontext())
+        bad = check_data(config, own_dir, step, data, heldout)
         plans = plan_run(data, config.data, config.run.seed)
         steps, last_step = count_steps(config, plans)
-        optimizer, schedule = make_optimizer(config.optim, steps)
+        optimizer = Optimizer(config.optim, steps, config.run.seed)
 
-        model = make_model(config, model_config)
+        placement = param_placement(mesh, model_config)
+        model = make_model(config, model_config, placement)
         parameters = parameter_count(nnx.state(model))
-        graph, trained, frozen = split_parts(model, config.optim.train)
-        opt_state = optimizer.init(trained)
-        position = Position(0, data.fingerprint)
+        graph, trained, frozen = split_parts(model, config.optim.train, config.optim.param_dtype)
+        del model
+        position = Position(0, same_everywhere(data.fingerprint))
         if step:
-            trained, opt_state, position = restore(
-                checkpoints, step, trained, opt_state, position, run_dir
-            )
-        describe(config, model_config, parameters, data, heldout, plans, steps, last_step, step)
+            trained = jax.tree.map(struct_of, trained)
+        opt_state = init_opt_state(optimizer, trained, placement)
+        if step:
+            trained, opt_state, position = checkpoints.restore(step, trained, opt_state, position)
+        describe(config, mesh, parameters, data, heldout, plans, step)
 
-        log = RunLog(run_dir, step, last_step, config.run.log_every, began)
-        loader = Loader(plans, data, host=Host(jax.process_index(), jax.process_count()))
+        log = RunLog(own_dir, step, last_step, config.run.log_every, began)
+        shards = own_shards(mesh)
+        loader = Loader(plans, data, shards=shards)
         stream = loader.batches(position.batch)
-        with (
-            closing(checkpoints),
-            closing(log),
-            closing(stream),
-            stop_request() as stop,
-        ):
+        with closing(checkpoints), closing(log), closing(stream), stop_request() as stop:
             while step < last_step:
-                sums = empty_sums(trained)
                 count = min(config.optim.accumulate, len(plans) - position.batch)
+                sums: Any = empty_sums(trained) if config.optim.accumulate > 1 else None
+                samples: list[str] = []
                 for _ in range(count):
-                    batch = next(stream)
-                    bad.add(batch.bad, step + 1)
-                    log.count(
-                        places=batch.token_places,
-                        samples=sum(sample is not None for sample in batch.samples),
-                        tokens=batch.tokens,
-                        frames=batch.frames,
-                    )
-                    sums = add_batch(graph, trained, frozen, sums, batch.streams, batch.pixels)
-                trained, opt_state, metrics = update(optimizer, trained, opt_state, sums)
+                    with log.waiting():
+                        batch = next(stream)
+                    bad.note(batch.bad, step + 1)
+                    log.count(batch)
+                    samples += [sample.name for sample in batch.samples if sample]
+                    placed = place_batch(batch, mesh, shards)
+                    sums = add_batch(graph, trained, frozen, sums, *placed)
+                values: dict[str, float] = {}
+                if step + 1 not in config.run.skip_steps:
+                    trained, opt_state, metrics = update(optimizer, trained, opt_state, sums)
+                    values = {name: float(value) for name, value in metrics.items()}
+                    if not values.pop("finite"):  # then the update has changed nothing
+                        checkpoints.save(step, trained, opt_state, position)
+                        raise not_finite(own_dir, step + 1, values, samples)
                 step += 1
                 position = replace(position, batch=position.batch + count)
-                stopping = stop.is_set()
-                saving = stopping or step % config.run.save_every == 0 or step == last_step
-                if saving or log.due(step):
-                    values = {name: float(value) for name, value in metrics.items()}
-                    check_finite(values, step)
-                if log.due(step):
-                    log.log(step, {**values, "learning_rate": float(schedule(step - 1))})
-                if saving:
-                    save(checkpoints, step, trained, opt_state, position)
+
+                signals, bad_counts = gather(stop.signal or 0, len(bad.reasons)).T
+                stopping = int(signals.max())
+                if values and log.due(step):
+                    log.log(step, values)
+                score = None
+                if evaluates(config.run, step, last_step) and heldout:
+                    model = nnx.merge(graph, trained, frozen)
+                    with log.aside():
+                        found = evaluate(model, heldout, tokenizer, config.run)
+                    score = log.evaluated(step, found)
+                if stopping or saves(config.run, step, last_step, score):
+                    checkpoints.save(step, trained, opt_state, position, score)
                 log.progress.update()
+                bad.check(int(bad_counts.sum()))
                 if stopping:
-                    raise KeyboardInterrupt
-        if log.history:
-            draw_loss(log.history, run_dir / "loss.png")
+                    break
+        if step < last_step:
+            if stopping == signal.SIGINT:
+                raise KeyboardInterrupt
+            return step
 
         data.pool.close()
         del loader, stream  # with the media that they keep
         model = nnx.merge(graph, trained, frozen)
-        results, found = evaluate(model, heldout, tokenizer, config)
-    bad.note(found, step + 1)  # training is done: too many of them are no reason to lose it
+        results, unseen = evaluate_at_end(model, heldout, tokenizer, config.run, show=is_first())
+    bad.note(unseen, step + 1)  # training is done: too many of them are no reason to lose it
+    bad.collect(run_dir / "processes")
     summary = {
         "steps": step,
         "final_loss": log.history[-1]["loss"] if log.history else None,
@@ -212,56 +190,46 @@ def train(config: TrainConfig, run_dir: Path) -> None:
         "params_sha256": fingerprint(trained, frozen),
         "seconds": log.seconds,
     }
-    write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"wrote {run_dir}/summary.json, loss.png, metrics.jsonl, checkpoints/{step}")
+    if is_first():
+        if log.history:
+            draw_loss(log.history, run_dir / "loss.png")
+        write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        print(f"wrote {run_dir}/summary.json, loss.png, metrics.jsonl, checkpoints/{step}")
+    return None
 
 
-def count_steps(config: TrainConfig, plans: Epochs) -> tuple[int, int]:
-    """Optimizer steps of all batches, and the step at which `run.max_steps` ends the run."""
-    steps = math.ceil(len(plans) / config.optim.accumulate)
-    return steps, min(steps, config.run.max_steps or steps)
+def own_directory(run_dir: Path) -> Path:
+    """Where this process writes what each has: the run's directory, or one in it."""
+    own = run_dir if is_first() else run_dir / "processes" / str(jax.process_index())
+    own.mkdir(parents=True, exist_ok=True)
+    return own
 
 
-def read_model_config(config: TrainConfig) -> VideoXLConfig:
-    """Sizes of the checkpoint or the preset, with the changes of the `model` section."""
-    if config.model.checkpoint is None:
-        return PRESETS[config.model.preset](**config.model.changes())
-    return read_config(Path(config.model.checkpoint), **config.model.changes())
+def open_data(
+    config: TrainConfig, run_dir: Path, model_config: VideoXLConfig, tokenizer: Any, resume: bool
+) -> tuple[Dataset, Dataset | None]:
+    """The training samples and the held-out questions, if there are any.
 
-
-def load_tokenizer(config: TrainConfig, model_config: VideoXLConfig) -> Any:
-    """The tokenizer of a local directory; nothing is downloaded."""
-    # transformers advises to install torch when it is imported without it.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    directory = config.model.tokenizer or config.model.checkpoint
-    if directory is None or not Path(directory).is_dir():
-        raise ConfigError(f"model.tokenizer {directory}: there is no such directory")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        encode_prompt("", tokenizer)  # refuses one without the chat template's tokens
-    except Exception as error:  # damaged files raise anything
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"model.tokenizer {directory}: cannot be loaded ({reason})") from error
-    cross_check_vocabulary(model_config.language, len(tokenizer), f"model.tokenizer {directory}")
-    return tokenizer
-
-
-def open_heldout(
-    config: TrainConfig, model_config: VideoXLConfig, tokenizer: Any
-) -> AbstractContextManager[Dataset | None]:
-    """The held-out questions, if there are any."""
-    if not config.data.eval_json:
-        return nullcontext()
-    ratios = eval_ratios(model_config, config.run)
-    return open_dataset(
-        config.data.eval_json, config.data, model_config, tokenizer, prompts=True, ratios=ratios
+    resume: the samples are those that the run has begun with.
+    """
+    data = open_dataset(
+        config.data.train_json,
+        config.data,
+        model_config,
+        tokenizer,
+        config.run.seed,
+        kept=run_dir / "samples",
+        resume=resume or not is_first(),
     )
+    try:
+        return data, open_heldout(config, model_config, tokenizer)
+    except BaseException:
+        data.pool.close()
+        raise
 
 
 def check_data(
-    config: TrainConfig, run_dir: Path, step: int, data: Dataset, heldout: Dataset | None
+    config: TrainConfig, own_dir: Path, step: int, data: Dataset, heldout: Dataset | None
 ) -> BadSamples:
     """Note the samples that cannot be used, for a run that has done `step` steps.
 
@@ -275,148 +243,90 @@ def check_data(
             counts[name] = counts.get(name, 0) + count.selected
         found += dataset.bad
         dataset.pool.rest()
-    bad = BadSamples(run_dir, counts, config.data.max_bad_share, step)
-    bad.add(found, step=0)
+    bad = BadSamples(own_dir, counts, config.data.max_bad_share, step)
+    if is_first():  # all processes have found the same
+        bad.note(found, step=0)
+    bad.check(len(bad.reasons))
     return bad
 
 
-def make_model(config: TrainConfig, model_config: VideoXLConfig) -> VideoXL:
-    """Published weights, or random ones from the run's seed."""
-    if config.model.checkpoint is not None:
-        return load(config.model.checkpoint, **config.model.changes())
-    return random_model(model_config, config.run.seed)
+def same_everywhere(data: str) -> str:
+    """The data's fingerprint, which all processes have to agree on.
 
-
-def random_model(config: VideoXLConfig, seed: int) -> VideoXL:
-    """A model that has learned nothing."""
-    return nnx.jit(lambda: VideoXL(config, rngs=nnx.Rngs(seed)))()
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands in its data: batches taken, of the data with this fingerprint."""
-
-    batch: int
-    data: str
-
-
-def save(
-    manager: ocp.CheckpointManager, step: int, trained: Any, opt_state: Any, position: Position
-) -> None:
-    """Write a checkpoint in the background, whole or not at all."""
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave({"params": trained, "opt_state": opt_state}),
-            position=ocp.args.JsonSave(asdict(position)),
-        ),
-    )
-
-
-def restore(
-    manager: ocp.CheckpointManager,
-    step: int,
-    trained: Any,
-    opt_state: Any,
-    start: Position,
-    run_dir: Path,
-) -> tuple[Any, Any, Position]:
-    """Read a checkpoint into arrays like the given ones.
-
-    start: the beginning of the data that there is now. The order of samples follows from their
-    number and lengths: with others, a run that starts again would train on some twice and on some
-    never.
-
-    Raises: DataError if the data is not what the run began with.
+    Raises: DataError if they do not.
     """
-    like = jax.tree.map(
-        ocp.utils.to_shape_dtype_struct, {"params": trained, "opt_state": opt_state}
-    )
-    found = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore()
-        ),
-    )
-    position = Position(**found["position"])
-    if position.data != start.data:
+    if len(np.unique(gather(int(data[:6], 16)))) > 1:
         raise DataError(
-            f"{run_dir} holds a run that began with other training samples than there are now; "
-            "restore its data, or use another --run-dir"
+            "the processes of this run see different training data: every machine needs the same "
+            "files at the paths of data.train_json and data.media_root"
         )
-    return found["state"]["params"], found["state"]["opt_state"], position
+    return data
 
 
-def check_finite(metrics: dict[str, float], step: int) -> None:
-    """Stop a run whose loss or gradient is not a number any more.
+def struct_of(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of an array, which may then be given up."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
-    Raises: TrainingError; checkpoints written before are intact.
+
+def evaluates(run: RunSection, step: int, last_step: int) -> bool:
+    """Whether held-out questions are asked after a step of training."""
+    return run.eval_every is not None and step % run.eval_every == 0 and step < last_step
+
+
+def saves(run: RunSection, step: int, last_step: int, score: float | None) -> bool:
+    """Whether a checkpoint is written after a step; one that has a score may be the best."""
+    scored = run.keep_best > 0 and score is not None
+    return scored or step % run.save_every == 0 or step == last_step
+
+
+def not_finite(
+    own_dir: Path, step: int, values: dict[str, float], samples: list[str]
+) -> TrainingError:
+    """The error of a step whose loss or gradient is NaN or infinite; its samples are written down.
+
+    The step has changed nothing: the checkpoint before it is that of the run so far.
     """
-    if not np.isfinite(list(metrics.values())).all():
-        raise TrainingError(
-            f"step {step}: {metrics} is not finite; lower optim.learning_rate, or look at the data "
-            "of the last steps. The last checkpoint is intact"
-        )
+    path = own_dir / "not_finite.json"
+    write_text(path, json.dumps({"step": step, **values, "samples": samples}, indent=2) + "\n")
+    names = ", ".join(samples[:4]) + (f" and {len(samples) - 4} more" if samples[4:] else "")
+    return TrainingError(
+        f"step {step}: loss {values['loss']:g}, gradient_norm {values['gradient_norm']:g}: the "
+        f"update was not made, and step {step - 1} is saved. Its samples: {names} ({path} lists "
+        f"them). Look at these, or lower optim.learning_rate in a new run; --run.skip-steps {step} "
+        "goes on without them"
+    )
 
 
 def describe(
     config: TrainConfig,
-    model_config: VideoXLConfig,
+    mesh: Mesh,
     parameters: int,
     data: Dataset,
     heldout: Dataset | None,
     plans: Epochs,
-    steps: int,
-    last_step: int,
     step: int,
 ) -> None:
-    """Print what is about to run."""
+    """Print what is about to run, in the first process."""
+    if not is_first():
+        return
+    steps, last_step = count_steps(config, plans)
     state = f", resumed at step {step:,}" if step else ""
     if step >= last_step:
         state = f", {step:,} are done: nothing is left to train"
-    device = jax.devices()[0]
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    ratios = data.model.ratios or "none"
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     print(
         f"model: {parameters:,} parameters, trains {', '.join(config.optim.train)}; "
-        f"ratios {model_config.ratios or 'none'}; {device.device_kind} x {jax.device_count()}\n"
+        f"ratios {ratios}\n"
+        f"mesh: {shape}; {mesh.devices.flat[0].device_kind} x {mesh.size}, "
+        f"{jax.process_count()} process(es)\n"
         f"data: {len(data):,} samples in {len(plans.buckets)} shapes, "
-        f"{padded_share(data.lengths, plans):.1%} padding; "
+        f"{padded_share(data.lengths, plans, shards=shards):.1%} padding; "
         f"{len(heldout or ()):,} held-out questions\n"
         f"run: {steps:,} steps of {config.optim.accumulate} x up to {config.data.batch_size} "
         f"samples{state}"
     )
-
-
-def evaluate(
-    model: VideoXL, heldout: Dataset | None, tokenizer: Any, config: TrainConfig
-) -> tuple[dict[str, Any], list[BadSample]]:
-    """Answer the held-out questions and print accuracies by question type.
-
-    Returns the accuracies and the samples whose media cannot be decoded.
-    """
-    if heldout is None:
-        return {"heldout_accuracy": {}, "blank_accuracy": {}, "chance": {}}, []
-    answers, found = answer_questions(model, heldout, tokenizer, config.run)
-    blind, _ = answer_questions(model, heldout, tokenizer, config.run, see=False)
-    result = {
-        "heldout_accuracy": accuracy(answers),
-        "blank_accuracy": accuracy(blind),
-        "chance": chance(answers),
-    }
-    if not answers:
-        return result, found
-    print(f"\n{'held-out questions':20}{'accuracy':>10}{'blank':>8}{'chance':>8}")
-    for name, share in result["heldout_accuracy"].items():
-        blank_share = result["blank_accuracy"].get(name)
-        blank_text = "-" if blank_share is None else f"{blank_share:.0%}"
-        print(f"{name:20}{share:>10.0%}{blank_text:>8}{result['chance'][name]:>8.0%}")
-    print()
-    every = max(1, len(answers) // max(1, config.run.answers_shown))
-    for answer in answers[::every][: config.run.answers_shown]:
-        sample = answer.sample
-        media = ", ".join(block.path.name for block in sample.blocks) or "no media"
-        verdict = "right" if answer.right else f"expected {sample.answer}"
-        print(f"[{media}] {sample.question} -> {answer.answer} ({verdict})")
-    return result, found
 
 
 if __name__ == "__main__":

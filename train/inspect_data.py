@@ -13,7 +13,7 @@ from argparse import ArgumentParser
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -22,13 +22,6 @@ import numpy as np
 from train.config import TrainConfig, load_config
 from train.dataset import KINDS, Dataset, open_dataset
 from train.errors import DataError
-from train.finetune import (
-    count_steps,
-    load_tokenizer,
-    open_heldout,
-    prepare_data,
-    read_model_config,
-)
 from train.inspect_figures import (
     BadNames,
     bad_figures,
@@ -54,6 +47,13 @@ from train.plan import Epochs, plan_run
 from train.progress import progress_bar
 from train.records import BadSample, Block, Sample
 from train.report import write_text
+from train.setup import (
+    count_steps,
+    load_tokenizer,
+    open_heldout,
+    prepare_data,
+    read_model_config,
+)
 from train.signals import sure_interrupt
 from train.workers import Loaded, WorkerError
 from vxl_jax.chat import IGNORE, IMAGE_TOKEN
@@ -162,7 +162,7 @@ def inspect(config: TrainConfig, out: Path, options: Options) -> int:
         open_dataset(
             config.data.train_json, config.data, model, tokenizer, config.run.seed
         ) as data,
-        open_heldout(config, model, tokenizer) as heldout,
+        open_heldout(config, model, tokenizer) or nullcontext() as heldout,
     ):
         datasets = [data, heldout] if heldout else [data]
         bad = BadNames(out / "bad_samples.jsonl")

@@ -261,9 +261,14 @@ def plan_run(dataset: Dataset, data: DataSection, seed: int) -> Epochs:
     return Epochs(buckets, bucket_of, shares(dataset, data.epochs), seed, data.sequential)
 
 
-def padded_share(lengths: Lengths, epochs: Epochs, number: int = 0) -> float:
-    """Share of an epoch's token places that hold no token; empty places of a batch count too."""
+def padded_share(lengths: Lengths, epochs: Epochs, number: int = 0, shards: int = 1) -> float:
+    """Share of an epoch's token places that hold no token; empty places of a batch count too.
+
+    shards: over how many devices samples are divided, each with equally many places.
+    """
     samples = epochs.samples(number)
-    sizes = np.array([bucket.shape.tokens * bucket.places for bucket in epochs.buckets])
+    sizes = np.array(
+        [bucket.shape.tokens * -(-bucket.places // shards) * shards for bucket in epochs.buckets]
+    )
     total = (epochs.batches_of(samples) * sizes).sum()
     return float(1 - lengths.tokens[samples].sum(dtype=np.int64) / total)

@@ -3,12 +3,19 @@
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+from flax.traverse_util import flatten_dict
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from train.batches import Batch
+from train.distributed import gather
+from train.evaluate import ALL
 from train.progress import progress_bar
 from train.records import BadSample
 
@@ -27,43 +34,83 @@ class RunLog:
         self.began = began - (self.history[-1]["seconds"] if self.history else 0.0)
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self.progress = progress_bar(total=steps, initial=start, desc="training", unit="step")
-        self.counts = dict.fromkeys(("samples", "tokens", "frames"), 0)
-        self.places = 0
-        self.since = time.perf_counter()
+        self.evaluations = run_dir / "evaluations.jsonl"
+        write_rows(self.evaluations, [r for r in read_rows(self.evaluations) if r["step"] <= start])
+        self._start_counting()
 
     @property
     def seconds(self) -> float:
         """Wall time of all pieces of the run, without steps that an interruption has undone."""
         return round(time.perf_counter() - self.began, 1)
 
-    def count(self, places: int, **counts: int) -> None:
-        """Add what a batch had: samples, tokens, frames; and its places for tokens."""
-        self.places += places
-        for name, count in counts.items():
-            self.counts[name] += count
+    def _start_counting(self) -> None:
+        self.counts = dict.fromkeys(("samples", "tokens", "frames", "places"), 0)
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time in it as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leaves the time in it out of the rates of training."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def count(self, batch: Batch) -> None:
+        """Add what a batch has."""
+        self.counts["samples"] += sum(sample is not None for sample in batch.samples)
+        self.counts["tokens"] += batch.tokens
+        self.counts["frames"] += batch.frames
+        self.counts["places"] += batch.token_places
 
     def due(self, step: int) -> bool:
         """Whether metrics of this step are to be read from the device and logged."""
         return step % self.log_every == 0 or step in (1, self.steps)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one row, with rates since the row before."""
-        now = time.perf_counter()
-        rates = {f"{k}_per_second": n / (now - self.since) for k, n in self.counts.items()}
-        padding = 1 - self.counts["tokens"] / self.places if self.places else 0.0
-        row = {"step": step, **metrics, **rates, "padding": padding, "seconds": self.seconds}
-        self.counts, self.places, self.since = dict.fromkeys(self.counts, 0), 0, now
+        """Write one row, with rates of all processes since the row before."""
+        seconds = time.perf_counter() - self.since
+        sums = gather(*self.counts.values(), self.waited).sum(0)
+        total = dict(zip((*self.counts, "waited"), map(float, sums), strict=True))
+        places = total.pop("places")
+        waited = total.pop("waited") / jax.process_count()
+        rates = {f"{name}_per_second": count / seconds for name, count in total.items()}
+        row = {
+            "step": step,
+            **metrics,
+            **rates,
+            "data_wait": waited / seconds,
+            "padding": 1 - total["tokens"] / places if places else 0.0,
+            "seconds": self.seconds,
+        }
+        self._start_counting()
         self.history.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            self.board.add_scalar(name, value, step)
+        self._write(self.path, row)
         self.progress.set_postfix(
             refresh=False,
             loss=f"{metrics['loss']:.3f}",
             lr=f"{metrics['learning_rate']:.1e}",
-            **{f"{k}/s": f"{rates[f'{k}_per_second']:.0f}" for k in self.counts},
+            **{f"{name}/s": f"{rates[f'{name}_per_second']:.0f}" for name in total},
         )
+
+    def evaluated(self, step: int, found: dict[str, dict[str, float]]) -> float:
+        """Write what held-out questions have shown; returns the share of right answers."""
+        self._write(self.evaluations, {"step": step, **found}, prefix="heldout/")
+        kinds = ", ".join(f"{name} {share:.0%}" for name, share in found["modality"].items())
+        tqdm.write(f"step {step:,}: held-out questions: {kinds}")
+        return found["accuracy"][ALL]
+
+    def _write(self, path: Path, row: dict[str, Any], prefix: str = "") -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in flatten_dict(row, sep="/").items():
+            self.board.add_scalar(prefix + name, value, row["step"])
 
     def close(self) -> None:
         """Flush everything and end the progress bar."""
@@ -140,18 +187,22 @@ class BadSamples:
     def _file(self, name: str) -> str | None:
         return next((file for file in self.records if name.startswith(f"{file}[")), None)
 
-    def add(self, bad: list[BadSample], step: int) -> None:
-        """`note` new ones.
+    def check(self, count: int) -> None:
+        """See that so many bad samples, of all processes, are not too many.
 
         Raises: TooManyBadSamples if they are more than the allowed share.
         """
-        self.note(bad, step)
         total = sum(self.records.values())
-        if len(self.reasons) > self.max_share * total:
+        if count > self.max_share * total:
             raise TooManyBadSamples(
-                f"{len(self.reasons)} of {total} samples are bad, more than "
-                f"data.max_bad_share {self.max_share:g} allows; {self.path} lists them with reasons"
+                f"{count} of {total} samples are bad, more than data.max_bad_share "
+                f"{self.max_share:g} allows; {self.path} lists them with reasons"
             )
+
+    def collect(self, processes: Path) -> None:
+        """Add what the run's other processes have found, from their folders in `processes`."""
+        for path in sorted(processes.glob(f"*/{self.path.name}")):
+            self.reasons.update({row["name"]: row["reason"] for row in read_rows(path)})
 
     def note(self, bad: list[BadSample], step: int) -> None:
         """Name and count new ones, found in a step; 0: before training."""

@@ -9,23 +9,30 @@ from types import FrameType
 from typing import Any
 
 
+class StopRequest:
+    """Which signal has asked the run to stop, if any."""
+
+    signal: int | None = None
+
+
 @contextmanager
-def stop_request() -> Iterator[threading.Event]:
-    """An event that SIGINT (Ctrl-C) or SIGTERM sets; a second one raises KeyboardInterrupt.
+def stop_request() -> Iterator[StopRequest]:
+    """Notes SIGTERM and SIGINT (Ctrl-C); a second SIGINT raises KeyboardInterrupt.
 
     The loop asks for it between steps. An exception out of nowhere would be lost where Python
-    ignores exceptions: in JAX's hook of the garbage collector, for one.
+    ignores exceptions: in JAX's hook of the garbage collector, for one. A second SIGTERM changes
+    nothing: schedulers send several, and the checkpoint is being written.
     """
-    requested = threading.Event()
+    request = StopRequest()
 
-    def request(*_: Any) -> None:
-        if requested.is_set():
+    def note(number: int, _: Any) -> None:
+        if number == signal.SIGINT and request.signal is not None:
             raise KeyboardInterrupt
-        requested.set()
+        request.signal = number
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield requested
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

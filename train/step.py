@@ -4,118 +4,143 @@ Pure jitted functions over plain dicts of arrays; buffers that are given up are 
 """
 
 import hashlib
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from flax.traverse_util import flatten_dict, path_aware_map
-from jax import Array
+from flax.traverse_util import flatten_dict
+from jax import Array, lax
+from jax.sharding import NamedSharding, Sharding
 
-from train.config import OptimSection
+from train.config import part_of
+from train.distributed import to_host
+from train.optimizer import Optimizer, Params
+from vxl_jax.config import DTYPES
 from vxl_jax.model import VideoXL, loss_and_metrics
 from vxl_jax.stream import StreamBatch
 
-Params = dict[str, Any]
 
-
-def part_of(path: tuple[str, ...]) -> str:
-    """Which of `optim.train`'s parts a parameter belongs to, from its path in the model."""
-    if path[0] != "language":
-        return path[0]
-    return "beacon" if any(name.startswith("beacon_") for name in path) else "language"
-
-
-def split_parts(model: VideoXL, parts: tuple[str, ...]) -> tuple[Any, Params, Params]:
+def split_parts(
+    model: VideoXL, parts: tuple[str, ...], dtype: str = "float32"
+) -> tuple[Any, Params, Params]:
     """The model as (graph, trained parameters, frozen parameters); `nnx.merge` is the inverse.
 
-    Trained parameters become float32 whatever the model stores: in bfloat16 a step of 1e-5 on a
-    weight of 0.02 rounds to nothing.
+    Trained parameters become `dtype` whatever the model stores.
     """
     graph, *states = nnx.split(model, lambda path, _: part_of(path) in parts, ...)
     trained, frozen = map(nnx.to_pure_dict, states)
-    return graph, jax.tree.map(lambda x: x.astype(jnp.float32), trained), frozen
+    return graph, jax.tree.map(lambda x: x.astype(DTYPES[dtype]), trained), frozen
 
 
-@cache
-def make_optimizer(
-    config: OptimSection, steps: int
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW with clipping, and its learning rate: linear warm-up, then cosine to 0 at `steps`.
+Layout = tuple[Sharding, ...]
 
-    Equal arguments give the same object, for which `update` is compiled once.
-    """
-    warmup = min(int(np.ceil(steps * config.warmup_share)), steps - 1)
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=steps,
-    )
 
-    def is_matrix(params: Params) -> Any:
-        return path_aware_map(lambda path, _: path[-1] in ("kernel", "embedding"), params)
+def layout_of(tree: Any) -> Layout:
+    """Where the arrays (or shapes with shardings) of a tree lie."""
+    return tuple(x.sharding for x in jax.tree.leaves(tree))
 
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=is_matrix
-        ),
-    )
-    return optimizer, schedule
+
+def lay_out(tree: Any, layout: Layout) -> Any:
+    """Inside a jitted function: the tree with its arrays where `layout` says."""
+    leaves, structure = jax.tree.flatten(tree)
+    placed = [
+        lax.with_sharding_constraint(x, sharding) if isinstance(sharding, NamedSharding) else x
+        for x, sharding in zip(leaves, layout, strict=True)
+    ]
+    return jax.tree.unflatten(structure, placed)
+
+
+def empty_sums(trained: Params) -> Params:
+    """Sums of no batch: gradients, loss, labelled tokens and those predicted right."""
+    return _empty_sums(layout_of(trained), trained)
 
 
 # Zeros that do not hang on a parameter restored from a checkpoint would not be bound to its device
 # as all sums after them are, and `add_batch` would be compiled for both.
-@partial(jax.jit, keep_unused=True)
-def empty_sums(trained: Params) -> Params:
-    """Sums of no batch: gradients, loss, labelled tokens and those predicted right."""
+@partial(jax.jit, static_argnums=0, keep_unused=True)
+def _empty_sums(layout: Layout, trained: Params) -> Params:
     zero = jnp.zeros((), jnp.float32)
     gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
+    gradients = lay_out(gradients, layout)
     return {"gradients": gradients, "loss": zero, "tokens": zero, "correct": zero}
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=3)
 def add_batch(
     graph: Any,
     trained: Params,
     frozen: Params,
-    sums: Params,
+    sums: Params | None,
     streams: StreamBatch,
     pixels: Array | None,
 ) -> Params:
-    """Add one batch to the sums of a step."""
+    """Add one batch to the sums of a step, whose gradients lie where the parameters do.
 
+    sums: None where the step has one batch; its gradients then have the parameters' dtype.
+    """
+    return _add_batch(graph, layout_of(trained), trained, frozen, sums, streams, pixels)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _add_batch(
+    graph: Any,
+    layout: Layout,
+    trained: Params,
+    frozen: Params,
+    sums: Params | None,
+    streams: StreamBatch,
+    pixels: Array | None,
+) -> Params:
     def loss(trained: Params) -> tuple[Array, dict[str, Array]]:
         return loss_and_metrics(nnx.merge(graph, trained, frozen), streams, pixels)
 
     (total, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
-    batch = {"gradients": gradients, "loss": total, **metrics}
-    return jax.tree.map(jnp.add, sums, batch)
+    batch = {"gradients": lay_out(gradients, layout), "loss": total, **metrics}
+    return batch if sums is None else jax.tree.map(jnp.add, sums, batch)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def update(
-    optimizer: optax.GradientTransformation, trained: Params, opt_state: Any, sums: Params
+    optimizer: Optimizer, trained: Params, opt_state: Any, sums: Params
 ) -> tuple[Params, Any, dict[str, Array]]:
     """One optimizer step with the mean gradient over all labelled tokens of the summed batches.
 
-    Returns parameters, optimizer state, and metrics: loss, accuracy, gradient_norm.
+    Nothing changes, and no step is counted, if the loss or a gradient is not finite. Parameters and
+    state are given up (donated).
+
+    Returns parameters, optimizer state, and metrics: loss, accuracy, gradient_norm, learning_rate,
+    finite (bool).
     """
+    layout = layout_of((trained, opt_state))
+    return _update(optimizer, layout, trained, opt_state, sums)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _update(
+    optimizer: Optimizer, layout: Layout, trained: Params, opt_state: Any, sums: Params
+) -> tuple[Params, Any, dict[str, Array]]:
     tokens = jnp.maximum(sums["tokens"], 1)
-    gradients = jax.tree.map(
-        lambda gradient, p: (gradient / tokens).astype(p.dtype), sums["gradients"], trained
+    gradients = sums["gradients"]
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(gradients)]
+    loss, norm = sums["loss"] / tokens, jnp.sqrt(sum(squares)) / tokens
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    rate = optimizer.rate(opt_state)
+    trained, opt_state = lax.cond(
+        finite,
+        optimizer.apply,
+        lambda trained, opt_state, *_: (trained, opt_state),
+        *(trained, opt_state, gradients, optimizer.clipping(norm) / tokens),
     )
-    updates, opt_state = optimizer.update(gradients, opt_state, trained)
+    trained, opt_state = lay_out((trained, opt_state), layout)
     metrics = {
-        "loss": sums["loss"] / tokens,
+        "loss": loss,
         "accuracy": sums["correct"] / tokens,
-        "gradient_norm": optax.tree.norm(gradients),
+        "gradient_norm": norm,
+        "learning_rate": rate,
+        "finite": finite,
     }
-    return optax.apply_updates(trained, updates), opt_state, metrics
+    return trained, opt_state, metrics
 
 
 def fingerprint(*params: Params) -> str:
@@ -123,7 +148,7 @@ def fingerprint(*params: Params) -> str:
     flat = {path: leaf for tree in params for path, leaf in flatten_dict(tree).items()}
     digest = hashlib.sha256()
     for path in sorted(flat):
-        array = np.asarray(flat[path])
+        array = to_host(flat[path])
         digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import Array, lax
 
+from vxl_jax.sharding import sample_shards
+
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Score of a key that is not seen: finite, so that differences of two have no NaN."""
 
@@ -73,7 +75,7 @@ def window_attention(
     """
     batch, tokens, heads, head_size = q.shape
     if tile is None:
-        scores = tile_bytes() // (4 * batch * heads)
+        scores = tile_bytes() // (4 * -(-batch // sample_shards()) * heads)
         rows = max(1, min(tokens, math.isqrt(scores)))
         tile = rows, max(1, scores // rows)
     q = rearrange(q * head_size**-0.5, "B T (K G) H -> B K G T H", K=k.shape[2])

@@ -12,6 +12,7 @@ from flax import nnx
 from jax import Array
 
 from vxl_jax.model import VideoXL, decode_step, prefill
+from vxl_jax.sharding import everywhere
 from vxl_jax.stream import VISUAL, StreamBatch, round_up
 
 
@@ -47,7 +48,7 @@ def choose(
 ) -> Array:
     """Next token [B] int32 from logits [B, V]; see `Sampling`."""
     if greedy:
-        return logits.argmax(-1).astype(jnp.int32)
+        return everywhere(logits.argmax(-1).astype(jnp.int32))
     order = jnp.argsort(-logits, axis=-1)
     scaled = jnp.take_along_axis(logits, order, axis=-1) / temperature
     likelihood = jax.nn.softmax(scaled, axis=-1)
@@ -55,7 +56,7 @@ def choose(
     rank = jnp.arange(logits.shape[-1])
     allowed = (above < top_p) & ((top_k == 0) | (rank < top_k))
     drawn = jax.random.categorical(key, jnp.where(allowed, scaled, -jnp.inf), axis=-1)
-    return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    return everywhere(jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32))
 
 
 def stream_tokens(

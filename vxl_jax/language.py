@@ -16,6 +16,7 @@ from jax import Array, lax
 from vxl_jax.attention import rope_angles, rotate, window_attention
 from vxl_jax.config import DTYPES, LanguageConfig, VideoXLConfig
 from vxl_jax.memory import Memory
+from vxl_jax.sharding import by_sample
 from vxl_jax.stream import BEACON, TEXT, VISUAL, StreamBatch
 
 Angles = tuple[Array, Array]
@@ -189,7 +190,7 @@ class LanguageModel(nnx.Module):
         if visual is not None:
             index = jnp.where(streams.kind == VISUAL, streams.source, 0)
             x = jnp.where(kind == VISUAL, _take(visual.astype(x.dtype), index), x)
-        return jnp.where(kind == BEACON, self.beacon_embed[0].astype(x.dtype), x)
+        return by_sample(jnp.where(kind == BEACON, self.beacon_embed[0].astype(x.dtype), x))
 
     def run_group(self, x: Array, group: Group, memory: Memory) -> tuple[Array, Memory]:
         """All layers over one group, writing its persistent tokens into the memory in place.
@@ -201,7 +202,8 @@ class LanguageModel(nnx.Module):
 
         def body(carry: tuple[Array, Array, Array], scanned: tuple[Any, Array]) -> tuple[Any, None]:
             layer_params, layer = scanned
-            return nnx.merge(graph, layer_params)(carry[0], group, *carry[1:], layer), None
+            x, *memory = nnx.merge(graph, layer_params)(carry[0], group, *carry[1:], layer)
+            return (by_sample(x), *(by_sample(part, axis=1) for part in memory)), None
 
         layers = jnp.arange(self.config.language.layers)
         (x, keys, values), _ = lax.scan(body, (x, memory.keys, memory.values), (params, layers))
@@ -218,8 +220,9 @@ class LanguageModel(nnx.Module):
         shape = (1, x.shape[0], c.kv_heads, capacity, c.head_size)
 
         def body(x: Array, layer_params: Any) -> tuple[Array, None]:
-            empty = jnp.zeros(shape, x.dtype)
-            return nnx.merge(graph, layer_params)(x, group, empty, empty, 0)[0], None
+            empty = by_sample(jnp.zeros(shape, x.dtype), axis=1)
+            x = nnx.merge(graph, layer_params)(x, group, empty, empty, 0)[0]
+            return by_sample(x), None
 
         if self.config.remat:
             body = jax.checkpoint(body, prevent_cse=False)

@@ -15,6 +15,7 @@ from jax import Array, lax
 from vxl_jax.config import VideoXLConfig
 from vxl_jax.language import LanguageModel, make_group
 from vxl_jax.memory import Memory, empty_memory
+from vxl_jax.sharding import by_sample, sample_shards
 from vxl_jax.stream import IGNORE, StreamBatch
 from vxl_jax.vision import Projector, VisionTower
 
@@ -22,7 +23,7 @@ GROUP_FIELDS = ("kind", "source", "rank", "window_start", "window_memory")
 
 
 FRAME_BLOCK_BYTES = 2**29
-"""Attention scores of the tower held at once, in bytes; above it frames are encoded in turn."""
+"""Attention scores of the tower on a device at once; above it frames are encoded in turn."""
 
 
 class VideoXL(nnx.Module):
@@ -40,17 +41,20 @@ class VideoXL(nnx.Module):
 
         uint8 RGB, or floats that are normalised already.
         """
-        frames = rearrange(jnp.asarray(pixels), "B F height width C -> (B F) height width C")
-        vision = self.config.vision
+        vision, batch = self.config.vision, pixels.shape[0]
         frame_bytes = 4 * vision.heads * (vision.grid**2 + 1) ** 2
+        most = FRAME_BLOCK_BYTES // (frame_bytes * -(-batch // sample_shards()))
         graph, params = nnx.split((self.vision, self.projector))
 
         def encode_some(frames: Array) -> Array:
             tower, projector = nnx.merge(graph, params)
-            return projector(tower(frames))
+            frames = by_sample(rearrange(frames, "F B height width C -> (B F) height width C"))
+            tokens = by_sample(projector(tower(frames)))
+            return rearrange(tokens, "(B F) P D -> F B P D", B=batch)
 
-        tokens = map_in_blocks(encode_some, frames, max(1, FRAME_BLOCK_BYTES // frame_bytes))
-        return rearrange(tokens, "(B F) P D -> B (F P) D", B=pixels.shape[0])
+        frames = rearrange(jnp.asarray(pixels), "B F height width C -> F B height width C")
+        tokens = map_in_blocks(encode_some, frames, max(1, most))
+        return by_sample(rearrange(tokens, "F B P D -> B (F P) D"))
 
     def __call__(self, streams: StreamBatch, visual: Array | None = None) -> Array:
         """Hidden states after the last layer of all tokens, [B, G * T, D], for `logits`.
@@ -131,12 +135,12 @@ def loss_and_metrics(
     """
     visual = None if pixels is None else model.encode(pixels)
     hidden = model(streams, visual)
-    picked = jax.vmap(lambda rows, index: rows[index])(hidden, streams.label_index)
+    picked = by_sample(jax.vmap(lambda rows, index: rows[index])(hidden, streams.label_index))
     return cross_entropy(model, picked, streams.label)
 
 
 LOGITS_BYTES = 2**28
-"""Most bytes of logits that stand at once while a loss is taken."""
+"""Most bytes of logits that stand at once on a device while a loss is taken."""
 
 
 def cross_entropy(model: VideoXL, hidden: Array, label: Array) -> tuple[Array, dict[str, Array]]:
@@ -146,7 +150,7 @@ def cross_entropy(model: VideoXL, hidden: Array, label: Array) -> tuple[Array, d
     """
     batch, count = label.shape
     vocabulary = model.config.language.vocab_size
-    step = max(1, LOGITS_BYTES // (4 * batch * vocabulary))
+    step = max(1, LOGITS_BYTES // (4 * -(-batch // sample_shards()) * vocabulary))
     graph, params = nnx.split(model)
 
     def of_some(hidden: Array, label: Array) -> tuple[Array, Array, Array]:

@@ -1,0 +1,154 @@
+"""Checkpoints of a run: written in the background, whole or not at all, restored onto any mesh."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
+
+from train.config import TrainConfig, config_to_dict
+from train.errors import DataError, TrainingError
+
+PACKAGES = ("vxl-jax", "jax", "flax", "optax", "orbax-checkpoint")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands in its data: batches taken, of the data with this fingerprint."""
+
+    batch: int
+    data: str
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run, one folder a step.
+
+    A step has `state` (trained parameters and optimizer state, an Orbax tree), `position`, and
+    `about`: the run's configuration and the versions of the code. All that is random follows from
+    the configuration's seed and from the numbers of the step and of the batch.
+    """
+
+    def __init__(self, run_dir: Path, config: TrainConfig):
+        """What is kept: the newest `run.keep_checkpoints`, every `run.keep_every`-th step, and the
+        `run.keep_best` most accurate.
+        """
+        run = config.run
+        kept: list[Any] = [managers.LatestN(run.keep_checkpoints)]
+        if run.keep_every is not None:
+            kept.append(managers.EveryNSteps(run.keep_every))
+        if run.keep_best:
+            kept.append(
+                managers.BestN(
+                    get_metric_fn=lambda metrics: metrics["accuracy"],
+                    n=run.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self.run_dir = run_dir
+        self.about = {"config": config_to_dict(config), "versions": versions()}
+        self.last: int | None = None
+        with self._failing("opened"):
+            self.manager = ocp.CheckpointManager(
+                (run_dir / "checkpoints").absolute(),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=managers.AnyPreservationPolicy(kept)
+                ),
+            )
+            self.last = self.manager.latest_step()
+
+    def save(
+        self,
+        step: int,
+        trained: Any,
+        opt_state: Any,
+        position: Position,
+        accuracy: float | None = None,
+    ) -> None:
+        """Write a checkpoint in the background; a step that is there already is left as it is.
+
+        The arrays are copied to the host before this returns, and may be given up.
+
+        Raises: TrainingError if this one or the one before cannot be written.
+        """
+        if step == self.last:
+            return
+        with self._failing("written"):
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave({"params": trained, "opt_state": opt_state}),
+                    position=ocp.args.JsonSave(asdict(position)),
+                    about=ocp.args.JsonSave(self.about),
+                ),
+                metrics=None if accuracy is None else {"accuracy": accuracy},
+            )
+        self.last = step
+
+    def restore(
+        self, step: int, trained: Any, opt_state: Any, start: Position
+    ) -> tuple[Any, Any, Position]:
+        """Read a checkpoint into arrays like the given ones, each device its own part.
+
+        trained, opt_state: arrays, or shapes with shardings. start: the beginning of the data that
+        there is now. The order of samples follows from their number and lengths: with others, a run
+        that starts again would train on some twice and on some never.
+
+        Raises: DataError if the data is not what the run began with; TrainingError if the
+            checkpoint cannot be read.
+        """
+        like = jax.tree.map(
+            ocp.utils.to_shape_dtype_struct, {"params": trained, "opt_state": opt_state}
+        )
+        with self._failing("read"):
+            found = self.manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore()
+                ),
+            )
+        position = Position(**found["position"])
+        if position.data != start.data:
+            raise DataError(
+                f"{self.run_dir} holds a run that began with other training samples than there are "
+                "now; restore its data, or use another --run-dir"
+            )
+        return found["state"]["params"], found["state"]["opt_state"], position
+
+    def close(self) -> None:
+        """Wait until all is written.
+
+        Raises: TrainingError if it cannot be.
+        """
+        with self._failing("written"):
+            self.manager.close()
+
+    @contextmanager
+    def _failing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise anything
+            whole = self.manager.all_steps(read=True) if hasattr(self, "manager") else []
+            intact = f"; the checkpoint of step {max(whole)} is intact" if whole else ""
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise TrainingError(
+                f"{self.run_dir}/checkpoints cannot be {what} ({reason}){intact}. See that there "
+                "is room on the disk; the same command goes on from what is there"
+            ) from error
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that make the numbers, and the commit of a checkout."""
+    found: dict[str, str | None] = {name: version(name) for name in PACKAGES}
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return found | {"commit": None}
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found | {"commit": git.stdout.strip() or None}

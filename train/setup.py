@@ -1,0 +1,144 @@
+"""What a run is made of, before it begins: its directory, data, model and optimizer state."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from train.config import TrainConfig, compare, save_config
+from train.dataset import Dataset, open_dataset
+from train.errors import DataError
+from train.evaluate import eval_ratios
+from train.optimizer import Optimizer, Params
+from train.plan import Epochs
+from vxl_jax.chat import encode_prompt
+from vxl_jax.checkpoint import load
+from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig, cross_check_vocabulary
+from vxl_jax.model import VideoXL
+from vxl_jax.published import read_config
+from vxl_jax.sharding import Placement, place_tree
+
+
+def start_directory(config: TrainConfig, run_dir: Path) -> None:
+    """Make the run's directory; if a run has saved steps in it, check that it is this one.
+
+    Raises: ConfigError listing every field that differs from the run's own configuration.
+    """
+    saved, checkpoints = run_dir / "config.json", run_dir / "checkpoints"
+    if checkpoints.is_dir() and ocp.utils.checkpoint_steps(checkpoints):
+        try:
+            before = json.loads(saved.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{saved} cannot be read ({error}); repair it, or use another --run-dir"
+            ) from error
+        if changed := compare(config, before):
+            raise ConfigError(
+                f"{run_dir} holds a run with another configuration ({'; '.join(changed)}); "
+                "use its configuration to resume it, or another --run-dir"
+            )
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        part = saved.with_suffix(".part")
+        save_config(config, part)
+        part.replace(saved)
+    except OSError as error:
+        raise ConfigError(f"--run-dir {run_dir}: cannot be made ({error.strerror})") from error
+
+
+def prepare_data(config: TrainConfig, prepare: Callable[[TrainConfig], None] | None) -> None:
+    """Make or fetch the data, if the configuration says how.
+
+    Raises: DataError if that fails.
+    """
+    if prepare is None:
+        return
+    try:
+        prepare(config)
+    except (ImportError, OSError, ValueError) as error:
+        raise DataError(f"the data cannot be made: {error}") from error
+
+
+def read_model_config(config: TrainConfig) -> VideoXLConfig:
+    """Sizes of the checkpoint or the preset, with the changes of the `model` section."""
+    if config.model.checkpoint is None:
+        return PRESETS[config.model.preset](**config.model.changes())
+    return read_config(Path(config.model.checkpoint), **config.model.changes())
+
+
+def load_tokenizer(config: TrainConfig, model_config: VideoXLConfig) -> Any:
+    """The tokenizer of a local directory; nothing is downloaded."""
+    # transformers advises to install torch when it is imported without it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    directory = config.model.tokenizer or config.model.checkpoint
+    if directory is None or not Path(directory).is_dir():
+        raise ConfigError(f"model.tokenizer {directory}: there is no such directory")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        encode_prompt("", tokenizer)  # refuses one without the chat template's tokens
+    except Exception as error:  # damaged files raise anything
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"model.tokenizer {directory}: cannot be loaded ({reason})") from error
+    cross_check_vocabulary(model_config.language, len(tokenizer), f"model.tokenizer {directory}")
+    return tokenizer
+
+
+def open_heldout(
+    config: TrainConfig, model_config: VideoXLConfig, tokenizer: Any
+) -> Dataset | None:
+    """The held-out questions, if there are any."""
+    if not config.data.eval_json:
+        return None
+    ratios = eval_ratios(model_config, config.run)
+    return open_dataset(
+        config.data.eval_json, config.data, model_config, tokenizer, prompts=True, ratios=ratios
+    )
+
+
+def count_steps(config: TrainConfig, plans: Epochs) -> tuple[int, int]:
+    """Optimizer steps of all batches, and the step at which `run.max_steps` ends the run."""
+    steps = math.ceil(len(plans) / config.optim.accumulate)
+    return steps, min(steps, config.run.max_steps or steps)
+
+
+def make_model(
+    config: TrainConfig, model_config: VideoXLConfig, placement: Placement | None = None
+) -> VideoXL:
+    """Published weights, or random ones from the run's seed; each device makes its own part."""
+    if config.model.checkpoint is not None:
+        return load(config.model.checkpoint, placement=placement, **config.model.changes())
+    return random_model(model_config, config.run.seed, placement)
+
+
+def random_model(config: VideoXLConfig, seed: int, placement: Placement | None = None) -> VideoXL:
+    """A model that has learned nothing; its numbers do not depend on the placement."""
+
+    def make() -> Any:
+        return nnx.to_pure_dict(nnx.state(VideoXL(config, rngs=nnx.Rngs(seed))))
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: VideoXL(config, rngs=nnx.Rngs(seed))))
+    shapes = jax.eval_shape(make)
+    shardings = None if placement is None else place_tree(placement, shapes)
+    return nnx.merge(graph, jax.jit(make, out_shardings=shardings)())
+
+
+def init_opt_state(optimizer: Optimizer, trained: Params, placement: Placement) -> Any:
+    """The optimizer's state, placed as the parameters; shapes alone where these are shapes."""
+    shapes = jax.eval_shape(optimizer.init, trained)
+    shardings = place_tree(placement, shapes)
+    if not isinstance(jax.tree.leaves(trained)[0], jax.Array):
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            shardings,
+        )
+    return jax.jit(optimizer.init, out_shardings=shardings)(trained)

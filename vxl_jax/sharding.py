@@ -1,0 +1,123 @@
+"""Where parameters, samples and activations live: one mesh, one table of logical axes.
+
+The mesh has three axes: `data` (copies of the model), `fsdp` (each parameter cut over devices, put
+together when it is used; samples are divided over it as well) and `tensor` (heads and MLP columns
+divided). XLA's partitioner adds the communication; the numbers stay those of one device.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vxl_jax.config import VideoXLConfig
+
+AXES = ("data", "fsdp", "tensor")
+SAMPLES = ("data", "fsdp")
+"""Mesh axes over which the samples of a batch are divided."""
+
+Placement = Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]
+"""From a parameter's path and shape to where it lies."""
+
+# Logical axes: `in`, `out` the width of the residual stream, read and written; `heads` whole
+# attention heads; `mlp` and `vocabulary`. Everything else is small, and whole on every device.
+_MESH_AXIS = {"in": "fsdp", "out": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+
+_TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"language/embed/embedding", ("vocab", "out")),
+    (r"language/head/kernel", ("in", "vocab")),
+    (r"projector/up/kernel", ("in", "mlp")),
+    (r"projector/up/bias", ("mlp",)),
+    (r"projector/down/kernel", ("mlp", "out")),
+    (r"vision/patch_embed/kernel", (None, "out")),
+    (r".*/layers/.*(q|k|v)/kernel", (None, "in", "heads")),
+    (r".*/layers/.*(q|k|v)/bias", (None, "heads")),
+    (r".*/layers/.*o/kernel", (None, "heads", "out")),
+    (r".*/layers/.*(gate|up)/kernel", (None, "in", "mlp")),
+    (r".*/layers/.*(gate|up)/bias", (None, "mlp")),
+    (r".*/layers/.*down/kernel", (None, "mlp", "out")),
+)
+
+
+def make_mesh(
+    data: int, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """The mesh data × fsdp × tensor over all devices of all processes, or over the given ones."""
+    return jax.make_mesh(
+        (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def logical_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
+    """Names of a parameter's axes, None for one that is never cut; () if none of them is."""
+    if path and path[-1] in ("lora_a", "lora_b"):  # the kernel's, with the rank in place of one
+        layer, inputs, outputs = logical_axes((*path[:-1], "kernel"))
+        return (layer, inputs, None) if path[-1] == "lora_a" else (layer, None, outputs)
+    return next((axes for row, axes in _TABLE if re.fullmatch(row, "/".join(path))), ())
+
+
+def param_placement(mesh: Mesh, config: VideoXLConfig) -> Placement:
+    """How the parameters of a model are cut over a mesh: for `checkpoint.load` and for training.
+
+    An axis that the mesh does not divide stays whole, and a head is never cut. The optimizer's
+    arrays are placed by the path of the parameter that they belong to; those of another rank are
+    small, and whole.
+    """
+    head_size = {
+        "language": config.language.head_size,
+        "vision": config.vision.width // config.vision.heads,
+    }
+
+    def place(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+        axes = logical_axes(path)
+        spec: list[str | None] = []
+        for axis, size in zip(axes, shape, strict=True) if len(axes) == len(shape) else ():
+            unit = head_size[path[0]] if axis == "heads" else 1
+            cut = None if axis is None else _MESH_AXIS[axis]
+            parts = mesh.shape[cut] if cut else 1
+            spec.append(cut if parts > 1 and size % (unit * parts) == 0 else None)
+        while spec and spec[-1] is None:  # as XLA writes it: others would be compiled for anew
+            spec.pop()
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return place
+
+
+def place_tree(placement: Placement, tree: Any) -> Any:
+    """Shardings of a tree of arrays whose dictionaries are nested as the parameters are."""
+
+    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+        return placement(names, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+# Inside the model. These look at the mesh of `jax.set_mesh`; without one they do nothing.
+
+
+def sample_shards() -> int:
+    """Over how many devices the samples of a batch are divided; 1 without a mesh."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return int(np.prod([shape.get(axis, 1) for axis in SAMPLES]))
+
+
+def by_sample(x: Array, axis: int = 0) -> Array:
+    """The same array, cut over the devices along its axis of samples and nowhere else; as it is
+    where these do not divide it.
+    """
+    shards = sample_shards()
+    if shards == 1 or x.shape[axis] % shards:
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, SAMPLES))
+
+
+def everywhere(x: Array) -> Array:
+    """The same array, whole on every device, so that every process can read it."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec())

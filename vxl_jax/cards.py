@@ -1,0 +1,65 @@
+"""Accelerators: what one device can do at most.
+
+Figures are the vendors': NVIDIA's data sheets and architecture papers (GA102, Ada), and
+cloud.google.com/tpu/docs. Dense products of bfloat16 with sums in float32; NVIDIA often prints
+twice that, "with sparsity".
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Card:
+    """One device.
+
+    name: what to call it on a command line. kinds: its `jax.Device.device_kind`, with or without
+    "NVIDIA " in front. flops: of dense bfloat16 products, a second. bandwidth: bytes a second to
+    and from its memory. memory: bytes as sold; the driver and JAX leave some per cent less.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    flops: float
+    bandwidth: float
+    memory: int
+
+
+def _card(name: str, tflops: float, gb_per_second: float, gib: int, *kinds: str) -> Card:
+    return Card(name, kinds, tflops * 1e12, gb_per_second * 1e9, gib * 2**30)
+
+
+CARDS = (
+    _card("b200", 2250, 8000, 180, "B200"),
+    _card("h200", 989.5, 4800, 141, "H200"),
+    _card("h200-nvl", 835.5, 4800, 141, "H200 NVL"),
+    _card("h100", 989.5, 3350, 80, "H100 80GB HBM3"),  # SXM5
+    _card("h100-nvl", 835.5, 3900, 94, "H100 NVL"),
+    _card("h100-pcie", 756.5, 2000, 80, "H100 PCIe"),
+    _card("a100", 312, 2039, 80, "A100-SXM4-80GB"),
+    _card("a100-40gb", 312, 1555, 40, "A100-SXM4-40GB"),
+    _card("a100-pcie", 312, 1935, 80, "A100 80GB PCIe"),
+    _card("a100-pcie-40gb", 312, 1555, 40, "A100-PCIE-40GB"),
+    _card("l40s", 362.05, 864, 48, "L40S"),
+    _card("l4", 121, 300, 24, "L4"),
+    _card("a10g", 70, 600, 24, "A10G"),
+    _card("6000-ada", 364.2, 960, 48, "RTX 6000 Ada Generation"),
+    _card("4090", 165.2, 1008, 24, "GeForce RTX 4090"),
+    _card("3090", 71, 936, 24, "GeForce RTX 3090"),
+    _card("tpu-v4", 275, 1200, 32, "TPU v4"),
+    _card("tpu-v5e", 197, 819, 16, "TPU v5 lite", "TPU v5e"),
+    _card("tpu-v5p", 459, 2765, 95, "TPU v5", "TPU v5p"),
+    _card("tpu-v6e", 918, 1638, 32, "TPU v6 lite", "TPU v6e"),
+)
+
+
+def card_of(name: str) -> Card | None:
+    """The card of a `jax.Device.device_kind` or of a name such as `h100`; None if unknown.
+
+    All of the name has to be right, but for upper and lower case: a part of it would take the
+    slower "RTX 4090 Laptop GPU", or a slice of an H100, for the whole card.
+    """
+    wanted = name.lower().removeprefix("nvidia ")
+    for card in CARDS:
+        if wanted in (card.name, *(kind.lower() for kind in card.kinds)):
+            return card
+    return None

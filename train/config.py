@@ -23,11 +23,12 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import tyro
 
-from vxl_jax.config import PRESETS, ConfigError
+from vxl_jax.config import PRESETS, ConfigError, LoRAConfig
 from vxl_jax.media import Sampling
 
-Part = Literal["vision", "projector", "language", "beacon"]
-"""A part of the model whose parameters are trained or frozen together."""
+Part = Literal["vision", "projector", "language", "beacon", "lora"]
+"""A part of the model whose parameters are trained or frozen together; lora: the low-rank updates
+that `lora.rank` adds."""
 
 
 def _check(ok: bool, field: str, value: Any, rule: str) -> None:
@@ -251,8 +252,20 @@ class TrainConfig:
     data: DataSection
     optim: OptimSection
     run: RunSection
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
 
     def __post_init__(self) -> None:
+        if ("lora" in self.optim.train) != (self.lora.rank > 0):
+            raise ConfigError(
+                f"optim.train is {self.optim.train!r} and lora.rank is {self.lora.rank}; to train "
+                "with LoRA, 'lora' must be in optim.train and lora.rank at least 1"
+            )
+        beacons = [name for name in self.lora.targets if name.startswith("beacon_")]
+        if self.lora.rank and beacons and self.model.ratios == ():
+            raise ConfigError(
+                f"lora.targets has {', '.join(beacons)}, but model.ratios is (): without "
+                "compression there are no beacons to train"
+            )
         if "beacon" in self.optim.train and self.model.ratios == ():
             raise ConfigError(
                 "optim.train has 'beacon', but model.ratios is (): without compression there are "
@@ -310,8 +323,11 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 
 def compare(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
-    """Differences from a saved configuration that a resumed run must not have, one a line."""
-    new, old = _flat(config_to_dict(config)), _flat(saved)
+    """Differences from a saved configuration that a resumed run must not have, one a line.
+
+    A field that the saved one does not have is new since: the run had what is now the default.
+    """
+    new, old = _flat(config_to_dict(config)), {**_defaults(), **_flat(saved)}
     return [
         f"{name} is {new.get(name)!r}, it was {old.get(name)!r}"
         for name in sorted(new.keys() | old.keys())
@@ -325,6 +341,17 @@ def _flat(sections: dict[str, Any]) -> dict[str, Any]:
         for section, values in sections.items()
         for name, value in values.items()
     }
+
+
+def _defaults() -> dict[str, Any]:
+    """Fields that have a default, as they come back from JSON."""
+    values = {
+        f"{section.name}.{field.name}": field.default
+        for section in dataclasses.fields(TrainConfig)
+        for field in dataclasses.fields(section.type)  # type: ignore[arg-type]
+        if field.default is not dataclasses.MISSING
+    }
+    return json.loads(json.dumps(values))
 
 
 # The command line.

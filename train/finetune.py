@@ -44,6 +44,7 @@ from train.workers import WorkerError
 from vxl_jax.chat import encode_prompt
 from vxl_jax.checkpoint import load
 from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig, cross_check_vocabulary
+from vxl_jax.lora import add_lora
 from vxl_jax.model import VideoXL, parameter_count
 from vxl_jax.published import read_config
 from vxl_jax.tensors import CheckpointError
@@ -281,10 +282,13 @@ def check_data(
 
 
 def make_model(config: TrainConfig, model_config: VideoXLConfig) -> VideoXL:
-    """Published weights, or random ones from the run's seed."""
+    """Published weights, or random ones from the run's seed; with LoRA if the run asks for it."""
     if config.model.checkpoint is not None:
-        return load(config.model.checkpoint, **config.model.changes())
-    return random_model(model_config, config.run.seed)
+        model = load(config.model.checkpoint, **config.model.changes())
+    else:
+        model = random_model(model_config, config.run.seed)
+    add_lora(model, config.lora, config.run.seed)
+    return model
 
 
 def random_model(config: VideoXLConfig, seed: int) -> VideoXL:

@@ -16,14 +16,20 @@ from flax.traverse_util import flatten_dict, path_aware_map
 from jax import Array
 
 from train.config import OptimSection
+from vxl_jax.lora import LORA_NAMES
 from vxl_jax.model import VideoXL, loss_and_metrics
 from vxl_jax.stream import StreamBatch
 
 Params = dict[str, Any]
 
+MATRICES = ("kernel", "embedding", *LORA_NAMES)
+"""Names of the parameters that decay."""
+
 
 def part_of(path: tuple[str, ...]) -> str:
     """Which of `optim.train`'s parts a parameter belongs to, from its path in the model."""
+    if path[-1] in LORA_NAMES:
+        return "lora"
     if path[0] != "language":
         return path[0]
     return "beacon" if any(name.startswith("beacon_") for name in path) else "language"
@@ -57,7 +63,7 @@ def make_optimizer(
     )
 
     def is_matrix(params: Params) -> Any:
-        return path_aware_map(lambda path, _: path[-1] in ("kernel", "embedding"), params)
+        return path_aware_map(lambda path, _: path[-1] in MATRICES, params)
 
     optimizer = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

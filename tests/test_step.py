@@ -11,7 +11,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from train.config import OptimSection, Part
-from train.finetune import random_model
+from train.setup import random_model
 from train.step import (
     add_batch,
     empty_sums,

@@ -128,7 +128,7 @@ def _take(x: Array, index: Array) -> Array:
 
 
 MLP_BYTES = 2**28
-"""Most bytes of an MLP's hidden values that stand at once on a device; above it, tokens take turns."""
+"""Most bytes of an MLP's hidden values on a device at once; above it, tokens take turns."""
 
 
 class MLP(nnx.Module):

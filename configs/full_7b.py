@@ -2,9 +2,9 @@
 
     python -m train.finetune --config full_7b --run-dir runs/full_7b
 
-Two bytes a parameter for weights and two for gradients: bfloat16 is rounded stochastically, so that
-steps of 1e-5 count. One batch a step: sums over several would be float32, twice the gradients. To be
-put in place:
+Two bytes a parameter for weights and two for gradients: bfloat16 is rounded stochastically, so
+that steps of 1e-5 count. One batch a step: sums over several are float32, twice the gradients. To
+be put in place:
 
 - `data/checkpoints/video_xl`: the published checkpoint, with tokenizer files;
 - `data/mine/train.json`: your records in LLaVA's format (docs/data.md), `data/mine/media/` their

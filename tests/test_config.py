@@ -11,6 +11,7 @@ import pytest
 from train.config import (
     CHANGEABLE,
     DataSection,
+    MeshSection,
     ModelSection,
     OptimSection,
     RunSection,
@@ -123,7 +124,9 @@ def test_help_lists_every_field_with_type_default_and_meaning(
         assert option in text
         type_and_meaning, default = text.split(option, 1)[1].split("(default: ", 1)
         assert len(type_and_meaning.split()) > 3, option
-        assert not default.startswith(")"), option
+        section, _, field = name.rpartition(".")
+        empty = bool(section) and getattr(getattr(load_config([]).config, section), field) == ()
+        assert default.startswith(")") == empty, option
 
 
 # Refusals.
@@ -217,6 +220,14 @@ def test_a_bad_value_is_refused(argv: str, message: str, capsys: pytest.CaptureF
         ("lora", "targets", ()),
         ("lora", "targets", ("q", "q")),
         ("lora", "targets", ("q", "head")),
+        ("run", "eval_every", 0),
+        ("run", "keep_every", 0),
+        ("run", "keep_every", 750),  # save_every is 500
+        ("run", "keep_best", -1),
+        ("run", "keep_best", 1),  # of what no one finds out
+        ("mesh", "data", 0),
+        ("mesh", "fsdp", 0),
+        ("mesh", "tensor", 0),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(section: str, name: str, value: Any):
@@ -229,7 +240,7 @@ def test_an_impossible_value_is_refused_by_name(section: str, name: str, value: 
 
 def test_an_unknown_configuration_is_refused_with_the_list(capsys: pytest.CaptureFixture[str]):
     message = _refusal(capsys, "--config", "dmo")
-    assert "demo, finetune_image, finetune_video, pretrain" in message
+    assert "beacon_7b, demo, finetune_image, finetune_video, full_7b, lora_7b, pretrain" in message
 
 
 def test_a_configuration_can_be_a_file(tmp_path: Path):
@@ -329,7 +340,8 @@ def test_differences_that_change_the_result_are_named():
     optim = dataclasses.replace(MINIMAL.optim, learning_rate=1.0)
     data = dataclasses.replace(MINIMAL.data, train_json=("a.json", "b.json"), workers=7)
     run = dataclasses.replace(MINIMAL.run, max_steps=3, log_every=1, run_dir="moved")
-    changed = dataclasses.replace(MINIMAL, optim=optim, data=data, run=run)
+    mesh = MeshSection(data=2, fsdp=2, tensor=2)
+    changed = dataclasses.replace(MINIMAL, optim=optim, data=data, run=run, mesh=mesh)
     assert compare(changed, saved) == [
         "data.train_json is ['a.json', 'b.json'], it was ['a.json']",
         "optim.learning_rate is 1.0, it was 1e-05",

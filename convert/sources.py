@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from train.config import ModelSection
 from vxl_jax.checkpoint import (
     PARAMS,
     UNUSED,
+    ParamPath,
     Shapes,
     abstract_params,
     compare_shapes,
@@ -27,7 +28,8 @@ from vxl_jax.checkpoint import (
     part_reader,
     stored_shapes,
 )
-from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig
+from vxl_jax.config import PRESETS, ConfigError, LoRAConfig, VideoXLConfig
+from vxl_jax.lora import LORA_NAMES, lora_shapes, merge_kernel
 from vxl_jax.names import Row
 from vxl_jax.published import read_config
 from vxl_jax.tensors import (
@@ -39,6 +41,7 @@ from vxl_jax.tensors import (
     read_part,
     tensors_of,
     unused_tensors,
+    whole,
 )
 
 
@@ -106,7 +109,7 @@ def _published(directory: Path) -> Source:
 
 
 def _run(directory: Path) -> Source:
-    section = _model_section(directory / "config.json")
+    section, lora = _sections(directory / "config.json")
     step = latest_step(directory / "checkpoints")
     tree = directory / "checkpoints" / str(step) / "state"
     trained = stored_shapes(tree, "params")
@@ -118,7 +121,8 @@ def _run(directory: Path) -> Source:
     else:
         config = PRESETS[section.preset](**section.changes())
     shapes = base.shapes if base else abstract_params(config)[1]
-    raise_problems(tree, compare_shapes({p: shapes[p] for p in trained if p in shapes}, trained))
+    expected = {p: shapes[p] for p in trained if p in shapes} | lora_shapes(shapes, lora)
+    raise_problems(tree, compare_shapes(expected, trained))
     lost = sorted(".".join(path) for path in shapes.keys() - trained)
     if lost and base is None:
         raise CheckpointError(
@@ -128,10 +132,22 @@ def _run(directory: Path) -> Source:
 
     read_stored = part_reader(tree)
 
+    @lru_cache(maxsize=2)  # whole: a run stores each in one piece
+    def read_update(linear: ParamPath) -> list[np.ndarray]:
+        paths = [(*linear, name) for name in LORA_NAMES]
+        return [read_stored(("params", *path), whole(trained[path].shape)) for path in paths]
+
     def read(row: Row, index: Index) -> np.ndarray:
         if base and row.ours not in trained:
-            return base.read(row, index)
-        return read_stored(("params", *row.ours), index)  # float32, whatever the base is
+            values = base.read(row, index)
+        else:
+            values = read_stored(("params", *row.ours), index)  # float32, whatever the base is
+        *linear, name = row.ours
+        if name == "kernel" and (*linear, LORA_NAMES[0]) in trained:
+            a, b = read_update(tuple(linear))
+            layers, rows, columns = index
+            values = merge_kernel(values, a[layers, rows], b[layers, :, columns], lora.scale)
+        return values
 
     def write_files(part: Path) -> None:
         if base:
@@ -150,12 +166,17 @@ def _run(directory: Path) -> Source:
     return Source(config, shapes, read, base.unused if base else {}, write_files)
 
 
-def _model_section(path: Path) -> ModelSection:
-    values: Any = read_json(path).get("model")
+def _sections(path: Path) -> tuple[ModelSection, LoRAConfig]:
+    values: Any = read_json(path)
     try:
-        return ModelSection(**{**values, "ratios": values["ratios"] and tuple(values["ratios"])})
-    except (TypeError, KeyError, ConfigError) as error:
+        return _section(ModelSection, values["model"]), _section(LoRAConfig, values.get("lora", {}))
+    except (AttributeError, TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: is not the configuration of a run ({error})") from error
+
+
+def _section(kind: Callable[..., Any], values: dict[str, Any]) -> Any:
+    """A section of a configuration that has been through JSON, where tuples are lists."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def latest_step(checkpoints: Path) -> int:

@@ -21,7 +21,7 @@ from train.config import (
     load_config,
     save_config,
 )
-from vxl_jax.config import PRESETS, ConfigError
+from vxl_jax.config import PRESETS, ConfigError, LoRAConfig
 
 FIELDS = [
     f"{section.name}.{field.name}"
@@ -71,6 +71,7 @@ def test_overrides_have_the_types_of_their_fields():
             "--optim.learning-rate=1e-4",
             "--optim.train", "projector", "beacon",
             "--run.max-steps", "7",
+            "--lora.alpha", "8",
             "--run.eval_ratio", "None",
         ]
     ).config  # fmt: skip
@@ -85,6 +86,12 @@ def test_overrides_have_the_types_of_their_fields():
     assert config.optim.train == ("projector", "beacon")
     assert config.run.max_steps == 7
     assert config.run.eval_ratio is None
+    assert config.lora == LoRAConfig(alpha=8.0)
+
+
+def test_lora_on_the_command_line():
+    argv = ["--lora.rank", "64", "--lora.targets", "q", "beacon_q", "--optim.train", "lora"]
+    assert load_config(argv).config.lora == LoRAConfig(64, targets=("q", "beacon_q"))
 
 
 def test_no_ratio_means_no_compression():
@@ -155,6 +162,13 @@ def test_an_unknown_option_is_refused_with_the_nearest(
         ("--model.ratios", "optim.train has 'beacon', but model.ratios is ()"),
         ("--model.pool-stride 9", "model.pool_stride 9 is larger than the tower's grid"),
         ("--data.epochs 1 2 3", "data.epochs is (1, 2, 3); it must be one number"),
+        ("--lora.rank 8", "lora.rank is 8; to train with LoRA, 'lora' must be in optim.train"),
+        ("--optim.train lora", "optim.train is ('lora',) and lora.rank is 0; to train with LoRA"),
+        (
+            "--optim.train lora --lora.rank 8 --lora.targets q beacon_q --model.ratios",
+            "lora.targets has beacon_q, but model.ratios is ()",
+        ),
+        ("--lora.targets head", "'beacon_q', 'beacon_k', 'beacon_v'"),
         ("extra", "extra"),
         ("--config", "--config"),
     ],
@@ -208,6 +222,12 @@ def test_a_bad_value_is_refused(argv: str, message: str, capsys: pytest.CaptureF
         ("mesh", "data", 0),
         ("mesh", "fsdp", 0),
         ("mesh", "tensor", 0),
+        ("lora", "rank", -1),
+        ("lora", "alpha", 0.0),
+        ("lora", "alpha", float("nan")),
+        ("lora", "targets", ()),
+        ("lora", "targets", ("q", "q")),
+        ("lora", "targets", ("q", "head")),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(section: str, name: str, value: Any):
@@ -331,10 +351,24 @@ def test_differences_that_change_the_result_are_named():
 def test_a_field_that_only_one_side_has_is_a_difference():
     saved = config_to_dict(MINIMAL)
     saved["optim"]["schedule"] = "linear"
-    del saved["run"]["seed"]
+    del saved["data"]["media_root"]
     assert compare(MINIMAL, saved) == [
+        "data.media_root is 'media', it was None",
         "optim.schedule is None, it was 'linear'",
-        "run.seed is 0, it was None",
+    ]
+
+
+def test_a_field_that_is_new_since_had_its_default():
+    saved = config_to_dict(MINIMAL)
+    del saved["lora"], saved["run"]["seed"]
+    assert compare(MINIMAL, saved) == []
+    optim = dataclasses.replace(MINIMAL.optim, train=("lora",))
+    changed = dataclasses.replace(MINIMAL, optim=optim, lora=LoRAConfig(8, targets=("q", "v")))
+    everything = ["vision", "projector", "language", "beacon"]
+    assert compare(changed, saved) == [
+        "lora.rank is 8, it was 0",
+        "lora.targets is ['q', 'v'], it was ['q', 'k', 'v', 'o', 'gate', 'up', 'down']",
+        f"optim.train is ['lora'], it was {everything}",
     ]
 
 

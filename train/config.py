@@ -14,7 +14,7 @@ import importlib.util
 import json
 import pkgutil
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +23,18 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import tyro
 
-from vxl_jax.config import PRESETS, ConfigError
+from vxl_jax.config import PRESETS, ConfigError, LoRAConfig
 from vxl_jax.media import Sampling
 
-Part = Literal["vision", "projector", "language", "beacon"]
-"""A part of the model whose parameters are trained or frozen together."""
+Part = Literal["vision", "projector", "language", "beacon", "lora"]
+"""A part of the model whose parameters are trained or frozen together; lora: the low-rank updates
+that `lora.rank` adds."""
 
 
 def part_of(path: tuple[str, ...]) -> str:
     """Which part a parameter belongs to, from its path in the model."""
+    if path[-1].startswith("lora_"):
+        return "lora"
     if path[0] != "language":
         return path[0]
     return "beacon" if any(name.startswith("beacon_") for name in path) else "language"
@@ -326,9 +329,21 @@ class TrainConfig:
     data: DataSection
     optim: OptimSection
     run: RunSection
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
     mesh: MeshSection = MeshSection()
 
     def __post_init__(self) -> None:
+        if ("lora" in self.optim.train) != (self.lora.rank > 0):
+            raise ConfigError(
+                f"optim.train is {self.optim.train!r} and lora.rank is {self.lora.rank}; to train "
+                "with LoRA, 'lora' must be in optim.train and lora.rank at least 1"
+            )
+        beacons = [name for name in self.lora.targets if name.startswith("beacon_")]
+        if self.lora.rank and beacons and self.model.ratios == ():
+            raise ConfigError(
+                f"lora.targets has {', '.join(beacons)}, but model.ratios is (): without "
+                "compression there are no beacons to train"
+            )
         if "beacon" in self.optim.train and self.model.ratios == ():
             raise ConfigError(
                 "optim.train has 'beacon', but model.ratios is (): without compression there are "
@@ -393,8 +408,11 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 
 def compare(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
-    """Differences from a saved configuration that a resumed run must not have, one a line."""
-    new, old = _flat(config_to_dict(config)), _flat(saved)
+    """Differences from a saved configuration that a resumed run must not have, one a line.
+
+    A field that the saved one does not have is new since: the run had what is now the default.
+    """
+    new, old = _flat(config_to_dict(config)), {**_defaults(), **_flat(saved)}
     return [
         f"{name} is {new.get(name)!r}, it was {old.get(name)!r}"
         for name in sorted(new.keys() | old.keys())
@@ -408,6 +426,17 @@ def _flat(sections: dict[str, Any]) -> dict[str, Any]:
         for section, values in sections.items()
         for name, value in values.items()
     }
+
+
+def _defaults() -> dict[str, Any]:
+    """Fields that have a default, as they come back from JSON."""
+    values = {
+        f"{section.name}.{field.name}": field.default
+        for section in dataclasses.fields(TrainConfig)
+        for field in dataclasses.fields(section.type)  # type: ignore[arg-type]
+        if field.default is not dataclasses.MISSING
+    }
+    return json.loads(json.dumps(values))
 
 
 # The command line.
@@ -429,6 +458,41 @@ class Loaded(NamedTuple):
     """Paths in it may still contain `{run_dir}`."""
     prepare: Callable[[TrainConfig], None] | None
     """Makes or fetches the data, if the configuration's module defines it."""
+
+
+class OwnOptions(ArgumentParser):
+    """Options that a command has beside those of a configuration."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(
+            prog=f"python -m {prog}",
+            description=description,
+            usage="%(prog)s [options] [options of the configuration]",
+            epilog="The options of the configuration follow.",
+            add_help=False,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """One line on stderr, and exit status 2."""
+        _refuse(message)
+
+    def split(self, argv: Sequence[str]) -> tuple[Namespace, list[str]]:
+        """These options, and the others, for `load_config`.
+
+        Anything wrong is one message on stderr and SystemExit(2); `--help` prints these options.
+        """
+        found, rest = self.parse_known_args(list(argv))
+        if {"-h", "--help"} & set(rest):
+            self.print_help()
+            print(flush=True)
+        own = [name for action in self._actions for name in action.option_strings]
+        for argument in rest:
+            name = argument.partition("=")[0].replace("_", "-")
+            near = difflib.get_close_matches(name, own, 1, 0.75)
+            if name.startswith("--") and near:
+                self.error(f"there is no option {name}; did you mean {near[0]}?")
+        return found, rest
 
 
 def load_config(

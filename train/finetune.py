@@ -12,6 +12,8 @@ import json
 import signal
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from jax.sharding import Mesh
 
 from train.batches import Loader
 from train.checkpoints import Checkpoints, Position
-from train.config import RunSection, TrainConfig, load_config
+from train.config import OwnOptions, RunSection, TrainConfig, load_config
 from train.dataset import Dataset, open_dataset
 from train.distributed import (
     first_then_others,
@@ -39,9 +41,19 @@ from train.errors import DataError, TrainingError
 from train.evaluate import evaluate, evaluate_at_end
 from train.optimizer import Optimizer
 from train.plan import Epochs, padded_share, plan_run
+from train.planning import print_plan
 from train.records import BadSample
-from train.report import BadSamples, RunLog, TooManyBadSamples, draw_loss, write_text
+from train.report import (
+    PROFILED,
+    BadSamples,
+    RunLog,
+    TooManyBadSamples,
+    Trace,
+    draw_loss,
+    write_text,
+)
 from train.setup import (
+    count_flops,
     count_steps,
     init_opt_state,
     load_tokenizer,
@@ -62,15 +74,19 @@ from vxl_jax.tensors import CheckpointError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 also after SIGTERM, when all is saved."""
-    config, prepare = load_config(sys.argv[1:] if arguments is None else arguments)
+    options, rest = read_options(sys.argv[1:] if arguments is None else arguments)
+    config, prepare = load_config(rest)
     run_dir = Path(config.run.run_dir)
     goes_on = f"the same command goes on from what {run_dir} holds"
     try:
+        if options.plan:
+            print_plan(config.resolved(), options.card, options.memory_gb)
+            return 0
         start_processes()
         first_then_others(lambda: start_directory(config, run_dir))
         first_then_others(lambda: prepare_data(config, prepare))
         with sure_interrupt():
-            stopped = train(config.resolved(), run_dir)
+            stopped = train(config.resolved(), run_dir, profile=options.profile)
     except (
         CheckpointError,
         ConfigError,
@@ -90,8 +106,35 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def train(config: TrainConfig, run_dir: Path) -> int | None:
+def read_options(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """The command's own options, and those of the configuration."""
+    parser = OwnOptions("train.finetune", "Train Video-XL.")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print bytes and operations of a step, compiled for the mesh; no data, no training",
+    )
+    parser.add_argument(
+        "--card", default="h100", help="accelerator of --plan: h100, a100, 4090 … (default: h100)"
+    )
+    parser.add_argument(
+        "--memory-gb",
+        type=float,
+        metavar="GB",
+        help="memory that --plan may use on a device (default: 92 %% of the card's)",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help=f"write a trace of {PROFILED} steps to RUN_DIR/profile, for TensorBoard or Perfetto",
+    )
+    return parser.split(argv)
+
+
+def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | None:
     """The whole run: mesh, data, model, restore, loop, held-out questions, summary.
+
+    profile: write a trace of a few steps.
 
     Returns the step after which SIGTERM has stopped it, None at the end.
     """
@@ -127,12 +170,21 @@ def train(config: TrainConfig, run_dir: Path) -> int | None:
             trained, opt_state, position = checkpoints.restore(step, trained, opt_state, position)
         describe(config, mesh, parameters, data, heldout, plans, step)
 
-        log = RunLog(own_dir, step, last_step, config.run.log_every, began)
+        flops_of = count_flops(config, model_config, trained)
+        log = RunLog(own_dir, step, last_step, config.run.log_every, began, flops_of)
         shards = own_shards(mesh)
         loader = Loader(plans, data, shards=shards)
         stream = loader.batches(position.batch)
-        with closing(checkpoints), closing(log), closing(stream), stop_request() as stop:
+        trace = Trace(own_dir / "profile" if profile else None, first=step + PROFILED)
+        with (
+            closing(checkpoints),
+            closing(log),
+            closing(stream),
+            closing(trace),
+            stop_request() as stop,
+        ):
             while step < last_step:
+                trace.before(step)
                 count = min(config.optim.accumulate, len(plans) - position.batch)
                 sums: Any = empty_sums(trained) if config.optim.accumulate > 1 else None
                 samples: list[str] = []

@@ -5,21 +5,19 @@
 Takes the options of `train.finetune` and a few of its own (`--help`). No weights are loaded.
 """
 
-import difflib
 import json
 import sys
 import time
-from argparse import ArgumentParser
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from train.config import TrainConfig, load_config
+from train.config import OwnOptions, TrainConfig, load_config
 from train.dataset import KINDS, Dataset, open_dataset
 from train.errors import DataError
 from train.inspect_figures import (
@@ -110,25 +108,15 @@ class Options(NamedTuple):
     samples: int
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(2)
-
-
 def read_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """The command's own options, and the others, which are those of `train.finetune`.
 
     Anything wrong is one message on stderr and SystemExit(2).
     """
-    parser = _Parser(
-        prog="python -m train.inspect_data",
-        description="Look at the data before training on it. Exit status: 0; 1 if --check-media is "
-        "given and a sample is bad; 2 after an error.",
-        usage="%(prog)s [--out DIR] [--check-media] [--samples N] [options of train.finetune]",
-        epilog="The options of train.finetune follow.",
-        add_help=False,
-        allow_abbrev=False,
+    parser = OwnOptions(
+        "train.inspect_data",
+        "Look at the data before training on it. Exit status: 0; 1 if --check-media is given and a "
+        "sample is bad; 2 after an error.",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where to write (default: RUN_DIR/inspect)"
@@ -137,15 +125,7 @@ def read_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     parser.add_argument(
         "--samples", type=int, default=12, metavar="N", help="samples in samples.png (default: 12)"
     )
-    found, rest = parser.parse_known_args(list(argv))
-    if {"-h", "--help"} & set(rest):
-        parser.print_help()
-        print(flush=True)
-    for argument in rest:
-        name = argument.partition("=")[0].replace("_", "-")
-        near = difflib.get_close_matches(name, ("--out", "--check-media", "--samples"), 1, 0.75)
-        if name.startswith("--") and near:
-            parser.error(f"there is no option {name}; did you mean {near[0]}?")
+    found, rest = parser.split(argv)
     if not 0 <= found.samples <= MOST_SAMPLES:
         parser.error(f"--samples is {found.samples}; it must be between 0 and {MOST_SAMPLES}")
     return Options(found.out, found.check_media, found.samples), rest

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,29 @@ from train.distributed import gather
 from train.evaluate import ALL
 from train.progress import progress_bar
 from train.records import BadSample
+from vxl_jax.cards import card_of
 
 
 class RunLog:
     """Metrics of the steps of one run, on the terminal and in its directory."""
 
-    def __init__(self, run_dir: Path, start: int, steps: int, log_every: int, began: float):
+    def __init__(
+        self,
+        run_dir: Path,
+        start: int,
+        steps: int,
+        log_every: int,
+        began: float,
+        flops_of: Callable[[Batch], int],
+    ):
         """start: steps that are done already; metrics written after it are dropped.
 
-        began: `time.perf_counter` when this piece of the run began.
+        began: `time.perf_counter` when this piece of the run began. flops_of: floating-point
+        operations that a batch needs.
         """
+        self.flops_of = flops_of
+        card = card_of(jax.devices()[0].device_kind)
+        self.peak = card.flops if card else None
         self.path, self.log_every, self.steps = run_dir / "metrics.jsonl", log_every, steps
         self.history = [row for row in read_rows(self.path) if row["step"] <= start]
         write_rows(self.path, self.history)
@@ -44,7 +57,7 @@ class RunLog:
         return round(time.perf_counter() - self.began, 1)
 
     def _start_counting(self) -> None:
-        self.counts = dict.fromkeys(("samples", "tokens", "frames", "places"), 0)
+        self.counts = dict.fromkeys(("samples", "tokens", "frames", "places", "flops"), 0)
         self.waited = 0.0
         self.since = time.perf_counter()
 
@@ -68,6 +81,7 @@ class RunLog:
         self.counts["tokens"] += batch.tokens
         self.counts["frames"] += batch.frames
         self.counts["places"] += batch.token_places
+        self.counts["flops"] += self.flops_of(batch)
 
     def due(self, step: int) -> bool:
         """Whether metrics of this step are to be read from the device and logged."""
@@ -78,13 +92,15 @@ class RunLog:
         seconds = time.perf_counter() - self.since
         sums = gather(*self.counts.values(), self.waited).sum(0)
         total = dict(zip((*self.counts, "waited"), map(float, sums), strict=True))
-        places = total.pop("places")
+        places, flops = total.pop("places"), total.pop("flops") / seconds / jax.device_count()
         waited = total.pop("waited") / jax.process_count()
         rates = {f"{name}_per_second": count / seconds for name, count in total.items()}
         row = {
             "step": step,
             **metrics,
             **rates,
+            "tflops_per_device": flops / 1e12,
+            "peak_share": flops / self.peak if self.peak else None,
             "data_wait": waited / seconds,
             "padding": 1 - total["tokens"] / places if places else 0.0,
             "seconds": self.seconds,
@@ -110,12 +126,41 @@ class RunLog:
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in flatten_dict(row, sep="/").items():
-            self.board.add_scalar(prefix + name, value, row["step"])
+            if value is not None:
+                self.board.add_scalar(prefix + name, value, row["step"])
 
     def close(self) -> None:
         """Flush everything and end the progress bar."""
         self.progress.close()
         self.board.close()
+
+
+PROFILED = 3
+"""Steps in a trace; it begins after as many, when most is compiled."""
+
+
+class Trace:
+    """A trace of the steps `first` to `first + PROFILED - 1`, counted from 0, written to a folder;
+    none without a folder.
+    """
+
+    def __init__(self, folder: Path | None, first: int):
+        self.folder, self.first, self.running = folder, first, False
+
+    def before(self, step: int) -> None:
+        """Begin or end the trace, if it is time."""
+        if self.folder is not None and step == self.first:
+            jax.profiler.start_trace(self.folder)
+            self.running = True
+        if step == self.first + PROFILED:
+            self.close()
+
+    def close(self) -> None:
+        """End the trace and say where it is."""
+        if self.running:
+            jax.profiler.stop_trace()
+            tqdm.write(f"wrote a trace to {self.folder}: tensorboard --logdir {self.folder}")
+        self.running = False
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -10,16 +10,27 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from train.batches import Batch
 from train.config import TrainConfig, compare, save_config
 from train.dataset import Dataset, open_dataset
 from train.errors import DataError
 from train.evaluate import eval_ratios
 from train.optimizer import Optimizer, Params
 from train.plan import Epochs
+from train.step import split_parts
 from vxl_jax.chat import encode_prompt
 from vxl_jax.checkpoint import load
-from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig, cross_check_vocabulary
+from vxl_jax.config import (
+    PRESETS,
+    ConfigError,
+    LoRAConfig,
+    VideoXLConfig,
+    cross_check_vocabulary,
+)
+from vxl_jax.flops import Work, step_flops
+from vxl_jax.lora import add_lora
 from vxl_jax.model import VideoXL
 from vxl_jax.published import read_config
 from vxl_jax.sharding import Placement, place_tree
@@ -113,10 +124,65 @@ def count_steps(config: TrainConfig, plans: Epochs) -> tuple[int, int]:
 def make_model(
     config: TrainConfig, model_config: VideoXLConfig, placement: Placement | None = None
 ) -> VideoXL:
-    """Published weights, or random ones from the run's seed; each device makes its own part."""
+    """Published weights, or random ones from the run's seed; with LoRA if the run asks for it.
+
+    Each device reads or draws its own part of each parameter.
+    """
     if config.model.checkpoint is not None:
-        return load(config.model.checkpoint, placement=placement, **config.model.changes())
-    return random_model(model_config, config.run.seed, placement)
+        model = load(config.model.checkpoint, placement=placement, **config.model.changes())
+    else:
+        model = random_model(model_config, config.run.seed, placement)
+    return with_lora(model, config.lora, config.run.seed, placement)
+
+
+def with_lora(
+    model: VideoXL, lora: LoRAConfig, seed: int, placement: Placement | None = None
+) -> VideoXL:
+    """The model with low-rank updates that have learned nothing, or as it is at rank 0."""
+    if not lora.rank:
+        return model
+    graph, params = nnx.split(model)
+    base = flatten_dict(nnx.to_pure_dict(params))
+    graph_with_lora: Any = None
+
+    def updates(params: Any) -> Any:
+        nonlocal graph_with_lora
+        whole = nnx.merge(graph, params)
+        add_lora(whole, lora, seed)
+        graph_with_lora, state = nnx.split(whole)
+        flat = flatten_dict(nnx.to_pure_dict(state))
+        return unflatten_dict({path: x for path, x in flat.items() if path not in base})
+
+    shapes = jax.eval_shape(updates, params)
+    shardings = None if placement is None else place_tree(placement, shapes)
+    added = flatten_dict(jax.jit(updates, out_shardings=shardings)(params))
+    return nnx.merge(graph_with_lora, unflatten_dict({**base, **added}))
+
+
+def abstract_state(
+    config: TrainConfig, model_config: VideoXLConfig, placement: Placement
+) -> tuple[Any, Params, Params]:
+    """What `split_parts` gives of the run's model, as shapes with shardings."""
+    graph: Any = None
+
+    def split() -> tuple[Params, Params]:
+        nonlocal graph
+        model = VideoXL(model_config, rngs=nnx.Rngs(0))
+        add_lora(model, config.lora, 0)
+        graph, *states = split_parts(model, config.optim.train, config.optim.param_dtype)
+        return states[0], states[1]
+
+    trained, frozen = (with_shardings(shapes, placement) for shapes in jax.eval_shape(split))
+    return graph, trained, frozen
+
+
+def with_shardings(shapes: Any, placement: Placement) -> Any:
+    """A tree of shapes with the shardings that a placement gives them."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        place_tree(placement, shapes),
+    )
 
 
 def random_model(config: VideoXLConfig, seed: int, placement: Placement | None = None) -> VideoXL:
@@ -131,14 +197,24 @@ def random_model(config: VideoXLConfig, seed: int, placement: Placement | None =
     return nnx.merge(graph, jax.jit(make, out_shardings=shardings)())
 
 
+def count_flops(
+    config: TrainConfig, model_config: VideoXLConfig, trained: Params
+) -> Callable[[Batch], int]:
+    """A function from a batch to the floating-point operations that its forward and backward pass
+    need; see `vxl_jax.flops`.
+    """
+    adapters = [x.size for path, x in flatten_dict(trained).items() if "lora_" in path[-1]]
+
+    def of(batch: Batch) -> int:
+        work = Work.of(batch.streams, batch.frames)
+        return step_flops(model_config, work, config.optim.train, sum(adapters)).total
+
+    return of
+
+
 def init_opt_state(optimizer: Optimizer, trained: Params, placement: Placement) -> Any:
     """The optimizer's state, placed as the parameters; shapes alone where these are shapes."""
     shapes = jax.eval_shape(optimizer.init, trained)
-    shardings = place_tree(placement, shapes)
     if not isinstance(jax.tree.leaves(trained)[0], jax.Array):
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            shapes,
-            shardings,
-        )
-    return jax.jit(optimizer.init, out_shardings=shardings)(trained)
+        return with_shardings(shapes, placement)
+    return jax.jit(optimizer.init, out_shardings=place_tree(placement, shapes))(trained)

@@ -83,6 +83,11 @@ def add_batch(
     return _add_batch(graph, layout_of(trained), trained, frozen, sums, streams, pixels)
 
 
+def lower_add_batch(graph: Any, trained: Params, *rest: Any) -> Any:
+    """`add_batch` of shapes with shardings, ready to be compiled."""
+    return _add_batch.lower(graph, layout_of(trained), trained, *rest)
+
+
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _add_batch(
     graph: Any,
@@ -114,6 +119,11 @@ def update(
     """
     layout = layout_of((trained, opt_state))
     return _update(optimizer, layout, trained, opt_state, sums)
+
+
+def lower_update(optimizer: Optimizer, trained: Params, opt_state: Any, sums: Params) -> Any:
+    """`update` of shapes with shardings, ready to be compiled."""
+    return _update.lower(optimizer, layout_of((trained, opt_state)), trained, opt_state, sums)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))

@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vxl_jax.chat import encode_caption, encode_conversation, encode_prompt
     from vxl_jax.checkpoint import load
-    from vxl_jax.config import ConfigError, LanguageConfig, VideoXLConfig, VisionConfig
+    from vxl_jax.config import (
+        ConfigError,
+        LanguageConfig,
+        LoRAConfig,
+        VideoXLConfig,
+        VisionConfig,
+    )
     from vxl_jax.generate import Sampling
+    from vxl_jax.lora import add_lora, merge_lora
     from vxl_jax.memory import Memory, empty_memory
     from vxl_jax.model import VideoXL, decode_step, loss_and_metrics, prefill
     from vxl_jax.stream import (
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ConfigError",
     "LanguageConfig",
+    "LoRAConfig",
     "Memory",
     "Sampling",
     "Stream",
@@ -34,6 +42,7 @@ __all__ = [
     "VideoXL",
     "VideoXLConfig",
     "VisionConfig",
+    "add_lora",
     "batch_streams",
     "decode_step",
     "draw_ratio",
@@ -43,6 +52,7 @@ __all__ = [
     "encode_prompt",
     "load",
     "loss_and_metrics",
+    "merge_lora",
     "plan_stream",
     "prefill",
 ]
@@ -50,6 +60,7 @@ __all__ = [
 _MODULES = {
     "ConfigError": "vxl_jax.config",
     "LanguageConfig": "vxl_jax.config",
+    "LoRAConfig": "vxl_jax.config",
     "Memory": "vxl_jax.memory",
     "Sampling": "vxl_jax.generate",
     "Stream": "vxl_jax.stream",
@@ -58,6 +69,7 @@ _MODULES = {
     "VideoXL": "vxl_jax.model",
     "VideoXLConfig": "vxl_jax.config",
     "VisionConfig": "vxl_jax.config",
+    "add_lora": "vxl_jax.lora",
     "batch_streams": "vxl_jax.stream",
     "decode_step": "vxl_jax.model",
     "draw_ratio": "vxl_jax.stream",
@@ -67,6 +79,7 @@ _MODULES = {
     "encode_prompt": "vxl_jax.chat",
     "load": "vxl_jax.checkpoint",
     "loss_and_metrics": "vxl_jax.model",
+    "merge_lora": "vxl_jax.lora",
     "plan_stream": "vxl_jax.stream",
     "prefill": "vxl_jax.model",
 }

@@ -40,9 +40,13 @@ def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
     return rotated.astype(x.dtype)
 
 
+made_for: str | None = None
+"""Backend that programs are made for; None: JAX's own. A plan for a GPU is compiled on a CPU."""
+
+
 def tile_bytes() -> int:
     """Bytes of float32 scores in one tile: within a CPU's cache, or enough to fill a GPU."""
-    return 2**21 if jax.default_backend() == "cpu" else 2**28
+    return 2**21 if (made_for or jax.default_backend()) == "cpu" else 2**28
 
 
 def window_attention(

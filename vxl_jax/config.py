@@ -5,8 +5,9 @@ when the dataclass is made, with the name of the field.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import ml_dtypes
 import numpy as np
@@ -149,6 +150,42 @@ class VideoXLConfig:
     def tokens_per_frame(self) -> int:
         """Visual tokens that one frame or tile gives to the language model."""
         return (self.vision.grid // self.pool_stride) ** 2
+
+
+LoRATarget = Literal["q", "k", "v", "o", "gate", "up", "down", "beacon_q", "beacon_k", "beacon_v"]
+"""A linear of every layer of the language model."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank updates of the language model's linears (arXiv 2106.09685). alpha and targets are
+    those of QLoRA (arXiv 2305.14314), with its rank of 64.
+    """
+
+    rank: int = 0
+    """Rank of each linear's update; 0: no updates."""
+    alpha: float = 16.0
+    """An update is multiplied by alpha / rank."""
+    targets: tuple[LoRATarget, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    """Linears that get an update, in all layers. Beacon tokens have q, k and v of their own."""
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise ConfigError(f"lora.rank is {self.rank}; it must be at least 0")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"lora.alpha is {self.alpha}; it must be more than 0")
+        names = get_args(LoRATarget)
+        once = len(set(self.targets)) == len(self.targets)
+        if not (self.targets and once and set(self.targets) <= set(names)):
+            raise ConfigError(
+                f"lora.targets is {self.targets!r}; it must be some of {', '.join(names)}, "
+                "each once"
+            )
+
+    @property
+    def scale(self) -> float:
+        """Factor of the updates."""
+        return self.alpha / self.rank
 
 
 def video_xl_7b(**changes: Any) -> VideoXLConfig:

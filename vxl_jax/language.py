@@ -4,6 +4,7 @@ Shapes follow the axis legend of `vxl_jax`. Source: Qwen2 (arXiv 2407.10671) for
 Video-XL (arXiv 2409.14485, section 3.2) for beacon tokens and what they keep.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from jax import Array, lax
 from vxl_jax.attention import rope_angles, rotate, window_attention
 from vxl_jax.config import DTYPES, LanguageConfig, VideoXLConfig
 from vxl_jax.memory import Memory
-from vxl_jax.sharding import by_sample
+from vxl_jax.sharding import by_sample, sample_shards
 from vxl_jax.stream import BEACON, TEXT, VISUAL, StreamBatch
 
 Angles = tuple[Array, Array]
@@ -126,6 +127,10 @@ def _take(x: Array, index: Array) -> Array:
     return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
 
 
+MLP_BYTES = 2**28
+"""Most bytes of an MLP's hidden values on a device at once; above it, tokens take turns."""
+
+
 class MLP(nnx.Module):
     """SiLU-gated feed-forward network."""
 
@@ -137,7 +142,15 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, T, D] -> [B, T, D]."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        graph, params = nnx.split((self.gate, self.up, self.down))
+
+        def run(x: Array) -> Array:
+            gate, up, down = nnx.merge(graph, params)
+            return down(jax.nn.silu(gate(x)) * up(x))
+
+        width = self.up.out_features * jnp.dtype(self.up.dtype).itemsize
+        most = MLP_BYTES // (width * -(-x.shape[0] // sample_shards()))
+        return map_in_blocks(run, x.swapaxes(0, 1), max(1, most)).swapaxes(0, 1)
 
 
 class DecoderLayer(nnx.Module):
@@ -245,6 +258,16 @@ def stacked(make: Any, layers: int, rngs: nnx.Rngs) -> Any:
         return make(rngs=rngs)
 
     return build(rngs)
+
+
+def map_in_blocks(function: Callable[[Array], Array], x: Array, rows: int) -> Array:
+    """`function` over the first axis of x, at most `rows` at a time, recomputed for gradients."""
+    if len(x) <= rows:
+        return function(x)
+    blocks = -(-len(x) // rows)
+    padded = jnp.pad(x, ((0, blocks * rows - len(x)), *((0, 0) for _ in x.shape[1:])))
+    out = lax.map(jax.checkpoint(function), padded.reshape(blocks, rows, *x.shape[1:]))
+    return out.reshape(blocks * rows, *out.shape[2:])[: len(x)]
 
 
 def _linear(

@@ -1,6 +1,5 @@
 """Video-XL: vision tower, projector and language model, and the pure functions over them."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from flax import nnx
 from jax import Array, lax
 
 from vxl_jax.config import VideoXLConfig
-from vxl_jax.language import LanguageModel, make_group
+from vxl_jax.language import LanguageModel, make_group, map_in_blocks
 from vxl_jax.memory import Memory, empty_memory
 from vxl_jax.sharding import by_sample, sample_shards
 from vxl_jax.stream import IGNORE, StreamBatch
@@ -82,16 +81,6 @@ def start_beacons(language: LanguageModel, key: Array) -> None:
         nnx.update(getattr(attention, f"beacon_{name}"), nnx.state(getattr(attention, name)))
     row = jax.random.randint(key, (1,), 0, language.embed.num_embeddings)
     language.beacon_embed[...] = language.embed.embedding[row]
-
-
-def map_in_blocks(function: Callable[[Array], Array], x: Array, rows: int) -> Array:
-    """`function` over the first axis of x, at most `rows` at a time, recomputed for gradients."""
-    if len(x) <= rows:
-        return function(x)
-    blocks = -(-len(x) // rows)
-    padded = jnp.pad(x, ((0, blocks * rows - len(x)), *((0, 0) for _ in x.shape[1:])))
-    out = lax.map(jax.checkpoint(function), padded.reshape(blocks, rows, *x.shape[1:]))
-    return out.reshape(blocks * rows, *out.shape[2:])[: len(x)]
 
 
 def take_group(streams: StreamBatch, index: Any) -> StreamBatch:

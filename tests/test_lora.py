@@ -1,0 +1,479 @@
+"""Low-rank updates: what they compute, what trains, merging, and a run from end to end."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file
+
+import vxl_jax
+from convert import convert_to_hf, to_hf
+from convert.sources import open_source
+from tests.test_convert import MICRO, a_run, run_config, tensors_in
+from tests.test_finetune import Run, make_folder, run
+from tests.test_step import batch_of
+from train.config import ModelSection, OptimSection, load_config, save_config
+from train.setup import make_model, read_model_config
+from train.step import (
+    add_batch,
+    empty_sums,
+    make_optimizer,
+    part_of,
+    split_parts,
+    update,
+)
+from vxl_jax.config import LoRAConfig, LoRATarget, VideoXLConfig, demo, tiny
+from vxl_jax.lora import LORA_NAMES, LoRALinear, add_lora, lora_path, lora_shapes, merge_lora
+from vxl_jax.model import VideoXL, decode_step, prefill
+from vxl_jax.names import table
+from vxl_jax.stream import IMAGE_TOKEN, batch_streams, plan_stream
+from vxl_jax.tensors import CheckpointError
+
+pytestmark = pytest.mark.usefixtures("exact_products")
+
+TARGETS: tuple[LoRATarget, ...] = get_args(LoRATarget)
+ALL = LoRAConfig(rank=4, alpha=6.0, targets=TARGETS)
+
+Arrays = dict[tuple[str, ...], Any]
+
+
+def arrays_of(model: VideoXL) -> Arrays:
+    """All parameters by path, on the host."""
+    flat = flatten_dict(nnx.to_pure_dict(nnx.state(model)))
+    return {path: np.array(value) for path, value in flat.items()}
+
+
+def with_arrays(model: VideoXL, arrays: Arrays) -> VideoXL:
+    """The model with other parameters."""
+    return nnx.merge(nnx.graphdef(model), unflatten_dict(arrays))
+
+
+def noisy(arrays: Arrays, names: Sequence[str] | None = None) -> Arrays:
+    """Noise added to all parameters, or to those of some names."""
+    rng = np.random.default_rng(1)
+    noise = {path: rng.normal(scale=0.2, size=x.shape) for path, x in arrays.items()}
+    return {
+        path: (x + noise[path]).astype(x.dtype) if names is None or path[-1] in names else x
+        for path, x in arrays.items()
+    }
+
+
+@cache
+def new_model(config: VideoXLConfig) -> tuple[Any, Any]:
+    """Graph and parameters of a random model."""
+    return nnx.split(nnx.jit(lambda: VideoXL(config, rngs=nnx.Rngs(0)))())
+
+
+def plain_model(**changes: Any) -> VideoXL:
+    """A small model in which no two linears and no two layers are alike."""
+    model = nnx.merge(*new_model(tiny(remat=False, **changes)))
+    return with_arrays(model, noisy(arrays_of(model)))
+
+
+def lora_model(config: LoRAConfig = ALL, seed: int = 0, **changes: Any) -> VideoXL:
+    """The same model with updates that have not been trained."""
+    model = plain_model(**changes)
+    add_lora(model, config, seed)
+    return model
+
+
+def trained_model(config: LoRAConfig = ALL, **changes: Any) -> VideoXL:
+    """The same model with updates that change it."""
+    model = lora_model(config, **changes)
+    return with_arrays(model, noisy(arrays_of(model), LORA_NAMES))
+
+
+@pytest.fixture(scope="module")
+def trained() -> VideoXL:
+    return trained_model()
+
+
+@partial(jax.jit, static_argnums=0)
+def training_form(graph: Any, params: Any, streams: Any, pixels: Any) -> Any:
+    """Logits of all tokens."""
+    model = nnx.merge(graph, params)
+    return model.logits(model(streams, model.encode(pixels)))
+
+
+def outputs(model: VideoXL) -> list[np.ndarray]:
+    """Logits of a video with beacons: in the form for training; then after the prompt watched a
+    window at a time, and after two more tokens.
+    """
+    config = model.config
+    ids, tokens = [1, 2, 3, IMAGE_TOKEN, 4, 5], 10 * config.tokens_per_frame
+    stream = plan_stream(ids, [tokens], window=config.window, ratio=[2, 8, 4])
+    size = config.vision.image_size
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 10, size, size, 3), np.uint8)
+    graph, params = nnx.split(model)
+
+    found = [training_form(graph, params, batch_streams([stream]), pixels)]
+    streams = batch_streams([stream], windows_per_group=1)
+    logits, memory = prefill(graph, params, streams, pixels, 64)
+    found.append(logits)
+    for token in (7, 8):
+        token = jnp.array([token], jnp.int32)
+        logits, memory = decode_step(graph, params, memory, token)
+        found.append(logits)
+    return [np.asarray(logits) for logits in found]
+
+
+# What an update computes.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_new_update_changes_no_bit(dtype: str):
+    expected = outputs(plain_model(dtype=dtype))
+    ours = lora_model(dtype=dtype)
+    assert isinstance(ours.language.layers.attention.beacon_q, LoRALinear)
+    for a, b in zip(outputs(ours), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    merge_lora(ours)
+    before = arrays_of(plain_model(dtype=dtype))
+    for path, value in arrays_of(ours).items():
+        np.testing.assert_array_equal(value, before[path], err_msg=str(path))
+
+
+def test_updates_equal_merged_kernels(trained: VideoXL):
+    """In every target by itself, and in all together."""
+    arrays = arrays_of(trained)
+    plain = outputs(lora_model())
+    for chosen in (*((target,) for target in TARGETS), TARGETS):
+        b = {path: 0 * x for path, x in arrays.items() if path[-1] == "lora_b"}
+        for target in chosen:
+            path = (*lora_path(target), "lora_b")
+            b[path] = arrays[path]
+        model = with_arrays(trained, {**arrays, **b})
+        ours = outputs(model)
+        merge_lora(model)
+        for a, expected, without in zip(ours, outputs(model), plain, strict=True):
+            assert np.linalg.norm(a - expected) < 1e-5 * np.linalg.norm(expected), chosen
+            assert np.linalg.norm(a - without) > 1e-3 * np.linalg.norm(expected), chosen
+
+
+def test_merged_kernels_are_those_of_the_paper(trained: VideoXL):
+    """W + (alpha / r) A B, in every layer; nothing else changes, and the model is a plain one."""
+    before = arrays_of(trained)
+    model = with_arrays(trained, before)
+    merge_lora(model)
+    merged, plain = arrays_of(model), plain_model()
+    assert nnx.graphdef(model) == nnx.graphdef(plain)
+    assert merged.keys() == arrays_of(plain).keys()
+    changed = {path for path, value in merged.items() if not np.array_equal(value, before[path])}
+    assert changed == {(*lora_path(target), "kernel") for target in TARGETS}
+    for *path, _ in changed:
+        a, b = (before[*path, name].astype(np.float64) for name in LORA_NAMES)
+        for layer, kernel in enumerate(before[*path, "kernel"]):
+            expected = kernel + 6.0 / 4 * a[layer] @ b[layer]
+            np.testing.assert_allclose(merged[*path, "kernel"][layer], expected, atol=1e-5)
+
+
+def test_half_precision():
+    """Updates are float32; they are computed in the model's dtype, and merged in float32."""
+    config = LoRAConfig(4, targets=("q", "down"))
+    model = trained_model(config, dtype="bfloat16", param_dtype="bfloat16")
+    before = arrays_of(model)
+    dtypes = {
+        name: {x.dtype.name for p, x in before.items() if p[-1] == name}
+        for name in ("kernel", *LORA_NAMES)
+    }
+    assert dtypes == {"kernel": {"bfloat16"}, "lora_a": {"float32"}, "lora_b": {"float32"}}
+    linear = nnx.Linear(3, 5, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert LoRALinear(linear, config, jax.random.key(0))(jnp.zeros((2, 3))).dtype == jnp.bfloat16
+    merge_lora(model)
+    after = arrays_of(model)
+    for target in config.targets:
+        path = lora_path(target)
+        kernel, a, b = (before[*path, name].astype(np.float32) for name in ("kernel", *LORA_NAMES))
+        expected = (kernel + 4 * (a @ b)).astype(ml_dtypes.bfloat16)
+        same = after[*path, "kernel"] == expected
+        assert same.mean() > 0.999  # a last bit of the product may round the other way
+    assert all(x.dtype == ml_dtypes.bfloat16 for x in after.values())
+
+
+# What an update starts from.
+
+
+def test_a_start_depends_on_seed_and_name_alone():
+    def updates(targets: tuple[LoRATarget, ...], seed: int) -> Arrays:
+        arrays = arrays_of(lora_model(LoRAConfig(4, targets=targets), seed))
+        return {path: x for path, x in arrays.items() if path[-1] in LORA_NAMES}
+
+    everything, other = updates(TARGETS, 0), updates(TARGETS, 1)
+    for targets in [("v",), ("down", "beacon_q", "q")]:
+        some = updates(targets, 0)
+        assert {path[:-1] for path in some} == set(map(lora_path, targets))
+        for path, value in some.items():
+            np.testing.assert_array_equal(value, everything[path])
+    starts = [x for arrays in (everything, other) for p, x in arrays.items() if p[-1] == "lora_a"]
+    numbers = np.concatenate([np.unique(x) for x in starts])
+    assert len(np.unique(numbers)) > 0.99 * len(numbers)  # no two are alike, in no two layers
+    for path, value in everything.items():
+        bound = 32**-0.5 if path[-2] != "down" else 48**-0.5
+        if path[-1] == "lora_a":
+            assert 0.95 * bound < np.abs(value).max() <= bound
+            assert value.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+        else:
+            assert not value.any()
+
+
+def test_a_start_is_the_same_however_it_is_made():
+    config = tiny(remat=False)
+
+    def make() -> VideoXL:
+        model = VideoXL(config, rngs=nnx.Rngs(0))
+        add_lora(model, ALL, 3)
+        return model
+
+    model, in_place = (nnx.merge(*new_model(config)) for _ in range(2))
+    plain_shapes = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in arrays_of(model).items()}
+    add_lora(model, ALL, 3)
+    expected = arrays_of(model)
+    nnx.jit(lambda model: add_lora(model, ALL, 3))(in_place)
+    pure = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))()
+    for arrays in (arrays_of(in_place), flatten_dict(pure)):
+        assert arrays.keys() == expected.keys()
+        for path, value in arrays.items():
+            np.testing.assert_array_equal(value, expected[path], err_msg=str(path))
+
+    abstract = nnx.eval_shape(make)
+    assert nnx.graphdef(abstract) == nnx.graphdef(model)
+    shapes = {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for path, x in flatten_dict(nnx.to_pure_dict(nnx.state(abstract))).items()
+    }
+    assert shapes == plain_shapes | lora_shapes(plain_shapes, ALL)
+    assert lora_shapes(plain_shapes, LoRAConfig()) == {}
+
+
+def test_rank_zero_adds_nothing_and_a_second_update_is_refused():
+    model = plain_model()
+    graph = nnx.graphdef(model)
+    add_lora(model, LoRAConfig(), 0)
+    assert nnx.graphdef(model) == graph
+    add_lora(model, LoRAConfig(2, targets=("k",)), 0)
+    with pytest.raises(ValueError, match="k has an update already"):
+        add_lora(model, LoRAConfig(2, targets=("q", "k")), 0)
+
+
+# Training.
+
+
+def one_step(model: VideoXL, optim: OptimSection, batch: Sequence[int]) -> tuple[Arrays, Arrays]:
+    """Parameters before and after a step on some of four samples."""
+    graph, trained, frozen = split_parts(model, optim.train)
+    before = flatten_dict(jax.tree.map(np.array, trained))
+    optimizer, _ = make_optimizer(optim, 10)
+    sums = add_batch(graph, trained, frozen, empty_sums(trained), *batch_of(batch))
+    assert flatten_dict(sums["gradients"]).keys() == before.keys()
+    trained = jax.tree.map(jnp.array, trained)  # the model's own must not be donated
+    trained, _, _ = update(optimizer, trained, optimizer.init(trained), sums)
+    return before, flatten_dict(jax.tree.map(np.array, trained))
+
+
+def test_updates_alone_are_trained(trained: VideoXL):
+    whole = arrays_of(trained)
+    assert {part_of(path) for path in whole} == {
+        *("vision", "projector", "language", "beacon", "lora")
+    }
+    optim = OptimSection(1e-3, 0.0, train=("lora",))
+    before, after = one_step(trained, optim, [0, 1, 2, 3])
+    assert before.keys() == {(*lora_path(t), name) for t in TARGETS for name in LORA_NAMES}
+    for path, value in after.items():
+        changed = (value != before[path]).any(axis=(1, 2))  # in every layer, but
+        last = path[-2] != "beacon_q"  # no token sees what a beacon sees in the last one
+        assert changed.tolist() == [True, True, last], path
+    for path, value in arrays_of(trained).items():
+        np.testing.assert_array_equal(value, whole[path], err_msg=str(path))
+
+    _, others, updates = split_parts(trained, ("vision", "projector", "language", "beacon"))
+    assert flatten_dict(updates).keys() == before.keys()
+    assert flatten_dict(others).keys() == whole.keys() - before.keys()
+
+
+def test_a_new_update_begins_to_learn():
+    """Its gradient reaches lora_b at once, and lora_a from the second step on."""
+    before, after = one_step(lora_model(), OptimSection(1e-3, 0.0, train=("lora",)), [0, 1])
+    changed = {path[-1] for path in before if not np.array_equal(before[path], after[path])}
+    assert changed == {"lora_b"}
+
+
+def test_updates_decay_as_other_matrices_do(trained: VideoXL):
+    optim = OptimSection(1e-3, 0.0, weight_decay=0.1, train=("lora",))
+    before, after = one_step(trained, optim, [])
+    for path, value in after.items():
+        np.testing.assert_allclose(value, before[path] * (1 - 1e-4), rtol=1e-6)
+
+
+# Conversion.
+
+
+def a_lora_run(directory: Path, section: ModelSection, trained: Any, lora: LoRAConfig) -> Path:
+    """A run's directory; what it has come to is twice the parameters given."""
+    a_run(directory, section, trained)
+    config = run_config(section)
+    optim = dataclasses.replace(config.optim, train=("lora",))
+    save_config(dataclasses.replace(config, optim=optim, lora=lora), directory / "config.json")
+    return directory
+
+
+def test_a_run_is_exported_with_merged_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base, out = tmp_path / "base", tmp_path / "out"
+    convert_to_hf(MICRO, base, dtype="bfloat16")
+    model = vxl_jax.load(base)
+    lora = LoRAConfig(3, 7.0, ("q", "beacon_v", "down"))
+    add_lora(model, lora, 0)
+    model = with_arrays(model, noisy(arrays_of(model), LORA_NAMES))
+    _, trained, _ = split_parts(model, ("lora", "projector"))
+    directory = a_lora_run(tmp_path / "run", ModelSection(checkpoint=str(base)), trained, lora)
+    monkeypatch.setattr(to_hf, "CHUNK_BYTES", 2**11)  # several pieces a kernel
+    convert_to_hf(directory, out, dtype="float32")
+
+    before, ours = tensors_in(base), tensors_in(out)
+    assert ours.keys() == before.keys()
+    arrays = {path: 2 * np.float32(x) for path, x in arrays_of(model).items()}
+    expected = {name: np.float32(value) for name, value in before.items()}
+    theirs = {
+        "q": "self_attn.q_proj",
+        "beacon_v": "self_attn.beacon_v_proj",
+        "down": "mlp.down_proj",
+    }
+    for target, name in theirs.items():
+        a, b = (arrays[*lora_path(target), name] for name in LORA_NAMES)
+        for layer in range(len(a)):
+            kernel = expected[f"model.layers.{layer}.{name}.weight"]
+            kernel += (7 / 3 * a[layer] @ b[layer]).T
+    for name, value in ours.items():
+        if "mm_projector" in name:
+            expected[name] *= 2
+        np.testing.assert_allclose(value, expected[name], rtol=1e-6, atol=1e-6, err_msg=name)
+    changed = {name for name in ours if not np.array_equal(ours[name], np.float32(before[name]))}
+    assert len(changed) == 3 * len(a) + 4
+
+    # Any part is the same part of the whole.
+    source = open_source(directory)
+    (row,) = (row for row in table(source.config) if row.ours == (*lora_path("down"), "kernel"))
+    whole = source.read(row, tuple(slice(0, size) for size in source.shapes[row.ours].shape))
+    index = (slice(1, 3), slice(5, 9), slice(2, 30))
+    np.testing.assert_allclose(source.read(row, index), whole[index], rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_from_random_weights(tmp_path: Path, demo_data: Path):
+    section = ModelSection(preset="tiny", tokenizer=str(demo_data / "tokenizer"))
+    lora = LoRAConfig(2, targets=("q",))
+    model = trained_model(lora)
+    everything = ("vision", "projector", "language", "beacon")
+    _, trained, _ = split_parts(model, (*everything, "lora"))
+    convert_to_hf(a_lora_run(tmp_path / "run", section, trained, lora), tmp_path / "out")
+    twice = with_arrays(model, {path: 2 * x for path, x in arrays_of(model).items()})
+    merge_lora(twice)
+    loaded = arrays_of(vxl_jax.load(tmp_path / "out"))
+    for path, value in arrays_of(twice).items():
+        np.testing.assert_allclose(loaded[path], value, atol=1e-5, err_msg=str(path))
+
+    _, trained, _ = split_parts(model, ("lora",))
+    only = a_lora_run(tmp_path / "only", section, trained, lora)
+    with pytest.raises(CheckpointError, match="began with random weights and did not train lang"):
+        convert_to_hf(only, tmp_path / "none")
+
+
+def test_a_run_that_does_not_hold_what_it_says_is_refused(tmp_path: Path):
+    model = vxl_jax.load(MICRO)
+    lora = LoRAConfig(3, targets=("q",))
+    add_lora(model, lora, 0)
+    _, trained, _ = split_parts(model, ("lora",))
+    section = ModelSection(checkpoint=str(MICRO))
+    directory = a_lora_run(tmp_path / "run", section, trained, lora)
+    q = "language.layers.attention.q"
+    config = json.loads((directory / "config.json").read_text())
+    for values, message in [
+        (None, f"unexpected parameter {q}.lora_a"),
+        ({"rank": 4, "targets": ["q"]}, rf"parameter {q}.lora_a has shape \(.*, 3\), config.json"),
+        (
+            {"rank": 3, "targets": ["q", "k"]},
+            "missing parameter language.layers.attention.k.lora_b",
+        ),
+        ({"rank": -3}, "is not the configuration of a run .lora.rank is -3"),
+        ({"ranks": 3}, "is not the configuration of a run .*ranks"),
+    ]:
+        changed = {**config, "lora": values} if values else {"model": config["model"]}
+        (directory / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=message):
+            convert_to_hf(directory, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# A run, from end to end.
+
+LORA = (
+    *("--lora.rank", "8", "--lora.targets", "q", "o", "down", "beacon_k"),
+    *("--optim.train", "lora", "projector", "--run.max-steps", "8"),
+    *("--data.eval-json", "--optim.learning-rate", "1e-2"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, configuration, and a checkpoint in the published layout to begin with."""
+    folder = make_folder(tmp_path_factory.mktemp("lora"))
+    _, params = new_model(demo())
+    half = jax.tree.map(lambda x: x / 2, nnx.to_pure_dict(params))  # a_run doubles it
+    section = ModelSection(preset="demo", tokenizer=f"{folder}/tokenizer")
+    convert_to_hf(a_run(folder / "began", section, half), folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Run:
+    ended = run(folder, folder / "whole", "--model.checkpoint", f"{folder}/base", *LORA)
+    assert ended.status == 0, ended.err
+    return ended
+
+
+def test_a_run_learns_and_its_export_is_the_same_model(whole: Run, folder: Path):
+    assert whole.metrics[-1]["loss"] < 0.9 * whole.metrics[0]["loss"]
+    assert "trains lora, projector;" in whole.out
+
+    argv = ["--config", f"{folder}/config.py", "--model.checkpoint", f"{folder}/base", *LORA]
+    config = load_config(argv).config
+    model = make_model(config, read_model_config(config))
+    graph, _, frozen = split_parts(model, config.optim.train)
+    manager = ocp.CheckpointManager(whole.path / "checkpoints")
+    restored = manager.restore(8, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+    own = nnx.merge(graph, restored.state["params"], frozen)
+
+    out = folder / "out"
+    convert_to_hf(whole.path, out)
+    before, ours = (
+        load_file(folder / "base/model.safetensors"),
+        load_file(out / "model.safetensors"),
+    )
+    assert ours.keys() == before.keys()
+    changed = {name for name in ours if not np.array_equal(ours[name], before[name])}
+    assert len(changed) == 4 * 4 + 4  # four targets in four layers, and the projector
+    models = (vxl_jax.load(out), own, vxl_jax.load(folder / "base"))
+    for a, b, start in zip(*map(outputs, models), strict=True):
+        assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
+        assert np.linalg.norm(a - start) > 1e-2 * np.linalg.norm(b)
+
+
+def test_a_run_in_two_pieces_equals_a_whole_one(whole: Run, folder: Path):
+    options = ("--model.checkpoint", f"{folder}/base", *LORA)
+    first = run(folder, folder / "pieces", *options, "--run.max-steps", "3")
+    assert first.status == 0
+    assert first.summary["params_sha256"] != whole.summary["params_sha256"]
+    second = run(folder, folder / "pieces", *options)
+    assert "resumed at step 3" in second.out
+    assert second.summary["params_sha256"] == whole.summary["params_sha256"]
+    refused = run(folder, folder / "pieces", *options, "--lora.rank", "4")
+    assert "lora.rank is 4, it was 8" in refused.error

@@ -1,0 +1,271 @@
+"""Will it fit? A step's bytes and operations, compiled for its mesh; nothing is allocated.
+
+    python -m train.finetune --config finetune_video --plan --card h100
+
+Works without a GPU, also for several: the mesh is made of virtual CPU devices. Parameters,
+gradients and optimizer state are arithmetic, and exact. Activations are what XLA's CPU compiler
+allocates for the same program: about what a GPU needs, as a rule more, since a CPU multiplies
+bfloat16 in float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from train.batches import Batch
+from train.config import TrainConfig
+from train.optimizer import Optimizer
+from train.progress import progress_bar
+from train.setup import abstract_state, count_flops, init_opt_state, read_model_config
+from train.step import lower_add_batch, lower_update
+from vxl_jax import attention
+from vxl_jax.cards import CARDS, Card, card_of
+from vxl_jax.chat import IMAGE_TOKEN
+from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig
+from vxl_jax.model import GROUP_FIELDS
+from vxl_jax.sharding import SAMPLES, make_mesh, param_placement
+from vxl_jax.stream import IGNORE, Stream, StreamShape, batch_streams, plan_stream
+
+TEXT, LABELS = 512, 256
+"""Tokens of text in a planned sample, and how many of them carry loss."""
+
+USABLE = 0.92
+"""Share of a card's memory that a program gets, with XLA_CLIENT_MEM_FRACTION=0.95."""
+
+EFFICIENCY = 0.4
+"""Share of a card's peak that a step is expected to reach."""
+
+# A CPU multiplies bfloat16 matrices in float32. Moved out of the loop over layers, that would be a
+# float32 copy of all layers, which no accelerator makes.
+COMPILER_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One training step. Bytes are those of one device, `flops` of all together.
+
+    frames, tokens: of one sample. samples: in one batch, of all devices. update: temporaries of the
+    optimizer, which stand when the activations are gone.
+    """
+
+    frames: int
+    tokens: int
+    samples: int
+    trained: int
+    frozen: int
+    gradients: int
+    optimizer: int
+    batch: int
+    activations: int
+    update: int
+    flops: int
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that stand at once."""
+        rest = self.trained + self.frozen + self.gradients + self.optimizer
+        return rest + max(self.batch + self.activations, self.update)
+
+
+class Planner:
+    """Compiles the steps of a configuration for a mesh, as a GPU would run them."""
+
+    def __init__(self, config: TrainConfig, model_config: VideoXLConfig, mesh: Mesh):
+        self.config, self.model, self.mesh = config, model_config, mesh
+        attention.made_for = "gpu"
+        placement = param_placement(mesh, model_config)
+        self.graph, self.trained, self.frozen = abstract_state(config, model_config, placement)
+        self.optimizer = Optimizer(config.optim, steps=1000, seed=0)
+        self.opt_state = init_opt_state(self.optimizer, self.trained, placement)
+        dtype = jnp.float32 if config.optim.accumulate > 1 else None
+        zero = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+        gradients = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding),
+            self.trained,
+        )
+        self.sums = {"gradients": gradients, "loss": zero, "tokens": zero, "correct": zero}
+        self.update_bytes = self._compile(
+            lower_update(self.optimizer, self.trained, self.opt_state, self.sums)
+        )
+
+    def step(self, frames: int) -> StepPlan:
+        """A step of which each sample has so many frames, and `TEXT` tokens of text."""
+        config = self.config
+        stream = self.stream(frames)
+        samples = self.samples(stream)
+        batch = batch_streams([stream] * samples, StreamShape.of(stream))
+        size = self.model.vision.image_size
+        arrays: dict[str, Any] = {
+            name: self._struct(value.shape, value.dtype, 1 if name in GROUP_FIELDS else 0)
+            for name, value in vars(batch).items()
+            if isinstance(value, np.ndarray)
+        }
+        pixels = self._struct((samples, frames, size, size, 3), np.uint8, 0)
+        placed = replace(batch, **arrays), pixels if frames else None
+        sums = self.sums if config.optim.accumulate > 1 else None
+        with jax.set_mesh(self.mesh):
+            lowered = lower_add_batch(self.graph, self.trained, self.frozen, sums, *placed)
+        flops = count_flops(config, self.model, self.trained)(
+            Batch(batch, None, [], frames * samples, 0, 0)
+        )
+        return StepPlan(
+            frames=frames,
+            tokens=stream.length,
+            samples=samples,
+            trained=bytes_of(self.trained),
+            frozen=bytes_of(self.frozen),
+            gradients=bytes_of(self.sums["gradients"]),
+            optimizer=bytes_of(self.opt_state),
+            batch=bytes_of(placed),
+            activations=self._compile(lowered),
+            update=self.update_bytes,
+            flops=flops * config.optim.accumulate,
+        )
+
+    def stream(self, frames: int) -> Stream:
+        """A sample with one video, under the ratio that leaves most beacons."""
+        ids = np.full(TEXT + 1, 1, np.int32)
+        ids[0] = IMAGE_TOKEN
+        labels = np.where(np.arange(len(ids)) > TEXT - LABELS, ids, IGNORE)
+        ids, labels = (ids, labels) if frames else (ids[1:], labels[1:])
+        visual = [frames * self.model.tokens_per_frame] if frames else []
+        ratio = min(self.model.ratios, default=None)
+        return plan_stream(ids, visual, window=self.model.window, ratio=ratio, labels=labels)
+
+    def samples(self, stream: Stream) -> int:
+        """Places of a batch of such samples, on all devices."""
+        data, shards = self.config.data, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        places = data.batch_size
+        if data.max_tokens_per_batch is not None:
+            places = max(1, min(places, data.max_tokens_per_batch // stream.length))
+        return -(-places // shards) * shards
+
+    def _struct(self, shape: Sequence[int], dtype: Any, axis: int) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec(*(None,) * axis, SAMPLES)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+    def _compile(self, lowered: Any) -> int:
+        """Bytes of temporaries on one device."""
+        memory = lowered.compile(compiler_options=COMPILER_OPTIONS).memory_analysis()
+        return int(memory.temp_size_in_bytes)
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of shapes with shardings on one device."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def longest(planner: Planner, one: StepPlan, memory: int) -> StepPlan | None:
+    """The longest sample whose step fits, compiled; None if not even one frame does.
+
+    Bytes grow in proportion to frames, so that two steps tell of all.
+    """
+    few = planner.step(max(1, one.frames // 4))
+    if one.frames == few.frames:
+        few = planner.step(4 * one.frames)
+    slope = (one.peak - few.peak) / (one.frames - few.frames)
+    frames = int(one.frames + (memory - one.peak) / slope)
+    frames = min(frames, MOST_FRAMES)
+    for _ in range(3):
+        if frames < 1:
+            return None
+        found = planner.step(frames)
+        if found.peak <= memory:
+            return found
+        frames = int(frames - max(1, (found.peak - memory) / slope))
+    return None
+
+
+MOST_FRAMES = 16384
+"""Frames up to which the longest sample is looked for."""
+
+
+def print_plan(config: TrainConfig, card_name: str, memory_gb: float | None) -> None:
+    """Compile the steps of a configuration and print what they need on a card.
+
+    memory_gb: of a device, in GB (10^9 bytes); that of the card if None.
+
+    Raises: ConfigError if there is no such card.
+    """
+    card = card_of(card_name)
+    if card is None:
+        names = ", ".join(card.name for card in CARDS)
+        raise ConfigError(f"--card {card_name}: there is no such card; there are {names}")
+    data, fsdp, tensor = config.mesh.data or 1, config.mesh.fsdp, config.mesh.tensor
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", data * fsdp * tensor)
+    mesh = make_mesh(data, fsdp, tensor)
+    model, sizes = planned_model(config)
+    memory = int(card.memory * USABLE if memory_gb is None else memory_gb * 1e9)
+    with progress_bar(total=5, desc="compiling", unit="program") as progress:
+        planner = Planner(config, model, mesh)
+        progress.update()
+        step = planner.step(config.data.max_frames)
+        progress.update()
+        most = longest(planner, step, memory)
+        progress.update(3)
+    print(f"sizes: {sizes}; trains {', '.join(config.optim.train)} with {config.optim.optimizer}")
+    print(f"mesh: data {data} x fsdp {fsdp} x tensor {tensor}, one {card.name} each\n")
+    print(_table(step, memory))
+    print(_longest(most, config, memory))
+    print(_speed(step, card, mesh.size))
+
+
+def planned_model(config: TrainConfig) -> tuple[VideoXLConfig, str]:
+    """Sizes of the checkpoint, or of the preset where it is not on this machine; and their name."""
+    checkpoint = config.model.checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        sizes = f"preset {config.model.preset} ({checkpoint} is not here)"
+        return PRESETS[config.model.preset](**config.model.changes()), sizes
+    return read_model_config(config), checkpoint or f"preset {config.model.preset}"
+
+
+def _table(step: StepPlan, memory: int) -> str:
+    rows = [
+        ("parameters, trained", step.trained),
+        ("parameters, frozen", step.frozen),
+        ("gradients", step.gradients),
+        ("optimizer state", step.optimizer),
+        ("batch", step.batch),
+        ("activations (compiled)", step.activations),
+        ("or update, after them (compiled)", step.update),
+        ("peak", step.peak),
+        ("of", memory),
+    ]
+    head = (
+        f"a batch of {step.samples} sample(s) of {step.frames:,} frames and {TEXT} tokens of text, "
+        f"{step.tokens:,} tokens each"
+    )
+    lines = [f"{name:36}{size / 1e9:>8.2f} GB a device" for name, size in rows]
+    verdict = "it fits" if step.peak <= memory else "IT DOES NOT FIT"
+    return "\n".join([head, *lines, verdict])
+
+
+def _longest(most: StepPlan | None, config: TrainConfig, memory: int) -> str:
+    if most is None:
+        return f"longest sample: none fits in {memory / 1e9:.1f} GB"
+    limit = config.data.max_length
+    note = f"; data.max_length {limit:,} would skip it" if most.tokens > limit else ""
+    more = " or more" if most.frames >= MOST_FRAMES else ""
+    return (
+        f"longest sample: {most.frames:,} frames{more}, {most.tokens:,} tokens "
+        f"({most.peak / 1e9:.2f} GB, compiled){note}"
+    )
+
+
+def _speed(step: StepPlan, card: Card, devices: int) -> str:
+    seconds = step.flops / (devices * card.flops * EFFICIENCY)
+    return (
+        f"a step: {step.flops / 1e15:.3f} PFLOP without recomputation; at {EFFICIENCY:.0%} of "
+        f"{card.flops / 1e12:.0f} TFLOP/s on {devices} device(s): {seconds:.2f} s, "
+        f"{1 / seconds:.3f} steps/s"
+    )

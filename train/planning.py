@@ -165,24 +165,28 @@ def bytes_of(tree: Any) -> int:
 
 
 def longest(planner: Planner, one: StepPlan, memory: int) -> StepPlan | None:
-    """The longest sample whose step fits, compiled; None if not even one frame does.
+    """The longest sample whose step fits, to a few per cent, compiled; None if not even one frame
+    does.
 
-    Bytes grow in proportion to frames, so that two steps tell of all.
+    Bytes grow with frames, in proportion where activations are what counts: each new step is drawn
+    from the line through a step that fits and one that does not.
     """
-    few = planner.step(max(1, one.frames // 4))
-    if one.frames == few.frames:
-        few = planner.step(4 * one.frames)
-    slope = (one.peak - few.peak) / (one.frames - few.frames)
-    frames = int(one.frames + (memory - one.peak) / slope)
-    frames = min(frames, MOST_FRAMES)
-    for _ in range(3):
-        if frames < 1:
-            return None
+    fits = one if one.peak <= memory else planner.step(1)
+    if fits.peak > memory:
+        return None
+    fails = one if fits is not one else planner.step(min(MOST_FRAMES, 2 * one.frames))
+    for _ in range(4):
+        slope = (fails.peak - fits.peak) / (fails.frames - fits.frames)
+        frames = int(fits.frames + 0.99 * (memory - fits.peak) / max(slope, 1.0))
+        frames = min(frames, MOST_FRAMES)
+        if frames <= fits.frames * 1.02:
+            break
         found = planner.step(frames)
         if found.peak <= memory:
-            return found
-        frames = int(frames - max(1, (found.peak - memory) / slope))
-    return None
+            fits = found
+        else:
+            fails = found
+    return fits
 
 
 MOST_FRAMES = 16384

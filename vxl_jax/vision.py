@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from vxl_jax.config import DTYPES, VideoXLConfig
 from vxl_jax.language import recomputed, stacked
+from vxl_jax.sharding import by_sample
 
 
 def normalize_pixels(pixels: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
@@ -88,7 +89,7 @@ class VisionTower(nnx.Module):
         graph, params = nnx.split(self.layers)
 
         def body(x: Array, layer_params: Any) -> tuple[Array, None]:
-            return nnx.merge(graph, layer_params)(x), None
+            return by_sample(nnx.merge(graph, layer_params)(x)), None
 
         return lax.scan(recomputed(body, self.config.remat), x, params)[0][:, 1:]
 

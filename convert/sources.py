@@ -131,7 +131,7 @@ def _run(directory: Path) -> Source:
     def read(row: Row, index: Index) -> np.ndarray:
         if base and row.ours not in trained:
             return base.read(row, index)
-        return read_stored(("params", *row.ours), index)  # float32, whatever the base is
+        return read_stored(("params", *row.ours), index)  # optim.param_dtype, not the base's
 
     def write_files(part: Path) -> None:
         if base:

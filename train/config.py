@@ -30,6 +30,13 @@ Part = Literal["vision", "projector", "language", "beacon"]
 """A part of the model whose parameters are trained or frozen together."""
 
 
+def part_of(path: tuple[str, ...]) -> str:
+    """Which part a parameter belongs to, from its path in the model."""
+    if path[0] != "language":
+        return path[0]
+    return "beacon" if any(name.startswith("beacon_") for name in path) else "language"
+
+
 def _check(ok: bool, field: str, value: Any, rule: str) -> None:
     if not ok:
         raise ConfigError(f"{field} is {value!r}; it must be {rule}")
@@ -57,7 +64,7 @@ class ModelSection:
     pool_stride: int | None = None
     """Patches of a frame are averaged over this many squared; None: the preset's."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of frozen parameters. Trained ones are float32: bfloat16 would lose steps of 1e-5."""
+    """Dtype of frozen parameters; optim.param_dtype is that of trained ones."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of activations and matrix products."""
     remat: bool = True
@@ -181,7 +188,7 @@ class DataSection:
 
 @dataclass(frozen=True)
 class OptimSection:
-    """AdamW with linear warm-up and cosine decay to 0."""
+    """AdamW or Adafactor with linear warm-up and cosine decay to 0."""
 
     learning_rate: float = 1e-5
     """Peak learning rate."""
@@ -190,15 +197,31 @@ class OptimSection:
     weight_decay: float = 0.0
     """Decoupled weight decay of the weight matrices."""
     b1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of AdamW's mean of gradients."""
     b2: float = 0.999
-    """Decay of the mean of squared gradients."""
+    """Decay of AdamW's mean of squared gradients."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     accumulate: int = 1
     """Batches whose gradients are averaged for one optimizer step."""
     train: tuple[Part, ...] = ("vision", "projector", "language", "beacon")
     """Parts of the model that are trained; the others are frozen."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """adamw keeps 8 bytes for each trained parameter; adafactor next to nothing: a row and a column
+    of numbers for each matrix."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of trained parameters; bfloat16 is rounded stochastically, so that steps of 1e-5 count.
+    """
+    vision_learning_rate: float | None = None
+    """Peak learning rate of the vision tower; None: learning_rate."""
+    projector_learning_rate: float | None = None
+    """Peak learning rate of the projector; None: learning_rate."""
+    language_learning_rate: float | None = None
+    """Peak learning rate of the language model but its beacons; None: learning_rate."""
+    beacon_learning_rate: float | None = None
+    """Peak learning rate of beacon embedding and projections; None: learning_rate."""
+    lora_learning_rate: float | None = None
+    """Peak learning rate of low-rank adapters; None: learning_rate."""
 
     def __post_init__(self) -> None:
         _check(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "more than 0")
@@ -209,6 +232,17 @@ class OptimSection:
         _check(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "more than 0")
         _check_least("optim", self, 1, "accumulate")
         _check(len(self.train) > 0, "optim.train", self.train, "at least one part of the model")
+        for part in ("vision", "projector", "language", "beacon", "lora"):
+            name = f"{part}_learning_rate"
+            rate = getattr(self, name)
+            _check(rate is None or rate > 0, f"optim.{name}", rate, "more than 0")
+            rule = f"None where optim.train does not have {part!r}; it is {self.train}"
+            _check(rate is None or part in self.train, f"optim.{name}", rate, rule)
+
+    def peak(self, part: str) -> float:
+        """Peak learning rate of a part of the model."""
+        rate = getattr(self, f"{part}_learning_rate")
+        return self.learning_rate if rate is None else rate
 
 
 @dataclass(frozen=True)

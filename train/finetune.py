@@ -28,6 +28,7 @@ from train.config import TrainConfig, compare, load_config, save_config
 from train.dataset import Dataset, open_dataset
 from train.errors import DataError
 from train.evaluate import accuracy, answer_questions, chance, eval_ratios
+from train.optimizer import Optimizer
 from train.plan import Epochs, padded_share, plan_run
 from train.records import BadSample
 from train.report import BadSamples, RunLog, TooManyBadSamples, draw_loss, write_text
@@ -36,7 +37,6 @@ from train.step import (
     add_batch,
     empty_sums,
     fingerprint,
-    make_optimizer,
     split_parts,
     update,
 )
@@ -145,11 +145,11 @@ def train(config: TrainConfig, run_dir: Path) -> None:
         bad = check_data(config, run_dir, step, data, heldout)
         plans = plan_run(data, config.data, config.run.seed)
         steps, last_step = count_steps(config, plans)
-        optimizer, schedule = make_optimizer(config.optim, steps)
+        optimizer = Optimizer(config.optim, steps, config.run.seed)
 
         model = make_model(config, model_config)
         parameters = parameter_count(nnx.state(model))
-        graph, trained, frozen = split_parts(model, config.optim.train)
+        graph, trained, frozen = split_parts(model, config.optim.train, config.optim.param_dtype)
         opt_state = optimizer.init(trained)
         position = Position(0, data.fingerprint)
         if step:
@@ -168,7 +168,7 @@ def train(config: TrainConfig, run_dir: Path) -> None:
             stop_request() as stop,
         ):
             while step < last_step:
-                sums = empty_sums(trained)
+                sums = empty_sums(trained) if config.optim.accumulate > 1 else None
                 count = min(config.optim.accumulate, len(plans) - position.batch)
                 for _ in range(count):
                     batch = next(stream)
@@ -181,15 +181,17 @@ def train(config: TrainConfig, run_dir: Path) -> None:
                     )
                     sums = add_batch(graph, trained, frozen, sums, batch.streams, batch.pixels)
                 trained, opt_state, metrics = update(optimizer, trained, opt_state, sums)
+                del sums  # before the next step makes its own
                 step += 1
                 position = replace(position, batch=position.batch + count)
                 stopping = stop.is_set()
                 saving = stopping or step % config.run.save_every == 0 or step == last_step
                 if saving or log.due(step):
+                    del metrics["finite"]  # says nothing that the others do not
                     values = {name: float(value) for name, value in metrics.items()}
                     check_finite(values, step)
                 if log.due(step):
-                    log.log(step, {**values, "learning_rate": float(schedule(step - 1))})
+                    log.log(step, {**values, "learning_rate": float(optimizer.schedule(step - 1))})
                 if saving:
                     save(checkpoints, step, trained, opt_state, position)
                 log.progress.update()

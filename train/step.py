@@ -4,68 +4,33 @@ Pure jitted functions over plain dicts of arrays; buffers that are given up are 
 """
 
 import hashlib
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
-from flax.traverse_util import flatten_dict, path_aware_map
-from jax import Array
+from flax.traverse_util import flatten_dict
+from jax import Array, lax
 
-from train.config import OptimSection
+from train.config import part_of
+from train.optimizer import Optimizer, Params
+from vxl_jax.config import DTYPES
 from vxl_jax.model import VideoXL, loss_and_metrics
 from vxl_jax.stream import StreamBatch
 
-Params = dict[str, Any]
 
-
-def part_of(path: tuple[str, ...]) -> str:
-    """Which of `optim.train`'s parts a parameter belongs to, from its path in the model."""
-    if path[0] != "language":
-        return path[0]
-    return "beacon" if any(name.startswith("beacon_") for name in path) else "language"
-
-
-def split_parts(model: VideoXL, parts: tuple[str, ...]) -> tuple[Any, Params, Params]:
+def split_parts(
+    model: VideoXL, parts: tuple[str, ...], dtype: str = "float32"
+) -> tuple[Any, Params, Params]:
     """The model as (graph, trained parameters, frozen parameters); `nnx.merge` is the inverse.
 
-    Trained parameters become float32 whatever the model stores: in bfloat16 a step of 1e-5 on a
-    weight of 0.02 rounds to nothing.
+    Trained parameters become `dtype` whatever the model stores.
     """
     graph, *states = nnx.split(model, lambda path, _: part_of(path) in parts, ...)
     trained, frozen = map(nnx.to_pure_dict, states)
-    return graph, jax.tree.map(lambda x: x.astype(jnp.float32), trained), frozen
-
-
-@cache
-def make_optimizer(
-    config: OptimSection, steps: int
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW with clipping, and its learning rate: linear warm-up, then cosine to 0 at `steps`.
-
-    Equal arguments give the same object, for which `update` is compiled once.
-    """
-    warmup = min(int(np.ceil(steps * config.warmup_share)), steps - 1)
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else config.learning_rate,
-        peak_value=config.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=steps,
-    )
-
-    def is_matrix(params: Params) -> Any:
-        return path_aware_map(lambda path, _: path[-1] in ("kernel", "embedding"), params)
-
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=is_matrix
-        ),
-    )
-    return optimizer, schedule
+    return graph, jax.tree.map(lambda x: x.astype(DTYPES[dtype]), trained), frozen
 
 
 # Zeros that do not hang on a parameter restored from a checkpoint would not be bound to its device
@@ -83,39 +48,50 @@ def add_batch(
     graph: Any,
     trained: Params,
     frozen: Params,
-    sums: Params,
+    sums: Params | None,
     streams: StreamBatch,
     pixels: Array | None,
 ) -> Params:
-    """Add one batch to the sums of a step."""
+    """Add one batch to the sums of a step.
+
+    sums: None for a step of one batch; its gradients then have the parameters' dtype. Sums of
+    several are float32, and begin with `empty_sums`.
+    """
 
     def loss(trained: Params) -> tuple[Array, dict[str, Array]]:
         return loss_and_metrics(nnx.merge(graph, trained, frozen), streams, pixels)
 
     (total, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
     batch = {"gradients": gradients, "loss": total, **metrics}
-    return jax.tree.map(jnp.add, sums, batch)
+    if sums is None:
+        return batch
+    return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), sums, batch)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def update(
-    optimizer: optax.GradientTransformation, trained: Params, opt_state: Any, sums: Params
+    optimizer: Optimizer, trained: Params, opt_state: Any, sums: Params
 ) -> tuple[Params, Any, dict[str, Array]]:
     """One optimizer step with the mean gradient over all labelled tokens of the summed batches.
 
-    Returns parameters, optimizer state, and metrics: loss, accuracy, gradient_norm.
+    Nothing changes, and no step is counted, if the loss or a gradient is not finite.
+
+    Returns parameters, optimizer state, and metrics: loss, accuracy, gradient_norm, finite (bool).
     """
     tokens = jnp.maximum(sums["tokens"], 1)
-    gradients = jax.tree.map(
-        lambda gradient, p: (gradient / tokens).astype(p.dtype), sums["gradients"], trained
+    gradients = sums["gradients"]
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(gradients)]
+    loss, norm = sums["loss"] / tokens, jnp.sqrt(sum(squares)) / tokens
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    trained, opt_state = lax.cond(
+        finite,
+        optimizer.apply,
+        lambda trained, opt_state, *_: (trained, opt_state),
+        *(trained, opt_state, gradients, optimizer.clipping(norm) / tokens),
     )
-    updates, opt_state = optimizer.update(gradients, opt_state, trained)
-    metrics = {
-        "loss": sums["loss"] / tokens,
-        "accuracy": sums["correct"] / tokens,
-        "gradient_norm": optax.tree.norm(gradients),
-    }
-    return optax.apply_updates(trained, updates), opt_state, metrics
+    accuracy = sums["correct"] / tokens
+    metrics = {"loss": loss, "accuracy": accuracy, "gradient_norm": norm, "finite": finite}
+    return trained, opt_state, metrics
 
 
 def fingerprint(*params: Params) -> str:

@@ -141,7 +141,7 @@ def _run(directory: Path) -> Source:
         if base and row.ours not in trained:
             values = base.read(row, index)
         else:
-            values = read_stored(("params", *row.ours), index)  # float32, whatever the base is
+            values = read_stored(("params", *row.ours), index)  # optim.param_dtype
         *linear, name = row.ours
         if name == "kernel" and (*linear, LORA_NAMES[0]) in trained:
             a, b = read_update(tuple(linear))

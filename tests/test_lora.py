@@ -23,13 +23,12 @@ from convert.sources import open_source
 from tests.test_convert import MICRO, a_run, run_config, tensors_in
 from tests.test_finetune import Run, make_folder, run
 from tests.test_step import batch_of
-from train.config import ModelSection, OptimSection, load_config, save_config
+from train.config import ModelSection, OptimSection, load_config, part_of, save_config
+from train.optimizer import Optimizer
 from train.setup import make_model, read_model_config
 from train.step import (
     add_batch,
     empty_sums,
-    make_optimizer,
-    part_of,
     split_parts,
     update,
 )
@@ -273,7 +272,7 @@ def one_step(model: VideoXL, optim: OptimSection, batch: Sequence[int]) -> tuple
     """Parameters before and after a step on some of four samples."""
     graph, trained, frozen = split_parts(model, optim.train)
     before = flatten_dict(jax.tree.map(np.array, trained))
-    optimizer, _ = make_optimizer(optim, 10)
+    optimizer = Optimizer(optim, 10, seed=0)
     sums = add_batch(graph, trained, frozen, empty_sums(trained), *batch_of(batch))
     assert flatten_dict(sums["gradients"]).keys() == before.keys()
     trained = jax.tree.map(jnp.array, trained)  # the model's own must not be donated

@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from vxl_jax.config import DTYPES, VideoXLConfig
 from vxl_jax.language import stacked
+from vxl_jax.sharding import by_sample
 
 
 def normalize_pixels(pixels: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
@@ -80,15 +81,15 @@ class VisionTower(nnx.Module):
             p=c.patch_size,
             q=c.patch_size,
         )
-        x = self.patch_embed(patches)
+        x = by_sample(self.patch_embed(by_sample(patches)))
         first = jnp.broadcast_to(self.class_embed[...].astype(dtype), (x.shape[0], 1, c.width))
         x = jnp.concatenate([first, x], axis=1) + self.position_embed[...].astype(dtype)
-        x = self.pre_norm(x)
+        x = by_sample(self.pre_norm(x))
 
         graph, params = nnx.split(self.layers)
 
         def body(x: Array, layer_params: Any) -> tuple[Array, None]:
-            return nnx.merge(graph, layer_params)(x), None
+            return by_sample(nnx.merge(graph, layer_params)(x)), None
 
         if self.config.remat:
             body = jax.checkpoint(body, prevent_cse=False)
@@ -106,7 +107,8 @@ class Projector(nnx.Module):
 
     def __call__(self, features: Array) -> Array:
         """Features [F, patches, width of the tower] -> visual tokens [F, tokens_per_frame, D]."""
-        x = self.down(jax.nn.gelu(self.up(features), approximate=False))
+        x = by_sample(self.up(features))
+        x = by_sample(self.down(jax.nn.gelu(x, approximate=False)))
         stride, grid = self.config.pool_stride, self.config.vision.grid
         side = grid // stride * stride
         x = rearrange(x, "F (h w) D -> F h w D", h=grid)[:, :side, :side]

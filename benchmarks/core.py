@@ -98,7 +98,7 @@ def jax_phase(phase: str, size: str, frames: int) -> Callable[[], Any]:
     from vxl_jax.model import scan_groups
     from vxl_jax.stream import IMAGE_TOKEN
 
-    config = replace(config_of(size), remat=False)  # PyTorch's side keeps all activations too
+    config = replace(config_of(size), remat="none")  # PyTorch's side keeps all activations too
     model = nnx.jit(lambda: VideoXL(config, rngs=nnx.Rngs(0)))()
     graph, params = nnx.split(model)
     ids = np.arange(TEXT) % config.language.vocab_size

@@ -16,7 +16,7 @@ CONFIG = TrainConfig(
         preset="demo",
         tokenizer="{run_dir}/data/tokenizer",
         dtype="float32",
-        remat=False,
+        remat="none",
     ),
     data=DataSection(
         train_json=("{run_dir}/data/frames.json", "{run_dir}/data/train.json"),

@@ -214,6 +214,12 @@ def test_a_bad_value_is_refused(argv: str, message: str, capsys: pytest.CaptureF
         ("run", "eval_batch_size", 0),
         ("run", "max_new_tokens", 0),
         ("run", "eval_ratio", 0),
+        ("lora", "rank", -1),
+        ("lora", "alpha", 0.0),
+        ("lora", "alpha", float("nan")),
+        ("lora", "targets", ()),
+        ("lora", "targets", ("q", "q")),
+        ("lora", "targets", ("q", "head")),
         ("run", "eval_every", 0),
         ("run", "keep_every", 0),
         ("run", "keep_every", 750),  # save_every is 500
@@ -222,12 +228,6 @@ def test_a_bad_value_is_refused(argv: str, message: str, capsys: pytest.CaptureF
         ("mesh", "data", 0),
         ("mesh", "fsdp", 0),
         ("mesh", "tensor", 0),
-        ("lora", "rank", -1),
-        ("lora", "alpha", 0.0),
-        ("lora", "alpha", float("nan")),
-        ("lora", "targets", ()),
-        ("lora", "targets", ("q", "q")),
-        ("lora", "targets", ("q", "head")),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(section: str, name: str, value: Any):
@@ -240,7 +240,7 @@ def test_an_impossible_value_is_refused_by_name(section: str, name: str, value: 
 
 def test_an_unknown_configuration_is_refused_with_the_list(capsys: pytest.CaptureFixture[str]):
     message = _refusal(capsys, "--config", "dmo")
-    assert "demo, finetune_image, finetune_video, pretrain" in message
+    assert "beacon_7b, demo, finetune_image, finetune_video, full_7b, lora_7b, pretrain" in message
 
 
 def test_a_configuration_can_be_a_file(tmp_path: Path):

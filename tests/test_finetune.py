@@ -33,7 +33,7 @@ CONFIG = """
 from train.config import DataSection, ModelSection, OptimSection, RunSection, TrainConfig
 
 CONFIG = TrainConfig(
-    model=ModelSection(preset="demo", tokenizer="FOLDER/tokenizer", dtype="float32", remat=False),
+    model=ModelSection(preset="demo", tokenizer="FOLDER/tokenizer", dtype="float32", remat="none"),
     data=DataSection(
         train_json=("FOLDER/train.json",),
         eval_json=("FOLDER/heldout.json",),

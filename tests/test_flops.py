@@ -127,7 +127,7 @@ CONFIG = VideoXLConfig(
     pool_stride=4,
     window=WINDOW,
     ratios=(2, 4),
-    remat=False,
+    remat="none",
 )
 
 

@@ -77,7 +77,7 @@ def new_model(config: VideoXLConfig) -> tuple[Any, Any]:
 
 def plain_model(**changes: Any) -> VideoXL:
     """A small model in which no two linears and no two layers are alike."""
-    model = nnx.merge(*new_model(tiny(remat=False, **changes)))
+    model = nnx.merge(*new_model(tiny(remat="none", **changes)))
     return with_arrays(model, noisy(arrays_of(model)))
 
 
@@ -228,7 +228,7 @@ def test_a_start_depends_on_seed_and_name_alone():
 
 
 def test_a_start_is_the_same_however_it_is_made():
-    config = tiny(remat=False)
+    config = tiny(remat="none")
 
     def make() -> VideoXL:
         model = VideoXL(config, rngs=nnx.Rngs(0))

@@ -1,6 +1,7 @@
 """The network against an independent NumPy implementation, and invariants no reference can give."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from tests.oracle import Oracle
-from vxl_jax import attention
+from vxl_jax import attention, language
 from vxl_jax import model as model_module
 from vxl_jax.config import tiny
 from vxl_jax.language import make_group
@@ -252,16 +253,31 @@ def training_sample(model, frames=10, seed=0):
 def test_gradients_do_not_depend_on_groups_remat_or_padding(model):
     stream, pixels = training_sample(model)
     loss, expected = gradients(model, batch_streams([stream]), pixels)
-    no_remat = nnx.merge(graph_of(remat=False), nnx.to_pure_dict(nnx.state(model)))
+
+    def kept(remat: str) -> Any:
+        return nnx.merge(graph_of(remat=remat), nnx.to_pure_dict(nnx.state(model)))
+
     for other, streams in {
         "groups": (model, batch_streams([stream], windows_per_group=1)),
-        "remat": (no_remat, batch_streams([stream])),
+        "nothing again": (kept("none"), batch_streams([stream])),
+        "products kept": (kept("products"), batch_streams([stream])),
         "padding": (model, batch_streams([stream], StreamShape.of(stream).padded(1))),
     }.values():
         ours_loss, ours = gradients(other, streams, pixels)
         assert ours_loss == pytest.approx(loss, rel=1e-5)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
             assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-6
+
+
+def test_an_mlp_may_take_its_tokens_in_turns(model, monkeypatch):
+    stream, pixels = training_sample(model)
+    loss, expected = gradients(model, batch_streams([stream]), pixels)
+    width = model.config.language.mlp_width * 4
+    monkeypatch.setattr(language, "MLP_BYTES", 7 * width)  # the last turn is not full
+    ours_loss, ours = gradients(model, batch_streams([stream]), pixels)
+    assert ours_loss == pytest.approx(loss, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-6
 
 
 def test_gradients_equal_finite_differences_through_the_memory(model):

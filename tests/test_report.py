@@ -14,6 +14,11 @@ from train.report import BadSamples, RunLog, TooManyBadSamples, read_rows, write
 METRICS = {"loss": 1.0, "learning_rate": 0.1}
 
 
+def flops_of(batch: Batch) -> int:
+    """Operations of a batch: a thousand for each token."""
+    return 1000 * batch.tokens
+
+
 def batch(samples: int, tokens: int, frames: int, places: int) -> Batch:
     """What the log counts of a batch, one place of which is empty."""
     made: Any = [*[object()] * samples, None]
@@ -23,7 +28,8 @@ def batch(samples: int, tokens: int, frames: int, places: int) -> Batch:
 
 def log_steps(run_dir: Path, start: int, stop: int, seconds_ago: float = 0.0) -> RunLog:
     """Log every step after `start` up to `stop`."""
-    log = RunLog(run_dir, start, 9, log_every=1, began=time.perf_counter() - seconds_ago)
+    began = time.perf_counter() - seconds_ago
+    log = RunLog(run_dir, start, 9, log_every=1, began=began, flops_of=flops_of)
     for step in range(start + 1, stop + 1):
         log.count(batch(samples=2, tokens=10, frames=0, places=20))
         log.log(step, METRICS)
@@ -57,7 +63,7 @@ def test_seconds_are_those_of_all_pieces_that_count(tmp_path: Path):
 
 
 def test_rates_are_since_the_row_before(tmp_path: Path):
-    log = RunLog(tmp_path, 0, 9, log_every=3, began=time.perf_counter())
+    log = RunLog(tmp_path, 0, 9, log_every=3, began=time.perf_counter(), flops_of=flops_of)
     for _ in range(3):
         log.count(batch(samples=4, tokens=100, frames=8, places=125))
     time.sleep(0.05)
@@ -68,13 +74,15 @@ def test_rates_are_since_the_row_before(tmp_path: Path):
     first, second = log.history
     assert 0 < first["samples_per_second"] <= 12 / 0.05
     assert first["tokens_per_second"] == pytest.approx(25 * first["samples_per_second"])
+    assert first["tflops_per_device"] == pytest.approx(1e-9 * first["tokens_per_second"])
+    assert first["peak_share"] is None  # nobody knows what this processor can do at most
     assert first["frames_per_second"] == pytest.approx(2 * first["samples_per_second"])
     assert second["samples_per_second"] == second["tokens_per_second"] == 0
     assert (first["padding"], second["padding"]) == (pytest.approx(0.2), 0)
 
 
 def test_metrics_are_due_at_the_first_and_last_step_and_between(tmp_path: Path):
-    log = RunLog(tmp_path, 0, 10, log_every=4, began=0)
+    log = RunLog(tmp_path, 0, 10, log_every=4, began=0, flops_of=flops_of)
     assert [step for step in range(1, 11) if log.due(step)] == [1, 4, 8, 10]
     log.close()
 

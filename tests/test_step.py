@@ -26,7 +26,7 @@ OPTIM = OptimSection(learning_rate=1e-4, warmup_share=0.0, clip_norm=1e9)
 @pytest.fixture(scope="module")
 def model() -> VideoXL:
     """A model without parameters that are zero or one, on which decay would not show."""
-    graph, state = nnx.split(random_model(tiny(remat=False), seed=0))
+    graph, state = nnx.split(random_model(tiny(remat="none"), seed=0))
     rng = np.random.default_rng(0)
     noisy = jax.tree.map(lambda x: x + rng.uniform(0.02, 0.05, x.shape).astype(x.dtype), state)
     return nnx.merge(graph, noisy)

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import tyro
 
-from vxl_jax.config import PRESETS, ConfigError, LoRAConfig
+from vxl_jax.config import PRESETS, ConfigError, LoRAConfig, Remat
 from vxl_jax.media import Sampling
 
 Part = Literal["vision", "projector", "language", "beacon", "lora"]
@@ -70,8 +70,9 @@ class ModelSection:
     """Dtype of frozen parameters; optim.param_dtype is that of trained ones."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of activations and matrix products."""
-    remat: bool = True
-    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    remat: Remat = "full"
+    """What a layer keeps for the backward pass. full: its input alone, for the longest samples and
+    about a third more time; products: the results of matrix products too; none: all."""
 
     def __post_init__(self) -> None:
         _check(self.preset in PRESETS, "model.preset", self.preset, f"one of {', '.join(PRESETS)}")

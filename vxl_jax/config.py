@@ -12,6 +12,11 @@ from typing import Any, Literal, get_args
 import ml_dtypes
 import numpy as np
 
+Remat = Literal["full", "products", "none"]
+"""Rematerialisation. full: a layer keeps its input alone; products: the results of its matrix
+products too; none: all that the backward pass needs. Hidden values of an MLP that takes its tokens
+in turns are computed again in any case."""
+
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -125,8 +130,8 @@ class VideoXLConfig:
     """Dtype in which parameters are stored: float32 or bfloat16."""
     dtype: str = "float32"
     """Dtype of activations and products. Norms, softmax, RoPE angles and loss are float32."""
-    remat: bool = True
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    remat: Remat = "full"
+    """What each layer keeps for the backward pass; the rest is computed again."""
 
     def __post_init__(self):
         _positive(self, "pool_stride", "window")
@@ -135,6 +140,10 @@ class VideoXLConfig:
                 raise ConfigError(
                     f"VideoXLConfig.{name} is {getattr(self, name)!r}; use one of {sorted(DTYPES)}"
                 )
+        if self.remat not in get_args(Remat):
+            raise ConfigError(
+                f"VideoXLConfig.remat is {self.remat!r}; use one of {', '.join(get_args(Remat))}"
+            )
         if self.pool_stride > self.vision.grid:
             raise ConfigError(
                 f"VideoXLConfig.pool_stride {self.pool_stride} is larger than the tower's grid of "

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array, lax
 
 from vxl_jax.attention import rope_angles, rotate, window_attention
-from vxl_jax.config import DTYPES, LanguageConfig, VideoXLConfig
+from vxl_jax.config import DTYPES, LanguageConfig, Remat, VideoXLConfig
 from vxl_jax.memory import Memory, write
 from vxl_jax.sharding import by_sample, from_table, sample_shards
 from vxl_jax.stream import BEACON, TEXT, VISUAL, StreamBatch
@@ -235,9 +235,7 @@ class LanguageModel(nnx.Module):
             x = nnx.merge(graph, layer_params)(x, group, empty, empty, 0)[0]
             return by_sample(x), None
 
-        if self.config.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
-        return lax.scan(body, x, params)[0]
+        return lax.scan(recomputed(body, self.config.remat), x, params)[0]
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states [..., D] after the last layer -> logits [..., V] float32."""
@@ -256,6 +254,15 @@ def stacked(make: Any, layers: int, rngs: nnx.Rngs) -> Any:
         return make(rngs=rngs)
 
     return build(rngs)
+
+
+def recomputed(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """The body of a scan over layers that keeps what `remat` says for its backward pass."""
+    if remat == "none":
+        return body
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = keep if remat == "products" else None
+    return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
 def map_in_blocks(function: Callable[[Array], Array], x: Array, rows: int) -> Array:

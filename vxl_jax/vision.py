@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array, lax
 
 from vxl_jax.config import DTYPES, VideoXLConfig
-from vxl_jax.language import stacked
+from vxl_jax.language import recomputed, stacked
 from vxl_jax.sharding import by_sample
 
 
@@ -91,9 +91,7 @@ class VisionTower(nnx.Module):
         def body(x: Array, layer_params: Any) -> tuple[Array, None]:
             return by_sample(nnx.merge(graph, layer_params)(x)), None
 
-        if self.config.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
-        return lax.scan(body, x, params)[0][:, 1:]
+        return lax.scan(recomputed(body, self.config.remat), x, params)[0][:, 1:]
 
 
 class Projector(nnx.Module):

@@ -16,8 +16,8 @@ from jax import Array, lax
 
 from vxl_jax.attention import rope_angles, rotate, window_attention
 from vxl_jax.config import DTYPES, LanguageConfig, Remat, VideoXLConfig
-from vxl_jax.memory import Memory
-from vxl_jax.sharding import by_sample, sample_shards
+from vxl_jax.memory import Memory, write
+from vxl_jax.sharding import by_sample, from_table, sample_shards
 from vxl_jax.stream import BEACON, TEXT, VISUAL, StreamBatch
 
 Angles = tuple[Array, Array]
@@ -112,10 +112,8 @@ class Attention(nnx.Module):
         the slots before its start.
         """
         q, k, v = self.project(x, group.is_beacon)
-        sample = jnp.arange(x.shape[0])[:, None]
-        slots = (layer, sample, slice(None), group.rank)
-        keys = keys.at[slots].set(rotate(k, group.memory_angles), mode="drop")
-        values = values.at[slots].set(v, mode="drop")
+        keys = write(keys, layer, group.rank, rotate(k, group.memory_angles))
+        values = write(values, layer, group.rank, v)
         q, k = rotate(q, group.own_angles), rotate(k, group.own_angles)
         start, seen = group.window_start, group.window_memory
         out = window_attention(q, k, v, keys, values, layer, start, seen)
@@ -199,7 +197,7 @@ class LanguageModel(nnx.Module):
         streams: without its group axis. visual [B, V, D], or None where no sample has any.
         """
         kind = streams.kind[..., None]
-        x = self.embed(jnp.where(streams.kind == TEXT, streams.source, 0))
+        x = from_table(self.embed(jnp.where(streams.kind == TEXT, streams.source, 0)))
         if visual is not None:
             index = jnp.where(streams.kind == VISUAL, streams.source, 0)
             x = jnp.where(kind == VISUAL, _take(visual.astype(x.dtype), index), x)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from vxl_jax.config import DTYPES, VideoXLConfig
 
@@ -38,3 +38,27 @@ def empty_memory(config: VideoXLConfig, batch: int, capacity: int) -> Memory:
     shape = (language.layers, batch, language.kv_heads, capacity, language.head_size)
     dtype = DTYPES[config.dtype]
     return Memory(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
+
+
+# One row of indices a token: (layer, slot). Samples are a batching dimension, so that each device
+# writes the samples that it has; as an index, they would be brought together first.
+_SLOTS = lax.ScatterDimensionNumbers(
+    update_window_dims=(2, 3),
+    inserted_window_dims=(0, 3),
+    scatter_dims_to_operand_dims=(0, 3),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+)
+
+
+def write(memory: Array, layer: Array | int, slot: Array, entries: Array) -> Array:
+    """Put entries [B, T, K, H] into the slots [B, T] of a layer of keys or values [L, B, K, M, H].
+
+    One whose slot is past the end is dropped; no two may have the same slot.
+    """
+    capacity, tokens = memory.shape[3], slot.shape[1]
+    # Also what is dropped has a slot of its own: unique ones are half the work for gradients.
+    slot = jnp.where(slot < capacity, slot, capacity + jnp.arange(tokens))
+    index = jnp.stack([jnp.broadcast_to(layer, slot.shape), slot], axis=-1)
+    mode = lax.GatherScatterMode.FILL_OR_DROP
+    return lax.scatter(memory, index, entries, _SLOTS, unique_indices=True, mode=mode)

@@ -116,6 +116,17 @@ def by_sample(x: Array, axis: int = 0) -> Array:
     return lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, SAMPLES))
 
 
+def from_table(x: Array) -> Array:
+    """Rows [B, T, D] of the table of embeddings, as each device finds them: all samples of its
+    `fsdp` group, in its part of the width. Left to itself, XLA would put together all samples of
+    the mesh before it divides them anew.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    if sample_shards() == 1 or x.shape[0] % shape["data"] or x.shape[2] % shape["fsdp"]:
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec("data", None, "fsdp"))
+
+
 def everywhere(x: Array) -> Array:
     """The same array, whole on every device, so that every process can read it."""
     if jax.sharding.get_abstract_mesh().empty:

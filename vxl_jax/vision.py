@@ -81,10 +81,10 @@ class VisionTower(nnx.Module):
             p=c.patch_size,
             q=c.patch_size,
         )
-        x = self.patch_embed(patches)
+        x = by_sample(self.patch_embed(by_sample(patches)))
         first = jnp.broadcast_to(self.class_embed[...].astype(dtype), (x.shape[0], 1, c.width))
         x = jnp.concatenate([first, x], axis=1) + self.position_embed[...].astype(dtype)
-        x = self.pre_norm(x)
+        x = by_sample(self.pre_norm(x))
 
         graph, params = nnx.split(self.layers)
 
@@ -105,7 +105,8 @@ class Projector(nnx.Module):
 
     def __call__(self, features: Array) -> Array:
         """Features [F, patches, width of the tower] -> visual tokens [F, tokens_per_frame, D]."""
-        x = self.down(jax.nn.gelu(self.up(features), approximate=False))
+        x = by_sample(self.up(features))
+        x = by_sample(self.down(jax.nn.gelu(x, approximate=False)))
         stride, grid = self.config.pool_stride, self.config.vision.grid
         side = grid // stride * stride
         x = rearrange(x, "F (h w) D -> F h w D", h=grid)[:, :side, :side]

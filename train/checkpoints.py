@@ -30,9 +30,10 @@ class Position:
 class Checkpoints:
     """The folder `checkpoints/` of a run, one folder a step.
 
-    A step has `state` (trained parameters and optimizer state, an Orbax tree), `position`, and
-    `about`: the run's configuration and the versions of the code. All that is random follows from
-    the configuration's seed and from the numbers of the step and of the batch.
+    A step has `state` (trained parameters and optimizer state, an Orbax tree), `position`, `about`
+    (the run's configuration and the versions of the code), and `metrics` where it has a score. All
+    that is random follows from the configuration's seed and from the numbers of the step and of the
+    batch.
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig):
@@ -58,7 +59,8 @@ class Checkpoints:
             self.manager = ocp.CheckpointManager(
                 (run_dir / "checkpoints").absolute(),
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=managers.AnyPreservationPolicy(kept)
+                    preservation_policy=managers.AnyPreservationPolicy(kept),
+                    cleanup_tmp_directories=True,  # of a process that was killed
                 ),
             )
             self.last = self.manager.latest_step()
@@ -79,16 +81,16 @@ class Checkpoints:
         """
         if step == self.last:
             return
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardSave({"params": trained, "opt_state": opt_state}),
+            "position": ocp.args.JsonSave(asdict(position)),
+            "about": ocp.args.JsonSave(self.about),
+        }
+        metrics = None if accuracy is None else {"accuracy": accuracy}
+        if metrics:  # Orbax itself writes them only where it has a `best_fn`
+            items["metrics"] = ocp.args.JsonSave(metrics)
         with self._failing("written"):
-            self.manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave({"params": trained, "opt_state": opt_state}),
-                    position=ocp.args.JsonSave(asdict(position)),
-                    about=ocp.args.JsonSave(self.about),
-                ),
-                metrics=None if accuracy is None else {"accuracy": accuracy},
-            )
+            self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         self.last = step
 
     def restore(

@@ -1,0 +1,57 @@
+"""Which checkpoints are kept, though the run was killed in between."""
+
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from train.checkpoints import Checkpoints, Position
+from train.config import load_config
+
+SCORES = {1: 0.2, 2: None, 3: 0.9, 4: None, 5: 0.5, 6: None, 7: 0.1, 8: None}
+"""Accuracies of steps; step 3 is the best."""
+
+
+def save(run_dir: Path, *steps: int) -> None:
+    """What one process of a run saves."""
+    options = ("--run.keep-checkpoints", "2", "--run.keep-best", "1", "--run.eval-every", "2")
+    checkpoints = Checkpoints(run_dir, load_config(["--config", "demo", *options]).config)
+    for step in steps:
+        tree = {"a": jnp.full(3, step)}
+        checkpoints.save(step, tree, tree, Position(step, "data"), SCORES[step])
+    checkpoints.close()
+
+
+def steps_in(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("pieces", [[range(1, 9)], [range(1, 5), range(5, 7), range(7, 9)]])
+def test_the_best_is_kept_over_all_processes_of_a_run(pieces: list[range], tmp_path: Path):
+    for piece in pieces:
+        save(tmp_path, *piece)
+    assert steps_in(tmp_path) == ["3", "7", "8"]
+
+
+def test_what_a_killed_process_had_begun_to_write_is_cleared_away(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    save(tmp_path, 1, 2)
+    folder = tmp_path / "checkpoints"
+    for step in (3, 4):  # one is written again, the other not
+        shutil.copytree(folder / "2", folder / f"{step}.orbax-checkpoint-tmp")
+    save(tmp_path, 3)
+    assert steps_in(tmp_path) == ["2", "3"]
+    assert "WARNING" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("gone", ["metrics", "state", "position", "about", "_CHECKPOINT_METADATA"])
+def test_one_that_was_being_deleted_when_the_run_was_killed_is_deleted(gone: str, tmp_path: Path):
+    save(tmp_path, 1, 2, 3, 4)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "3", folder / "1")
+    path = folder / "1" / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    save(tmp_path, 5)
+    assert steps_in(tmp_path) == ["3", "4", "5"]

@@ -46,12 +46,11 @@ def test_what_a_killed_process_had_begun_to_write_is_cleared_away(
     assert "WARNING" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("gone", ["metrics", "state", "position", "about", "_CHECKPOINT_METADATA"])
-def test_one_that_was_being_deleted_when_the_run_was_killed_is_deleted(gone: str, tmp_path: Path):
-    save(tmp_path, 1, 2, 3, 4)
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(folder / "3", folder / "1")
-    path = folder / "1" / gone
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    save(tmp_path, 5)
-    assert steps_in(tmp_path) == ["3", "4", "5"]
+def test_a_deletion_that_was_cut_short_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        save(tmp_path, 1, 2, 3)
+        assert steps_in(tmp_path) == ["2", "3", "deleted"]
+    (tmp_path / "checkpoints/deleted/1/_CHECKPOINT_METADATA").unlink()
+    save(tmp_path)
+    assert steps_in(tmp_path) == ["2", "3"]

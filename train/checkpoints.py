@@ -14,9 +14,14 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from train.config import TrainConfig, config_to_dict
+from train.distributed import is_first
 from train.errors import DataError, TrainingError
 
 PACKAGES = ("vxl-jax", "jax", "flax", "optax", "orbax-checkpoint")
+
+BIN = "deleted"
+"""Where checkpoints that are not kept lie until the next one is written. They get there whole: a
+run that is killed while one is deleted leaves no half of it among the others."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,10 @@ class Position:
 class Checkpoints:
     """The folder `checkpoints/` of a run, one folder a step.
 
-    A step has `state` (trained parameters and optimizer state, an Orbax tree), `position`, and
-    `about`: the run's configuration and the versions of the code. All that is random follows from
-    the configuration's seed and from the numbers of the step and of the batch.
+    A step has `state` (trained parameters and optimizer state, an Orbax tree), `position`, `about`
+    (the run's configuration and the versions of the code), and `metrics` where it has a score. All
+    that is random follows from the configuration's seed and from the numbers of the step and of the
+    batch.
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig):
@@ -54,11 +60,14 @@ class Checkpoints:
         self.run_dir = run_dir
         self.about = {"config": config_to_dict(config), "versions": versions()}
         self.last: int | None = None
+        self._empty_bin()
         with self._failing("opened"):
             self.manager = ocp.CheckpointManager(
                 (run_dir / "checkpoints").absolute(),
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=managers.AnyPreservationPolicy(kept)
+                    preservation_policy=managers.AnyPreservationPolicy(kept),
+                    cleanup_tmp_directories=True,  # of a process that was killed
+                    todelete_subdir=BIN,
                 ),
             )
             self.last = self.manager.latest_step()
@@ -79,16 +88,18 @@ class Checkpoints:
         """
         if step == self.last:
             return
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardSave({"params": trained, "opt_state": opt_state}),
+            "position": ocp.args.JsonSave(asdict(position)),
+            "about": ocp.args.JsonSave(self.about),
+        }
+        metrics = None if accuracy is None else {"accuracy": accuracy}
+        if metrics:  # Orbax itself writes them only where it has a `best_fn`
+            items["metrics"] = ocp.args.JsonSave(metrics)
         with self._failing("written"):
-            self.manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave({"params": trained, "opt_state": opt_state}),
-                    position=ocp.args.JsonSave(asdict(position)),
-                    about=ocp.args.JsonSave(self.about),
-                ),
-                metrics=None if accuracy is None else {"accuracy": accuracy},
-            )
+            self.manager.wait_until_finished()
+            self._empty_bin()
+            self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         self.last = step
 
     def restore(
@@ -128,6 +139,11 @@ class Checkpoints:
         """
         with self._failing("written"):
             self.manager.close()
+        self._empty_bin()
+
+    def _empty_bin(self) -> None:
+        if is_first():
+            shutil.rmtree(self.run_dir / "checkpoints" / BIN, ignore_errors=True)
 
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:

@@ -10,6 +10,7 @@ bfloat16 in float32.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,6 @@ class Planner:
 
     def __init__(self, config: TrainConfig, model_config: VideoXLConfig, mesh: Mesh):
         self.config, self.model, self.mesh = config, model_config, mesh
-        attention.made_for = "gpu"
         placement = param_placement(mesh, model_config)
         self.graph, self.trained, self.frozen = abstract_state(config, model_config, placement)
         self.optimizer = Optimizer(config.optim, steps=1000, seed=0)
@@ -90,9 +90,11 @@ class Planner:
             self.trained,
         )
         self.sums = {"gradients": gradients, "loss": zero, "tokens": zero, "correct": zero}
-        self.update_bytes = self._compile(
-            lower_update(self.optimizer, self.trained, self.opt_state, self.sums)
-        )
+
+    @cached_property
+    def update_bytes(self) -> int:
+        """Bytes of the optimizer's temporaries."""
+        return self._compile(lower_update(self.optimizer, self.trained, self.opt_state, self.sums))
 
     def step(self, frames: int) -> StepPlan:
         """A step of which each sample has so many frames, and `TEXT` tokens of text."""
@@ -109,7 +111,7 @@ class Planner:
         pixels = self._struct((samples, frames, size, size, 3), np.uint8, 0)
         placed = replace(batch, **arrays), pixels if frames else None
         sums = self.sums if config.optim.accumulate > 1 else None
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), attention.made_for("gpu"):
             lowered = lower_add_batch(self.graph, self.trained, self.frozen, sums, *placed)
         flops = count_flops(config, self.model, self.trained)(
             Batch(batch, None, [], frames * samples, 0, 0)

@@ -35,8 +35,10 @@ from vxl_jax.published import read_config
 from vxl_jax.sharding import Placement, place_tree
 
 
-def start_directory(config: TrainConfig, run_dir: Path) -> None:
+def start_directory(config: TrainConfig, run_dir: Path, write: bool = True) -> None:
     """Make the run's directory; if a run has saved steps in it, check that it is this one.
+
+    write: note the configuration in it, which one process does for all.
 
     Raises: ConfigError listing every field that differs from the run's own configuration.
     """
@@ -53,6 +55,8 @@ def start_directory(config: TrainConfig, run_dir: Path) -> None:
                 f"{run_dir} holds a run with another configuration ({'; '.join(changed)}); "
                 "use its configuration to resume it, or another --run-dir"
             )
+        return
+    if not write:
         return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

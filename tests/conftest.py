@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Most of the suite's time is compilation, and most of that is optimization that small models do not
@@ -26,6 +27,32 @@ def exact_products():
 
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Data and configuration of runs (`tests.runs`) that no test changes; compiled programs."""
+    from tests.runs import compiled_once, make_folder
+
+    folder = make_folder(tmp_path_factory.mktemp("runs"))
+    with compiled_once(folder / "compiled"):
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def whole(folder: Path):
+    """A run that was not interrupted."""
+    from tests.runs import run
+
+    return run(folder, folder / "whole")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Data and configuration of one test."""
+    from tests.runs import make_folder
+
+    return make_folder(tmp_path)
 
 
 MEDIA = ("tile", "wide", "grid", "needle", "pair")

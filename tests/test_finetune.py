@@ -1,7 +1,6 @@
 """`python -m train.finetune` from end to end, on small data: what it leaves, resuming, refusals."""
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -9,139 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from train.demo_data import demo_words
-from train.demo_drawing import COLOURS, SHAPES, Thing, draw_tile, write_png
+from tests.runs import STEPS, Run, run, write_records
 from train.demo_tokenizer import save_tokenizer
-from train.finetune import main
 from train.signals import stop_request, sure_interrupt
 from train.step import _add_batch
-
-STEPS = 40
-"""16 samples in batches of 4, two batches a step, 20 epochs."""
-
-CONFIG = """
-from train.config import DataSection, ModelSection, OptimSection, RunSection, TrainConfig
-
-CONFIG = TrainConfig(
-    model=ModelSection(preset="demo", tokenizer="FOLDER/tokenizer", dtype="float32", remat="none"),
-    data=DataSection(
-        train_json=("FOLDER/train.json",),
-        eval_json=("FOLDER/heldout.json",),
-        media_root="FOLDER/media",
-        epochs=(20,),
-        min_tiles=1,
-        batch_size=4,
-        workers=0,
-        max_bad_share=0.2,
-    ),
-    optim=OptimSection(learning_rate=3e-3, accumulate=2),
-    run=RunSection(run_dir="FOLDER/unused", log_every=4, save_every=4, max_new_tokens=3),
-)
-"""
-
-
-class Run(NamedTuple):
-    """A run that has ended: its status, what it printed, its directory."""
-
-    status: int
-    out: str
-    err: str
-    path: Path
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return json.loads((self.path / "summary.json").read_text())
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def error(self) -> str:
-        """The one error; there may be progress bars before it."""
-        assert self.status == 2
-        assert "Traceback" not in self.err
-        *before, last = self.err.strip().split("\n")
-        assert last.startswith("error: ")
-        assert not any("error" in line for line in before)
-        return last
-
-
-def run(folder: Path, path: Path, *options: str) -> Run:
-    """Train in this process: programs are compiled once for all tests."""
-    with (
-        contextlib.redirect_stdout(io.StringIO()) as out,
-        contextlib.redirect_stderr(io.StringIO()) as err,
-    ):
-        status = main(["--config", f"{folder}/config.py", "--run-dir", str(path), *options])
-    return Run(status, out.getvalue(), err.getvalue(), path)
-
-
-def make_folder(folder: Path) -> Path:
-    """A tokenizer, a configuration, and data of one length: two questions about each of 8 pictures
-    of one tile; held out are 8 pictures of two tiles.
-    """
-    (folder / "media").mkdir(parents=True)
-    save_tokenizer(folder / "tokenizer", demo_words())
-    rng = np.random.default_rng(0)
-    records, heldout = [], []
-    for i, (colour, shape) in enumerate(zip(COLOURS, 2 * list(SHAPES), strict=False)):
-        tile = draw_tile(rng, Thing(colour, shape))
-        write_png(folder / f"media/{i}.png", [tile], 1)
-        write_png(folder / f"media/wide_{i}.png", [tile, draw_tile(rng, None)], 2)
-        records += [ask(f"{i}.png", "colour", colour), ask(f"{i}.png", "shape", shape)]
-        heldout.append(ask(f"wide_{i}.png", "colour", colour) | {"question_type": "colour"})
-    write_records(folder / "train.json", records)
-    write_records(folder / "heldout.json", heldout)
-    (folder / "config.py").write_text(CONFIG.replace("FOLDER", str(folder)))
-    return folder
-
-
-def ask(image: str, what: str, answer: str) -> dict[str, Any]:
-    """A record with one question."""
-    question = {"from": "human", "value": f"<image>\nwhat is the {what}"}
-    conversation = [question, {"from": "gpt", "value": answer}]
-    return {"id": f"{what}_of_{image}", "image": image, "conversations": conversation}
-
-
-def write_records(path: Path, records: Sequence[Any]) -> None:
-    path.write_text(json.dumps(records))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Data and configuration that no test changes; compiled programs, also for other processes."""
-    folder = make_folder(tmp_path_factory.mktemp("finetune"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
-        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-        compilation_cache.reset_cache()
-        yield folder
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()
-
-
-@pytest.fixture
-def own(tmp_path: Path) -> Path:
-    """Data and configuration of one test."""
-    return make_folder(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> Run:
-    """A run that was not interrupted."""
-    return run(folder, folder / "whole")
-
 
 # What a run leaves.
 

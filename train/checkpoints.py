@@ -1,8 +1,10 @@
 """Checkpoints of a run: written in the background, whole or not at all, restored onto any mesh."""
 
+import logging
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -32,6 +34,27 @@ class Position:
     data: str
 
 
+def _score(metrics: dict[str, float] | None) -> float:
+    return (metrics or {}).get("accuracy", -1.0)
+
+
+@dataclass(frozen=True)
+class _MostAccurate(managers.PreservationPolicy):
+    """Keeps so many checkpoints of those that have an accuracy; of equal ones the newest."""
+
+    count: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        scored = [info for info in checkpoints if _score(info.metrics) >= 0]
+        best = sorted(scored, key=lambda info: (_score(info.metrics), info.step))[-self.count :]
+        return [info in best for info in checkpoints]
+
+
+def _show_but_closed_loops(ignored: Any) -> None:
+    if str(ignored.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(ignored)
+
+
 class Checkpoints:
     """The folder `checkpoints/` of a run, one folder a step.
 
@@ -50,17 +73,14 @@ class Checkpoints:
         if run.keep_every is not None:
             kept.append(managers.EveryNSteps(run.keep_every))
         if run.keep_best:
-            kept.append(
-                managers.BestN(
-                    get_metric_fn=lambda metrics: metrics["accuracy"],
-                    n=run.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+            kept.append(_MostAccurate(run.keep_best))
         self.run_dir = run_dir
         self.about = {"config": config_to_dict(config), "versions": versions()}
         self.last: int | None = None
         self._empty_bin()
+        # Orbax prints at length what it raises too, and so does TensorStore in its threads.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._hook, sys.unraisablehook = sys.unraisablehook, _show_but_closed_loops
         with self._failing("opened"):
             self.manager = ocp.CheckpointManager(
                 (run_dir / "checkpoints").absolute(),
@@ -68,6 +88,7 @@ class Checkpoints:
                     preservation_policy=managers.AnyPreservationPolicy(kept),
                     cleanup_tmp_directories=True,  # of a process that was killed
                     todelete_subdir=BIN,
+                    best_fn=_score,  # or the scores would be forgotten when the run starts again
                 ),
             )
             self.last = self.manager.latest_step()
@@ -88,18 +109,18 @@ class Checkpoints:
         """
         if step == self.last:
             return
-        items: dict[str, Any] = {
-            "state": ocp.args.StandardSave({"params": trained, "opt_state": opt_state}),
-            "position": ocp.args.JsonSave(asdict(position)),
-            "about": ocp.args.JsonSave(self.about),
-        }
-        metrics = None if accuracy is None else {"accuracy": accuracy}
-        if metrics:  # Orbax itself writes them only where it has a `best_fn`
-            items["metrics"] = ocp.args.JsonSave(metrics)
         with self._failing("written"):
             self.manager.wait_until_finished()
             self._empty_bin()
-            self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave({"params": trained, "opt_state": opt_state}),
+                    position=ocp.args.JsonSave(asdict(position)),
+                    about=ocp.args.JsonSave(self.about),
+                ),
+                metrics={} if accuracy is None else {"accuracy": accuracy},
+            )
         self.last = step
 
     def restore(
@@ -137,9 +158,12 @@ class Checkpoints:
 
         Raises: TrainingError if it cannot be.
         """
-        with self._failing("written"):
-            self.manager.close()
-        self._empty_bin()
+        try:
+            with self._failing("written"):
+                self.manager.close()
+        finally:
+            sys.unraisablehook = self._hook
+            self._empty_bin()
 
     def _empty_bin(self) -> None:
         if is_first():
@@ -150,7 +174,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise anything
-            whole = self.manager.all_steps(read=True) if hasattr(self, "manager") else []
+            folder = self.run_dir / "checkpoints"
+            whole = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
             intact = f"; the checkpoint of step {max(whole)} is intact" if whole else ""
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise TrainingError(

@@ -98,6 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
     ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a disk that is full, as a rule
+        print(f"error: a file cannot be read or written ({error}); {goes_on}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"interrupted: {goes_on}", file=sys.stderr)
         return 130

@@ -18,6 +18,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from train.config import TrainConfig, config_to_dict
 from train.distributed import is_first
 from train.errors import DataError, TrainingError
+from vxl_jax.checkpoint import CHUNK_BYTES
 
 PACKAGES = ("vxl-jax", "jax", "flax", "optax", "orbax-checkpoint")
 
@@ -109,13 +110,16 @@ class Checkpoints:
         """
         if step == self.last:
             return
+        state = {"params": trained, "opt_state": opt_state}
+        # `convert.to_hf` reads part by part: from chunks, and not the whole parameter each time.
+        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
         with self._failing("written"):
             self.manager.wait_until_finished()
             self._empty_bin()
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave({"params": trained, "opt_state": opt_state}),
+                    state=ocp.args.StandardSave(state, save_args=chunks),
                     position=ocp.args.JsonSave(asdict(position)),
                     about=ocp.args.JsonSave(self.about),
                 ),

@@ -69,9 +69,10 @@ def time_steps(recipe: str, frames: int, remat: str, unrolled: bool) -> dict[str
     from train.distributed import own_shards, place_batch
     from train.optimizer import Optimizer
     from train.planning import Planner
-    from train.setup import count_flops, init_opt_state, random_model, with_lora
+    from train.setup import count_flops, init_opt_state, random_model
     from train.step import add_batch, split_parts, update
     from vxl_jax import language
+    from vxl_jax.lora import add_lora
     from vxl_jax.sharding import make_mesh, param_placement
     from vxl_jax.stream import StreamShape, batch_streams
 
@@ -87,7 +88,8 @@ def time_steps(recipe: str, frames: int, remat: str, unrolled: bool) -> dict[str
     streams = batch_streams([stream], StreamShape.of(stream))
     batch = Batch(streams, pixels, [None], frames, stream.length, stream.length)
     with jax.set_mesh(mesh):
-        model = with_lora(random_model(model_config, 0, placement), config.lora, 0, placement)
+        model = random_model(model_config, 0, placement)
+        add_lora(model, config.lora, 0, placement)
         graph, trained, frozen = split_parts(model, config.optim.train, config.optim.param_dtype)
         del model
         optimizer = Optimizer(config.optim, 1000, 0)

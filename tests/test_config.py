@@ -383,3 +383,13 @@ def test_a_field_that_is_new_since_had_its_default():
 
 def test_changeable_fields_exist():
     assert set(FIELDS) >= CHANGEABLE
+
+
+@pytest.mark.parametrize(("before", "now"), [(True, "full"), (False, "none")])
+def test_a_run_that_knew_two_kinds_of_remat_goes_on(before: bool, now: str):
+    config = load_config(["--model.remat", now]).config
+    saved = config_to_dict(config)
+    saved["model"]["remat"] = before
+    assert compare(config, saved) == []
+    saved["model"]["remat"] = not before
+    assert [line.split()[0] for line in compare(config, saved)] == ["model.remat"]

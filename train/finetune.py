@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             print_plan(config.resolved(), options.card, options.memory_gb)
             return 0
         start_processes()
-        first_then_others(lambda: start_directory(config, run_dir))
+        first_then_others(lambda: start_directory(config, run_dir, write=is_first()))
         first_then_others(lambda: prepare_data(config, prepare))
         with sure_interrupt():
             stopped = train(config.resolved(), run_dir, profile=options.profile)

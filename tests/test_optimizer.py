@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 
 from train.config import OptimSection
 from train.optimizer import Optimizer, is_stacked, round_stochastic
-from train.step import update
+from train.step import lower_update
 from vxl_jax.checkpoint import abstract_params
 from vxl_jax.config import tiny, video_xl_7b
 from vxl_jax.names import table
@@ -26,11 +26,13 @@ SHAPES = {
     ("language", "layers", "attention", "q", "kernel"): (3, 160, 130),
     ("language", "layers", "attention", "q", "bias"): (3, 130),
     ("language", "layers", "attention", "beacon_q", "kernel"): (3, 160, 130),
+    ("language", "layers", "mlp", "up", "lora_a"): (3, 160, 8),
     ("language", "layers", "mlp_norm", "scale"): (3, 160),
     ("language", "norm", "scale"): (160,),
     ("projector", "up", "kernel"): (130, 160),
     ("vision", "layers", "q", "kernel"): (3, 40, 130),
 }
+DECAY = ("kernel", "embedding", "lora_a", "lora_b")
 BOTH = pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 
 
@@ -71,7 +73,7 @@ def adamw_of_optax(optimizer: Optimizer) -> optax.GradientTransformation:
     config = optimizer.config
 
     def decays(params: Any) -> Any:
-        return path_aware_map(lambda path, _: path[-1] in ("kernel", "embedding"), params)
+        return path_aware_map(lambda path, _: path[-1] in DECAY, params)
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -113,7 +115,7 @@ def test_adafactor_is_that_of_optax_on_every_layer_alone():
         theirs = optax.chain(
             optax.scale_by_factored_rms(),
             optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(0.1 if path[-1] in ("kernel", "embedding") else 0.0),
+            optax.add_decayed_weights(0.1 if path[-1] in DECAY else 0.0),
             optax.scale_by_learning_rate(optimizer.schedule),
         )
         for layer in range(start.shape[0]) if is_stacked(path) else [slice(None)]:
@@ -195,14 +197,17 @@ def test_parts_have_their_own_learning_rates(optimizer: Any):
         *(0.01, 0.0),
         weight_decay=0.1,
         optimizer=optimizer,
+        train=("vision", "projector", "language", "beacon", "lora"),
         vision_learning_rate=0.002,
+        lora_learning_rate=0.03,
         beacon_learning_rate=0.05,
         projector_learning_rate=0.01,
     )
     before = flatten_dict(draw(0))
     one, other = run(plain, 1)[0], run(rates, 1)[0]
     for path, value in before.items():
-        factor = 5.0 if "beacon_q" in path else 0.2 if path[0] == "vision" else 1.0
+        names = {"beacon_q": 5.0, "vision": 0.2, "lora_a": 3.0}
+        factor = next((names[name] for name in path if name in names), 1.0)
         moved = factor * (one[path] - value)
         assert np.abs(moved).max() > 1e-3
         np.testing.assert_allclose(other[path] - value, moved, atol=3e-6, err_msg=str(path))
@@ -253,7 +258,7 @@ def test_updates_are_in_place_and_take_the_room_of_a_layer(optimizer: Any, layer
     params = unflatten_dict({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path in paths})
     chosen = Optimizer(OptimSection(optimizer=optimizer), 10, seed=0)
     arguments = shapes_of_update(chosen, params)
-    memory = update.lower(*arguments).compile().memory_analysis()
+    memory = lower_update(*arguments).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= size(arguments[1]) + size(arguments[2])
     assert memory.temp_size_in_bytes < layers * 4 * shape[1] * shape[2]
 

@@ -206,6 +206,7 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
                     if not values.pop("finite"):  # then the update has changed nothing
                         checkpoints.save(step, trained, opt_state, position)
                         raise not_finite(own_dir, step + 1, values, samples)
+                del sums  # before the next step makes its own
                 step += 1
                 position = replace(position, batch=position.batch + count)
 

@@ -16,7 +16,7 @@ from convert.writing import (
     write_json,
     write_tower,
 )
-from train.config import ModelSection
+from train.config import ModelSection, upgrade
 from vxl_jax.checkpoint import (
     PARAMS,
     UNUSED,
@@ -141,7 +141,7 @@ def _run(directory: Path) -> Source:
         if base and row.ours not in trained:
             values = base.read(row, index)
         else:
-            values = read_stored(("params", *row.ours), index)  # float32, whatever the base is
+            values = read_stored(("params", *row.ours), index)  # optim.param_dtype
         *linear, name = row.ours
         if name == "kernel" and (*linear, LORA_NAMES[0]) in trained:
             a, b = read_update(tuple(linear))
@@ -167,8 +167,8 @@ def _run(directory: Path) -> Source:
 
 
 def _sections(path: Path) -> tuple[ModelSection, LoRAConfig]:
-    values: Any = read_json(path)
     try:
+        values: Any = upgrade(read_json(path))
         return _section(ModelSection, values["model"]), _section(LoRAConfig, values.get("lora", {}))
     except (AttributeError, TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: is not the configuration of a run ({error})") from error

@@ -157,6 +157,12 @@ def test_an_unknown_option_is_refused_with_the_nearest(
         ("--data.template chatty", "data.template"),
         ("--run.max-steps", "run.max-steps"),
         ("--optim.learning-rate 0", "optim.learning_rate is 0.0; it must be more than 0"),
+        ("--optim.optimizer sgd", "'adamw', 'adafactor'"),
+        (
+            "--optim.train projector --optim.vision-learning-rate 1e-6",
+            "optim.vision_learning_rate is 1e-06; it must be None where optim.train does not have "
+            "'vision'; it is ('projector',)",
+        ),
         ("--model.preset huge", "model.preset is 'huge'; it must be one of video_xl_7b"),
         ("--model.ratios 4 100", "model.ratios [100] must be between 1 and the window 16"),
         ("--model.ratios", "optim.train has 'beacon', but model.ratios is ()"),
@@ -204,6 +210,9 @@ def test_a_bad_value_is_refused(argv: str, message: str, capsys: pytest.CaptureF
         ("optim", "clip_norm", 0.0),
         ("optim", "accumulate", 0),
         ("optim", "train", ()),
+        ("optim", "vision_learning_rate", 0.0),
+        ("optim", "beacon_learning_rate", float("nan")),
+        ("optim", "lora_learning_rate", 1e-4),  # not trained
         ("run", "run_dir", ""),
         ("run", "seed", -1),
         ("run", "max_steps", 0),
@@ -374,3 +383,13 @@ def test_a_field_that_is_new_since_had_its_default():
 
 def test_changeable_fields_exist():
     assert set(FIELDS) >= CHANGEABLE
+
+
+@pytest.mark.parametrize(("before", "now"), [(True, "full"), (False, "none")])
+def test_a_run_that_knew_two_kinds_of_remat_goes_on(before: bool, now: str):
+    config = load_config(["--model.remat", now]).config
+    saved = config_to_dict(config)
+    saved["model"]["remat"] = before
+    assert compare(config, saved) == []
+    saved["model"]["remat"] = not before
+    assert [line.split()[0] for line in compare(config, saved)] == ["model.remat"]

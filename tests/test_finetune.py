@@ -113,6 +113,21 @@ def test_a_run_in_two_pieces_equals_a_whole_one(whole: Run, folder: Path):
     assert losses == {row["step"]: row["loss"] for row in whole.metrics}
 
 
+def test_a_run_in_bfloat16_goes_on_where_it_was(folder: Path):
+    options = [
+        *("--optim.optimizer", "adafactor", "--optim.param-dtype", "bfloat16"),
+        *("--optim.train", "vision", "projector", "--optim.vision-learning-rate", "1e-4"),
+        *("--optim.accumulate", "1", "--run.max-new-tokens", "1"),
+    ]
+    sums = []
+    for name, ends in (("at_once", [6]), ("later", [2, 6])):
+        for end in ends:
+            done = run(folder, folder / name, *options, "--run.max-steps", str(end))
+            assert done.status == 0, done.err
+        sums.append(done.summary["params_sha256"])
+    assert sums[0] == sums[1]
+
+
 def test_a_finished_run_may_be_started_again(whole: Run, folder: Path):
     shutil.copytree(whole.path, folder / "again")
     began = time.perf_counter()

@@ -3,13 +3,16 @@
 import contextlib
 import gc
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -440,3 +443,24 @@ def test_workers_end_with_the_process_that_started_them(how: signal.Signals, tmp
         parent.communicate()
     for process in (idle, busy):
         wait_for(lambda process=process: not alive(process), "the worker is gone")
+
+
+@pytest.mark.parametrize("sent", [0, 1, 2])
+def test_a_worker_that_is_left_alone_as_it_starts_ends_without_a_word(sent: int, tmp_path: Path):
+    """The training process was killed before the set-up, after it, or after the first request."""
+    reader: Any = FakeReader({}, tmp_path)
+    messages = [pickle.dumps(FaultyWork(reader, ())), pickle.dumps(("measure", 0, [1]))]
+    ours, theirs = socket.socketpair()
+    memory = os.memfd_create("pixels")
+    with theirs, Connection(ours.detach()) as connection:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "train.workers", str(theirs.fileno()), str(memory)],
+            pass_fds=(theirs.fileno(), memory),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for message in messages[:sent]:
+            connection.send_bytes(message)
+    os.close(memory)
+    assert worker.communicate(timeout=LONG) == (b"", None)
+    assert worker.returncode == 0

@@ -16,9 +16,15 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from train.config import TrainConfig, config_to_dict
+from train.distributed import is_first
 from train.errors import DataError, TrainingError
+from vxl_jax.checkpoint import CHUNK_BYTES
 
 PACKAGES = ("vxl-jax", "jax", "flax", "optax", "orbax-checkpoint")
+
+BIN = "deleted"
+"""Where checkpoints that are not kept lie until the next one is written. They get there whole: a
+run that is killed while one is deleted leaves no half of it among the others."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,10 @@ def _show_but_closed_loops(ignored: Any) -> None:
 class Checkpoints:
     """The folder `checkpoints/` of a run, one folder a step.
 
-    A step has `state` (trained parameters and optimizer state, an Orbax tree), `position`, and
-    `about`: the run's configuration and the versions of the code. All that is random follows from
-    the configuration's seed and from the numbers of the step and of the batch.
+    A step has `state` (trained parameters and optimizer state, an Orbax tree), `position`, `about`
+    (the run's configuration and the versions of the code), and `metrics` where it has a score. All
+    that is random follows from the configuration's seed and from the numbers of the step and of the
+    batch.
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig):
@@ -71,6 +78,7 @@ class Checkpoints:
         self.run_dir = run_dir
         self.about = {"config": config_to_dict(config), "versions": versions()}
         self.last: int | None = None
+        self._empty_bin()
         # Orbax prints at length what it raises too, and so does TensorStore in its threads.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._hook, sys.unraisablehook = sys.unraisablehook, _show_but_closed_loops
@@ -79,6 +87,8 @@ class Checkpoints:
                 (run_dir / "checkpoints").absolute(),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=managers.AnyPreservationPolicy(kept),
+                    cleanup_tmp_directories=True,  # of a process that was killed
+                    todelete_subdir=BIN,
                     best_fn=_score,  # or the scores would be forgotten when the run starts again
                 ),
             )
@@ -100,11 +110,16 @@ class Checkpoints:
         """
         if step == self.last:
             return
+        state = {"params": trained, "opt_state": opt_state}
+        # `convert.to_hf` reads part by part: from chunks, and not the whole parameter each time.
+        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
         with self._failing("written"):
+            self.manager.wait_until_finished()
+            self._empty_bin()
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave({"params": trained, "opt_state": opt_state}),
+                    state=ocp.args.StandardSave(state, save_args=chunks),
                     position=ocp.args.JsonSave(asdict(position)),
                     about=ocp.args.JsonSave(self.about),
                 ),
@@ -152,6 +167,11 @@ class Checkpoints:
                 self.manager.close()
         finally:
             sys.unraisablehook = self._hook
+            self._empty_bin()
+
+    def _empty_bin(self) -> None:
+        if is_first():
+            shutil.rmtree(self.run_dir / "checkpoints" / BIN, ignore_errors=True)
 
     @contextmanager
     def _failing(self, what: str) -> Iterator[None]:

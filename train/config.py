@@ -408,12 +408,20 @@ def save_config(config: TrainConfig, path: Path) -> None:
     path.write_text(json.dumps(config_to_dict(config), indent=2) + "\n")
 
 
+def upgrade(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the values of today: `model.remat` was once a yes or no."""
+    model = saved.get("model", {})
+    if isinstance(model.get("remat"), bool):
+        return {**saved, "model": {**model, "remat": "full" if model["remat"] else "none"}}
+    return saved
+
+
 def compare(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
     """Differences from a saved configuration that a resumed run must not have, one a line.
 
     A field that the saved one does not have is new since: the run had what is now the default.
     """
-    new, old = _flat(config_to_dict(config)), {**_defaults(), **_flat(saved)}
+    new, old = _flat(config_to_dict(config)), {**_defaults(), **_flat(upgrade(saved))}
     return [
         f"{name} is {new.get(name)!r}, it was {old.get(name)!r}"
         for name in sorted(new.keys() | old.keys())

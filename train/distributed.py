@@ -1,6 +1,7 @@
 """One run in several processes, on one machine or many: how they start, agree and share batches."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -21,42 +22,60 @@ Result = TypeVar("Result")
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
+LAUNCHERS = (
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+)
+"""What `srun` and Open MPI's `mpirun` tell a task: how many there are, its number, and how many a
+machine has."""
+
 
 def start_processes() -> None:
     """Join the other processes of the run, if the environment says that there are any.
 
-    That is: the variables `VARIABLES`, all three; or a step of SLURM (`srun`) or of Open MPI
-    (`mpirun`) with more than one task. Call it before anything asks for a device.
+    That is: the variables `VARIABLES`, all three; or several tasks of SLURM or Open MPI, for which
+    `JAX_COORDINATOR_ADDRESS` alone may be given. A process that is alone on its machine has all of
+    its devices; of several that a launcher has started there, each has one. Call it before anything
+    asks for a device.
 
     Raises: ConfigError if the variables make no sense, or the others do not come.
     """
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    arguments: dict[str, Any] = {}
-    if given:
-        if missing := [name for name in VARIABLES if name not in given]:
-            raise ConfigError(
-                f"the environment has {', '.join(given)} but not {', '.join(missing)}; a run of "
-                "several processes needs all three, a single one none"
-            )
-        address, *numbers = given.values()
-        try:
-            count, index = map(int, numbers)
-        except ValueError:
-            raise ConfigError(
-                f"JAX_NUM_PROCESSES {numbers[0]!r} and JAX_PROCESS_ID {numbers[1]!r}: not numbers"
-            ) from None
-        if not 0 <= index < count:
-            raise ConfigError(f"JAX_PROCESS_ID is {index}; it must be in [0, {count})")
-        arguments = {"coordinator_address": address, "num_processes": count, "process_id": index}
-    else:
-        tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE")
-        if int(tasks or 1) == 1:
-            return
+    launched = [[os.environ.get(name, "") for name in names] for names in LAUNCHERS]
+    launched = [values for values in launched if values[0] not in ("", "1")]
+    address = given.get(VARIABLES[0])
+    if len(given) == len(VARIABLES):
+        _join(address, *_numbers(*list(given.values())[1:]), cluster_detection_method="deactivate")
+    elif launched and given.keys() <= {VARIABLES[0]}:
+        count, number, on_machine = launched[0]
+        _join(address, *_numbers(count, number))
+        if re.fullmatch(r"1(\(x\d+\))?", on_machine):  # else JAX takes one for each process
+            jax.config.update("jax_cuda_visible_devices", "all")
+    elif given:
+        missing = ", ".join(name for name in VARIABLES if name not in given)
+        raise ConfigError(
+            f"the environment has {', '.join(given)} but not {missing}; a run of several processes "
+            "needs all three, a single one none"
+        )
+
+
+def _numbers(count: str, number: str) -> tuple[int, int]:
+    if not (count.isdecimal() and number.isdecimal()):
+        raise ConfigError(f"{count!r} processes, of which this is {number!r}: these are no numbers")
+    if not int(number) < int(count):
+        raise ConfigError(f"of {count} processes this is number {number}; they count from 0")
+    return int(count), int(number)
+
+
+def _join(address: str | None, count: int, number: int, **how: Any) -> None:
     try:
-        jax.distributed.initialize(**arguments)
+        jax.distributed.initialize(address, count, number, **how)
     except Exception as error:  # it raises anything
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"the processes of the run did not find each other: {reason}") from error
+        raise ConfigError(
+            f"process {number} of {count} has not found the others: {reason}; set "
+            "JAX_COORDINATOR_ADDRESS to HOST:PORT of the first, which all of them can reach"
+        ) from error
 
 
 def is_first() -> bool:

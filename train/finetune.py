@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             print_plan(config.resolved(), options.card, options.memory_gb)
             return 0
         start_processes()
-        first_then_others(lambda: start_directory(config, run_dir))
+        first_then_others(lambda: start_directory(config, run_dir, write=is_first()))
         first_then_others(lambda: prepare_data(config, prepare))
         with sure_interrupt():
             stopped = train(config.resolved(), run_dir, profile=options.profile)
@@ -206,6 +206,7 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
                     if not values.pop("finite"):  # then the update has changed nothing
                         checkpoints.save(step, trained, opt_state, position)
                         raise not_finite(own_dir, step + 1, values, samples)
+                del sums  # before the next step makes its own
                 step += 1
                 position = replace(position, batch=position.batch + count)
 

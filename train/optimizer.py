@@ -1,6 +1,6 @@
 """The optimizers: AdamW, and Adafactor for training all of a model that fills the device.
 
-Stacked parameters are gone through one layer at a time and in place: the float32 numbers of one
+Both work in place, and Adafactor on one layer of a stacked matrix at a time: float32 numbers of one
 layer alone stand beside parameters, gradients and moments.
 """
 
@@ -53,12 +53,13 @@ class Optimizer:
 
     def rate(self, state: Any) -> Array:
         """Learning rate of the step to come."""
-        return self.schedule(_unpack(state).count)
+        return self.schedule(state[1][0].count)
 
     def init(self, params: Params) -> Any:
-        """State before the first step, laid out as that of optax's clipping and `adamw`.
+        """State before the first step; moments of a stacked parameter are stacked.
 
-        Arrays or shapes of arrays are enough; the moments of a stacked parameter are stacked.
+        The layout is that of `optax.chain(optax.clip_by_global_norm(...), optax.adamw(...))` with a
+        mask, in which runs were saved before: (nothing, (moments, nothing, count of the schedule)).
         """
         rule, moments = self._rule(), {}
         for path, value in flatten_dict(params).items():
@@ -68,7 +69,12 @@ class Optimizer:
             moments[path] = [
                 jnp.zeros_like(value, jnp.float32, shape=(*layers, *x.shape)) for x in shapes
             ]
-        return _pack(MOMENTS[self.config.optimizer](jnp.zeros((), jnp.int32), *_trees(moments)))
+        count, again = (jnp.zeros((), jnp.int32) for _ in range(2))  # both are donated
+        return optax.EmptyState(), (
+            MOMENTS[self.config.optimizer](count, *_trees(moments)),
+            optax.MaskedState(optax.EmptyState()),
+            optax.ScaleByScheduleState(again),
+        )
 
     def clipping(self, norm: Array) -> Array:
         """Factor that brings gradients of this global norm to `optim.clip_norm` at most."""
@@ -82,23 +88,23 @@ class Optimizer:
         bfloat16 parameters are computed in float32 and rounded stochastically, with bits that
         depend on seed, step, name and layer alone.
         """
-        moments = _unpack(state)
-        count, *trees = moments
+        clip, ((count, *trees), decay, schedule) = state
         key = jax.random.fold_in(jax.random.key(self.seed, impl="threefry2x32"), count)
         gradients, *trees = map(flatten_dict, (gradients, *trees))
         new = {}
         for path, value in flatten_dict(params).items():
             step = partial(self._step, path, count, scale)
+            keys = jax.random.fold_in(key, crc32("/".join(path).encode()))
             if is_stacked(path):
-                step = (
-                    partial(_all_layers, step)
-                    if self.config.optimizer == "adamw"
-                    else partial(_each_layer, step)
-                )
-            mine = jax.random.fold_in(key, crc32("/".join(path).encode()))
-            new[path] = step(mine, gradients[path], value, *(tree[path] for tree in trees))
+                keys = jax.vmap(partial(jax.random.fold_in, keys))(jnp.arange(value.shape[0]))
+                # XLA fuses AdamW, which goes number by number, and makes no temporaries.
+                whole = self.config.optimizer == "adamw" or value.ndim == 2
+                step = jax.vmap(step) if whole else partial(_each_layer, step)
+            new[path] = step(keys, gradients[path], value, *(tree[path] for tree in trees))
         params, *trees = _trees(new)
-        return params, _pack(type(moments)(optax.safe_increment(count), *trees))
+        moments = MOMENTS[self.config.optimizer](optax.safe_increment(count), *trees)
+        schedule = optax.ScaleByScheduleState(optax.safe_increment(schedule.count))
+        return params, (clip, (moments, decay, schedule))
 
     def _step(
         self,
@@ -148,19 +154,19 @@ def round_stochastic(x: Array, key: Array) -> Array:
 
 
 def _each_layer(
-    step: Callable[..., tuple[Array, ...]], key: Array, gradient: Array, *stacked: Array
+    step: Callable[..., tuple[Array, ...]], keys: Array, gradient: Array, *stacked: Array
 ) -> tuple[Array, ...]:
     """`step` for each index of the first axis; `stacked` (value and moments) change in place."""
 
     def body(layer: Array, stacked: tuple[Array, ...]) -> tuple[Array, ...]:
         one = [lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (gradient, *stacked)]
-        new = step(jax.random.fold_in(key, layer), *one)
+        new = step(keys[layer], *one)
         return tuple(
             lax.dynamic_update_index_in_dim(whole, x, layer, 0)
             for whole, x in zip(stacked, new, strict=True)
         )
 
-    return lax.fori_loop(0, gradient.shape[0], body, stacked)
+    return lax.fori_loop(0, len(gradient), body, stacked)
 
 
 def _trees(arrays: dict[Path, Any]) -> list[Params]:
@@ -169,21 +175,3 @@ def _trees(arrays: dict[Path, Any]) -> list[Params]:
         unflatten_dict(dict(zip(arrays, column, strict=True)))
         for column in zip(*arrays.values(), strict=True)
     ]
-
-
-# The layout of `optax.chain(optax.clip_by_global_norm(...), optax.adamw(..., mask=...))`, in which
-# runs have been saved.
-
-
-def _pack(moments: Any) -> Any:
-    decay = optax.MaskedState(optax.EmptyState())
-    return optax.EmptyState(), (moments, decay, optax.ScaleByScheduleState(moments.count))
-
-
-def _unpack(state: Any) -> Any:
-    return state[1][0]
-
-
-def _all_layers(step, key, *stacked):
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(stacked[0].shape[0]))
-    return jax.vmap(step)(keys, *stacked)

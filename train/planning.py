@@ -10,6 +10,7 @@ bfloat16 in float32.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,6 @@ class Planner:
 
     def __init__(self, config: TrainConfig, model_config: VideoXLConfig, mesh: Mesh):
         self.config, self.model, self.mesh = config, model_config, mesh
-        attention.made_for = "gpu"
         placement = param_placement(mesh, model_config)
         self.graph, self.trained, self.frozen = abstract_state(config, model_config, placement)
         self.optimizer = Optimizer(config.optim, steps=1000, seed=0)
@@ -90,9 +90,11 @@ class Planner:
             self.trained,
         )
         self.sums = {"gradients": gradients, "loss": zero, "tokens": zero, "correct": zero}
-        self.update_bytes = self._compile(
-            lower_update(self.optimizer, self.trained, self.opt_state, self.sums)
-        )
+
+    @cached_property
+    def update_bytes(self) -> int:
+        """Bytes of the optimizer's temporaries."""
+        return self._compile(lower_update(self.optimizer, self.trained, self.opt_state, self.sums))
 
     def step(self, frames: int) -> StepPlan:
         """A step of which each sample has so many frames, and `TEXT` tokens of text."""
@@ -109,7 +111,7 @@ class Planner:
         pixels = self._struct((samples, frames, size, size, 3), np.uint8, 0)
         placed = replace(batch, **arrays), pixels if frames else None
         sums = self.sums if config.optim.accumulate > 1 else None
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), attention.made_for("gpu"):
             lowered = lower_add_batch(self.graph, self.trained, self.frozen, sums, *placed)
         flops = count_flops(config, self.model, self.trained)(
             Batch(batch, None, [], frames * samples, 0, 0)
@@ -165,24 +167,28 @@ def bytes_of(tree: Any) -> int:
 
 
 def longest(planner: Planner, one: StepPlan, memory: int) -> StepPlan | None:
-    """The longest sample whose step fits, compiled; None if not even one frame does.
+    """The longest sample whose step fits, to a few per cent, compiled; None if not even one frame
+    does.
 
-    Bytes grow in proportion to frames, so that two steps tell of all.
+    Bytes grow with frames, in proportion where activations are what counts: each new step is drawn
+    from the line through a step that fits and one that does not.
     """
-    few = planner.step(max(1, one.frames // 4))
-    if one.frames == few.frames:
-        few = planner.step(4 * one.frames)
-    slope = (one.peak - few.peak) / (one.frames - few.frames)
-    frames = int(one.frames + (memory - one.peak) / slope)
-    frames = min(frames, MOST_FRAMES)
-    for _ in range(3):
-        if frames < 1:
-            return None
+    fits = one if one.peak <= memory else planner.step(1)
+    if fits.peak > memory:
+        return None
+    fails = one if fits is not one else planner.step(min(MOST_FRAMES, 2 * one.frames))
+    for _ in range(4):
+        slope = (fails.peak - fits.peak) / (fails.frames - fits.frames)
+        frames = int(fits.frames + 0.99 * (memory - fits.peak) / max(slope, 1.0))
+        frames = min(frames, MOST_FRAMES)
+        if frames <= fits.frames * 1.02:
+            break
         found = planner.step(frames)
         if found.peak <= memory:
-            return found
-        frames = int(frames - max(1, (found.peak - memory) / slope))
-    return None
+            fits = found
+        else:
+            fails = found
+    return fits
 
 
 MOST_FRAMES = 16384

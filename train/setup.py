@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from train.batches import Batch
 from train.config import TrainConfig, compare, save_config
@@ -25,7 +25,6 @@ from vxl_jax.checkpoint import load
 from vxl_jax.config import (
     PRESETS,
     ConfigError,
-    LoRAConfig,
     VideoXLConfig,
     cross_check_vocabulary,
 )
@@ -36,8 +35,10 @@ from vxl_jax.published import read_config
 from vxl_jax.sharding import Placement, place_tree
 
 
-def start_directory(config: TrainConfig, run_dir: Path) -> None:
+def start_directory(config: TrainConfig, run_dir: Path, write: bool = True) -> None:
     """Make the run's directory; if a run has saved steps in it, check that it is this one.
+
+    write: note the configuration in it, which one process does for all.
 
     Raises: ConfigError listing every field that differs from the run's own configuration.
     """
@@ -54,6 +55,8 @@ def start_directory(config: TrainConfig, run_dir: Path) -> None:
                 f"{run_dir} holds a run with another configuration ({'; '.join(changed)}); "
                 "use its configuration to resume it, or another --run-dir"
             )
+        return
+    if not write:
         return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -132,31 +135,8 @@ def make_model(
         model = load(config.model.checkpoint, placement=placement, **config.model.changes())
     else:
         model = random_model(model_config, config.run.seed, placement)
-    return with_lora(model, config.lora, config.run.seed, placement)
-
-
-def with_lora(
-    model: VideoXL, lora: LoRAConfig, seed: int, placement: Placement | None = None
-) -> VideoXL:
-    """The model with low-rank updates that have learned nothing, or as it is at rank 0."""
-    if not lora.rank:
-        return model
-    graph, params = nnx.split(model)
-    base = flatten_dict(nnx.to_pure_dict(params))
-    graph_with_lora: Any = None
-
-    def updates(params: Any) -> Any:
-        nonlocal graph_with_lora
-        whole = nnx.merge(graph, params)
-        add_lora(whole, lora, seed)
-        graph_with_lora, state = nnx.split(whole)
-        flat = flatten_dict(nnx.to_pure_dict(state))
-        return unflatten_dict({path: x for path, x in flat.items() if path not in base})
-
-    shapes = jax.eval_shape(updates, params)
-    shardings = None if placement is None else place_tree(placement, shapes)
-    added = flatten_dict(jax.jit(updates, out_shardings=shardings)(params))
-    return nnx.merge(graph_with_lora, unflatten_dict({**base, **added}))
+    add_lora(model, config.lora, config.run.seed, placement)
+    return model
 
 
 def abstract_state(

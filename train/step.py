@@ -78,7 +78,8 @@ def add_batch(
 ) -> Params:
     """Add one batch to the sums of a step, whose gradients lie where the parameters do.
 
-    sums: None where the step has one batch; its gradients then have the parameters' dtype.
+    sums: None for a step of one batch; its gradients then have the parameters' dtype. Sums of
+    several are float32, and begin with `empty_sums`.
     """
     return _add_batch(graph, layout_of(trained), trained, frozen, sums, streams, pixels)
 
@@ -103,7 +104,9 @@ def _add_batch(
 
     (total, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
     batch = {"gradients": lay_out(gradients, layout), "loss": total, **metrics}
-    return batch if sums is None else jax.tree.map(jnp.add, sums, batch)
+    if sums is None:
+        return batch
+    return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), sums, batch)
 
 
 def update(

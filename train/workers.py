@@ -408,15 +408,17 @@ def main(arguments: list[str]) -> None:
 
         logging.set_level(logging.QUIET)
     threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+    with contextlib.suppress(EOFError, ConnectionError):  # the training process is gone
+        _answer(connection, memory_file)
+
+
+def _answer(connection: Connection, memory_file: int) -> None:
     work: Work = pickle.loads(connection.recv_bytes())
     connection.send("ready")
     size = work.reader.preparer.size
     memory: mmap.mmap | None = None
     while True:
-        try:
-            name, *rest = connection.recv()
-        except (EOFError, OSError):
-            return
+        name, *rest = connection.recv()
         connection.send("begun")
         try:
             if name == "measure":

@@ -7,7 +7,9 @@ queries of a block, G = N / K query heads per key head.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -40,13 +42,24 @@ def rotate(x: Array, angles: tuple[Array, Array]) -> Array:
     return rotated.astype(x.dtype)
 
 
-made_for: str | None = None
-"""Backend that programs are made for; None: JAX's own. A plan for a GPU is compiled on a CPU."""
+_backend: ContextVar[str | None] = ContextVar("backend", default=None)
+
+
+@contextmanager
+def made_for(backend: str) -> Iterator[None]:
+    """Programs that are traced in it have the tiles of another backend: to plan for a GPU without
+    one.
+    """
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
 
 
 def tile_bytes() -> int:
     """Bytes of float32 scores in one tile: within a CPU's cache, or enough to fill a GPU."""
-    return 2**21 if (made_for or jax.default_backend()) == "cpu" else 2**28
+    return 2**21 if (_backend.get() or jax.default_backend()) == "cpu" else 2**28
 
 
 def window_attention(

@@ -5,6 +5,7 @@ r is the rank; stacked layers have a leading layer axis everywhere.
 """
 
 import zlib
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, get_args
 
@@ -14,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from vxl_jax.checkpoint import ParamPath, Shapes
+from vxl_jax.checkpoint import ParamPath, Params, Placement, Shapes
 from vxl_jax.config import LoRAConfig, LoRATarget
 from vxl_jax.model import VideoXL
 
@@ -28,20 +29,16 @@ def lora_path(target: str) -> ParamPath:
 
 
 class LoRALinear(nnx.Linear):
-    """x kernel + bias + (alpha / r) x lora_a lora_b, in the compute dtype of the linear.
+    """x kernel + bias + scale (x lora_a) lora_b, in the compute dtype of the linear.
 
-    lora_a [L, in, r] float32 starts uniform within ±1/√in (Kaiming, as in the paper's code), lora_b
-    [L, r, out] float32 as zeros: at first the outputs are those of the linear it is made from.
+    lora_a [L, in, r], lora_b [L, r, out]; without L inside a layer.
     """
 
-    def __init__(self, linear: nnx.Linear, config: LoRAConfig, key: Array):
+    def __init__(self, linear: nnx.Linear, lora_a: Array, lora_b: Array, scale: float):
         super().__init__(**_arguments(linear, linear.kernel[...]))
-        *layers, inputs, outputs = linear.kernel.shape
-        bound = inputs**-0.5
-        shape = (*layers, inputs, config.rank)
-        self.lora_a = nnx.LoRAParam(jax.random.uniform(key, shape, jnp.float32, -bound, bound))
-        self.lora_b = nnx.LoRAParam(jnp.zeros((*layers, config.rank, outputs), jnp.float32))
-        self.scale = config.scale
+        self.lora_a = nnx.LoRAParam(lora_a)
+        self.lora_b = nnx.LoRAParam(lora_b)
+        self.scale = scale
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         """[..., in] -> [..., out]."""
@@ -65,23 +62,44 @@ def _arguments(linear: nnx.Linear, kernel: Array) -> dict[str, Any]:
     }
 
 
-def add_lora(model: VideoXL, config: LoRAConfig, seed: int) -> None:
-    """Give the target linears of all layers their updates, in place.
+def add_lora(
+    model: VideoXL, config: LoRAConfig, seed: int, placement: Placement | None = None
+) -> None:
+    """Give the target linears of all layers their updates, in place; none at rank 0.
 
-    What a target's update starts from follows from seed and name, whatever the other targets are.
-    Works on a model with weights, and where one is traced (jit, eval_shape). Nothing is done at
-    rank 0.
+    lora_a starts uniform within ±1/√in (Kaiming, as in the paper's code), by seed and name alone,
+    whatever the other targets and the placement are; lora_b starts as zeros, so that the model
+    computes what it did. Both are float32. The model has weights, or is traced (jit, eval_shape).
+
+    placement: as for `checkpoint.load`.
 
     Raises: ValueError if a target has an update already.
     """
     if config.rank == 0:
         return
-    for target in config.targets:
-        block, linear = _find(model, target)
-        if isinstance(linear, LoRALinear):
-            raise ValueError(f"{target} has an update already; merge_lora it first")
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(target.encode()))
-        setattr(block, target, LoRALinear(linear, config, key))
+    linears = {target: _find(model, target)[1] for target in config.targets}
+    if taken := [name for name, linear in linears.items() if isinstance(linear, LoRALinear)]:
+        raise ValueError(f"{', '.join(taken)} have updates already; merge_lora them first")
+    kernels = {(*lora_path(target), "kernel"): x.kernel for target, x in linears.items()}
+    shapes = lora_shapes(kernels, config)
+
+    def start() -> Params:
+        return {path: _start(path, struct, seed) for path, struct in shapes.items()}
+
+    where = None if placement is None else {p: placement(p, x.shape) for p, x in shapes.items()}
+    arrays = jax.jit(start, out_shardings=where)()
+    for target, linear in linears.items():
+        a, b = (arrays[*lora_path(target), name] for name in LORA_NAMES)
+        setattr(_find(model, target)[0], target, LoRALinear(linear, a, b, config.scale))
+
+
+def _start(path: ParamPath, struct: jax.ShapeDtypeStruct, seed: int) -> Array:
+    *_, target, name = path
+    if name == "lora_b":
+        return jnp.zeros(struct.shape, struct.dtype)
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(target.encode()))
+    bound = struct.shape[-2] ** -0.5
+    return jax.random.uniform(key, struct.shape, struct.dtype, -bound, bound)
 
 
 def merge_lora(model: VideoXL) -> None:
@@ -105,13 +123,15 @@ def merge_lora(model: VideoXL) -> None:
 def merge_kernel(kernel: Any, lora_a: Any, lora_b: Any, scale: float) -> Any:
     """kernel [..., in, out] + scale * lora_a [..., in, r] lora_b [..., r, out], float32.
 
-    NumPy's arrays or JAX's; for part of a kernel, rows of lora_a and columns of lora_b.
+    NumPy's arrays or JAX's, of any dtype; for part of a kernel, rows of lora_a and columns of
+    lora_b.
     """
-    return kernel.astype(np.float32) + scale * (lora_a @ lora_b)
+    kernel, a, b = (x.astype(np.float32) for x in (kernel, lora_a, lora_b))
+    return kernel + scale * (a @ b)
 
 
-def lora_shapes(shapes: Shapes, config: LoRAConfig) -> Shapes:
-    """Shapes of the parameters that `add_lora` adds, by path, from those of the plain model."""
+def lora_shapes(shapes: Mapping[ParamPath, Any], config: LoRAConfig) -> Shapes:
+    """What `add_lora` adds, by path; `shapes` has the targets' kernels, or their shapes."""
     found = {}
     for path in map(lora_path, config.targets if config.rank else ()):
         *layers, inputs, outputs = shapes[*path, "kernel"].shape

@@ -182,29 +182,29 @@ def run(folder: Path, path: Path, *options: str) -> Run:
     return Run(status, out.getvalue(), err.getvalue(), path)
 
 
-class Ended(NamedTuple):
-    """A process that has ended."""
-
-    status: int
-    out: str
-    err: str
-
-
 class Processes:
     """Processes of one run, each with so many devices; nothing of them outlives the `with` block.
 
-    commands: what each runs after `python`, such as `["-m", "train.finetune", *options]`.
+    commands: what each runs after `python`, such as `["-m", "train.finetune", *options]`. inside:
+    the folder that each works in.
     """
 
-    def __init__(self, logs: Path, commands: Sequence[Sequence[str]], devices: int = 1):
+    def __init__(
+        self,
+        logs: Path,
+        commands: Sequence[Sequence[str]],
+        devices: int = 1,
+        inside: Sequence[Path] = (),
+    ):
         logs.mkdir(parents=True, exist_ok=True)
+        root = str(Path(__file__).parents[1])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         self.logs, self.started = logs, []
         for index, command in enumerate(commands):
             flags = f"--xla_force_host_platform_device_count={devices}"
-            environment = {**os.environ, "XLA_FLAGS": flags}
+            environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": root}
             if len(commands) > 1:
                 environment["JAX_COORDINATOR_ADDRESS"] = address
                 environment["JAX_NUM_PROCESSES"] = str(len(commands))
@@ -212,7 +212,11 @@ class Processes:
             with (logs / f"{index}.out").open("w") as out, (logs / f"{index}.err").open("w") as err:
                 self.started.append(
                     subprocess.Popen(
-                        [sys.executable, *command], stdout=out, stderr=err, env=environment
+                        [sys.executable, *command],
+                        stdout=out,
+                        stderr=err,
+                        env=environment,
+                        cwd=inside[index] if inside else root,
                     )
                 )
 
@@ -224,8 +228,8 @@ class Processes:
             process.kill()
             process.wait()
 
-    def end(self, seconds: float = 300) -> list[Ended]:
-        """Wait for all of them; one that hangs fails the test."""
+    def end(self, seconds: float = 300) -> list[Run]:
+        """Wait for all of them; one that hangs fails the test. The path is that of the logs."""
         deadline = time.monotonic() + seconds
         ended = []
         for index, process in enumerate(self.started):
@@ -234,7 +238,7 @@ class Processes:
             except subprocess.TimeoutExpired:
                 pytest.fail(f"process {index} hangs; {self._text(index, 'err')[-2000:]}")
             out, err = (self._text(index, name) for name in ("out", "err"))
-            ended.append(Ended(process.returncode, out, err))
+            ended.append(Run(process.returncode, out, err, self.logs))
         return ended
 
     def _text(self, index: int, name: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.on_meshes import FRAMES, watched
 from tests.runs import Processes, Run, add_kinds, arguments, compiled_once, make_folder, run
+from vxl_jax.config import PRESETS
 
 MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x1x8")
 ON_TWO = "1x8x1"
@@ -248,19 +249,27 @@ def plan_of(on_8: Path, mesh: str) -> dict[str, Any]:
     [("8x1x1", 1, 1 / 8), ("1x8x1", 1 / 8, 1 / 8), ("2x2x2", 1 / 4, 1 / 4)],
 )
 def test_a_device_has_its_share_of_a_step(mesh: str, state: float, activations: float, on_8: Path):
+    """Biases and norms are whole; parameters of a layer are put together for its turn."""
     one, found = plan_of(on_8, "1x1x1"), plan_of(on_8, mesh)
     assert found["samples"] == one["samples"] == SAMPLES
     for name in ("trained", "gradients", "optimizer"):
-        assert found[name] <= 1.05 * state * one[name]
+        assert found[name] <= 1.15 * state * one[name]
     assert found["batch"] == pytest.approx(one["batch"] * parts(mesh)[2] / 8)
-    assert found["activations"] <= 1.2 * activations * one["activations"]
+    assert found["activations"] <= 1.15 * activations * one["activations"]
 
 
 @pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1", "2x2x2"])
 def test_no_device_holds_anything_of_all_samples(mesh: str, on_8: Path):
-    whole = {SAMPLES, SAMPLES * FRAMES}
-    assert any(whole & set(shape) for shape in plan_of(on_8, "1x1x1")["arrays"])
-    assert [shape for shape in plan_of(on_8, mesh)["arrays"] if whole & set(shape)] == []
+    """But what it finds in its part of the width of the table of embeddings."""
+    fsdp = parts(mesh)[1]
+    part_of_width = PRESETS["demo"]().language.width // fsdp if fsdp > 1 else None
+
+    def of_all_samples(mesh: str) -> list[list[int]]:
+        whole = {SAMPLES, SAMPLES * FRAMES}
+        return [shape for shape in plan_of(on_8, mesh)["arrays"] if whole & set(shape)]
+
+    assert len(of_all_samples("1x1x1")) > 50
+    assert [x for x in of_all_samples(mesh) if x[-1] != part_of_width] == []
 
 
 def test_a_checkpoint_is_read_in_parts(on_8: Path):

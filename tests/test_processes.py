@@ -1,0 +1,225 @@
+"""One run in several processes: how they find each other, fail together, stop and go on."""
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from tests.runs import Processes, Run, arguments, read_lines, run, write_records
+from train.distributed import VARIABLES, start_processes
+from vxl_jax.config import ConfigError
+
+# How they find each other.
+
+
+def set_variables(monkeypatch: pytest.MonkeyPatch, *values: str | None) -> None:
+    for name, value in zip(VARIABLES, values, strict=True):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            (None, "2", "0"),
+            "the environment has JAX_NUM_PROCESSES, JAX_PROCESS_ID but not "
+            "JAX_COORDINATOR_ADDRESS; a run of several processes needs all three, a single one "
+            "none",
+        ),
+        (("host:1", None, "0"), "has JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID but not JAX_NUM_PROC"),
+        (("host:1", "2", None), "has JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES but not JAX_PROC"),
+        (("host:1", None, None), "but not JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
+        (("host:1", "two", "0"), "JAX_NUM_PROCESSES 'two' and JAX_PROCESS_ID '0': not numbers"),
+        (("host:1", "2", "1.0"), "JAX_PROCESS_ID '1.0': not numbers"),
+        (("host:1", "2", "2"), "JAX_PROCESS_ID is 2; it must be in [0, 2)"),
+        (("host:1", "2", "-1"), "JAX_PROCESS_ID is -1; it must be in [0, 2)"),
+        (("host:1", "0", "0"), "JAX_PROCESS_ID is 0; it must be in [0, 0)"),
+    ],
+)
+def test_variables_that_make_no_sense(
+    values: Sequence[str | None],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    set_variables(monkeypatch, *values)
+    assert message in run(folder, tmp_path / "run").error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, {}),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+            {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1},
+        ),
+    ],
+)
+def test_what_jax_is_told(
+    variables: dict[str, str], expected: Any, monkeypatch: pytest.MonkeyPatch
+):
+    for name in (*VARIABLES, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    told: list[Any] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: told.append(given))
+    start_processes()
+    assert told == ([] if expected is None else [expected])
+
+
+def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch):
+    def fail(**_: Any) -> None:
+        raise RuntimeError("DEADLINE_EXCEEDED: 1/2 came\nand more")
+
+    set_variables(monkeypatch, "host:1", "2", "0")
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with pytest.raises(ConfigError) as refused:
+        start_processes()
+    assert str(refused.value) == (
+        "the processes of the run did not find each other: DEADLINE_EXCEEDED: 1/2 came"
+    )
+
+
+# Two of them. Each works in a folder of its own, as on a machine of its own, where the same paths
+# may hold something else.
+
+
+@pytest.fixture
+def machines(folder: Path, tmp_path: Path) -> list[Path]:
+    """Two machines with the same data."""
+    return make_machines(folder, tmp_path)
+
+
+def make_machines(folder: Path, path: Path) -> list[Path]:
+    made = []
+    for name in ("first", "second"):
+        machine = path / name
+        machine.mkdir(parents=True)
+        for part in ("media", "tokenizer"):
+            shutil.copytree(folder / part, machine / part)
+        for part in ("train.json", "heldout.json"):
+            shutil.copy(folder / part, machine / part)
+        config = (folder / "config.py").read_text().replace(f"{folder}/", "")
+        (machine / "config.py").write_text(config)
+        made.append(machine)
+    return made
+
+
+def start(machines: list[Path], path: Path, *options: str) -> Processes:
+    command = ["-m", "train.finetune", *arguments(Path(), path, *options)]
+    command[command.index("--config") + 1] = "config.py"
+    logs = path.parent / f"logs of {path.name}" / str(time.monotonic_ns())
+    return Processes(logs, [command] * 2, inside=machines)
+
+
+def end(machines: list[Path], path: Path, *options: str) -> list[Run]:
+    with start(machines, path, *options) as processes:
+        return processes.end()
+
+
+OTHERS = "error: another process of the run cannot go on; its own message says why"
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_one_that_fails_in_preparation_ends_both(bad: int, machines: list[Path], tmp_path: Path):
+    (machines[bad] / "heldout.json").unlink()
+    errors = [ended.error for ended in end(machines, tmp_path / "run")]
+    assert errors[bad].startswith("error: heldout.json: cannot be read (No such file")
+    assert errors[1 - bad] == OTHERS
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_one_without_a_tokenizer_ends_both(bad: int, machines: list[Path], tmp_path: Path):
+    shutil.rmtree(machines[bad] / "tokenizer")
+    errors = [ended.error for ended in end(machines, tmp_path / "run")]
+    assert errors[bad] == "error: model.tokenizer tokenizer: there is no such directory"
+    assert errors[1 - bad] == OTHERS
+
+
+def test_different_data_is_refused(machines: list[Path], tmp_path: Path):
+    """Of the same lengths."""
+    records = json.loads((machines[1] / "train.json").read_text())
+    records[3], records[5] = records[5], records[3]
+    write_records(machines[1] / "train.json", records)
+    for ended in end(machines, tmp_path / "run"):
+        assert ended.error.startswith("error: the processes of this run see different training")
+
+
+@pytest.fixture(scope="module")
+def damaged(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two machines; on the second, a picture cannot be decoded."""
+    machines = make_machines(folder, tmp_path_factory.mktemp("machines"))
+    picture = machines[1] / "media/3.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    return machines
+
+
+@pytest.fixture(scope="module")
+def both(damaged: list[Path]) -> Run:
+    """A run in two processes that was not interrupted."""
+    path = damaged[0].parent / "both"
+    first, second = end(damaged, path)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert "wrote " not in second.out
+    return first._replace(path=path)
+
+
+def test_bad_samples_of_the_second_are_in_the_summary(both: Run):
+    assert "cpu x 2, 2 process(es)" in both.out
+    found = read_lines(both.path / "processes/1/bad_samples.jsonl")
+    assert {row["name"].split()[-1] for row in found} == {"colour_of_3.png", "shape_of_3.png"}
+    assert (both.path / "bad_samples.jsonl").read_text() == ""
+    summary = both.summary["bad_samples"]
+    assert (summary["count"], summary["by_file"]) == (2, {"train.json": 2, "heldout.json": 0})
+    assert summary["reasons"] == {row["name"]: row["reason"] for row in found}
+
+
+def test_rates_and_metrics_are_those_of_both(both: Run):
+    """The losses of both are equal, as are the rates, of all samples together."""
+    others = read_lines(both.path / "processes/1/metrics.jsonl")
+    for ours, theirs in zip(both.metrics, others, strict=True):
+        for name in ("step", "loss", "gradient_norm", "padding"):
+            assert ours[name] == theirs[name]
+        rates = [row["samples_per_second"] for row in (ours, theirs)]
+        assert rates[0] == pytest.approx(rates[1], rel=0.5)
+
+
+def test_sigterm_to_one_stops_both_and_the_run_goes_on(both: Run, damaged: list[Path]):
+    path = both.path.with_name("stopped")
+    with start(damaged, path) as processes:
+        deadline = time.monotonic() + 200
+        while not (path / "checkpoints/4").exists():
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in processes.started)
+            time.sleep(0.01)
+        processes.started[1].send_signal(signal.SIGTERM)
+        first, second = processes.end()
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    stopped = Run(0, "", "", path)
+    step = stopped.saved[-1]
+    assert step < both.summary["steps"]
+    assert f"stopped by SIGTERM, step {step} is saved: " in first.err
+    assert "SIGTERM" not in second.err
+    assert not (path / "summary.json").exists()
+
+    first, second = end(damaged, path)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    assert f"resumed at step {step}" in first.out
+    assert stopped.summary["params_sha256"] == both.summary["params_sha256"]
+    assert stopped.summary["bad_samples"] == both.summary["bad_samples"]

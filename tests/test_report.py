@@ -29,7 +29,7 @@ def batch(samples: int, tokens: int, frames: int, places: int) -> Batch:
 def log_steps(run_dir: Path, start: int, stop: int, seconds_ago: float = 0.0) -> RunLog:
     """Log every step after `start` up to `stop`."""
     began = time.perf_counter() - seconds_ago
-    log = RunLog(run_dir, start, 9, log_every=1, began=began, flops_of=flops_of)
+    log = RunLog(run_dir, start, 9, log_every=1, began=began, counted_share=1.0, flops_of=flops_of)
     for step in range(start + 1, stop + 1):
         log.count(batch(samples=2, tokens=10, frames=0, places=20))
         log.log(step, METRICS)
@@ -63,7 +63,9 @@ def test_seconds_are_those_of_all_pieces_that_count(tmp_path: Path):
 
 
 def test_rates_are_since_the_row_before(tmp_path: Path):
-    log = RunLog(tmp_path, 0, 9, log_every=3, began=time.perf_counter(), flops_of=flops_of)
+    log = RunLog(
+        tmp_path, 0, 9, log_every=3, began=time.perf_counter(), counted_share=1.0, flops_of=flops_of
+    )
     for _ in range(3):
         log.count(batch(samples=4, tokens=100, frames=8, places=125))
     time.sleep(0.05)
@@ -82,7 +84,7 @@ def test_rates_are_since_the_row_before(tmp_path: Path):
 
 
 def test_metrics_are_due_at_the_first_and_last_step_and_between(tmp_path: Path):
-    log = RunLog(tmp_path, 0, 10, log_every=4, began=0, flops_of=flops_of)
+    log = RunLog(tmp_path, 0, 10, log_every=4, began=0, counted_share=1.0, flops_of=flops_of)
     assert [step for step in range(1, 11) if log.due(step)] == [1, 4, 8, 10]
     log.close()
 

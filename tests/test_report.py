@@ -118,14 +118,14 @@ def test_more_bad_samples_than_allowed_are_an_error(tmp_path: Path):
 
 
 def test_bad_samples_of_other_processes_are_collected(tmp_path: Path):
-    """A sample that two have found counts once."""
+    """A sample that two have found counts once; a run of more processes before this one does not."""
     bad = BadSamples(tmp_path, RECORDS, 1.0, start=0)
     bad.note([BadSample("a.json[0]", "dark")], step=1)
-    for process, name in ((1, "a.json[0]"), (2, "b.json[1]")):
+    for process, name in ((1, "a.json[0]"), (2, "b.json[1]"), (3, "b.json[2]")):
         own = tmp_path / "processes" / str(process)
         own.mkdir(parents=True)
         BadSamples(own, RECORDS, 1.0, start=0).note([BadSample(name, "dark")], step=1)
-    bad.collect(tmp_path / "processes")
+    bad.collect(tmp_path / "processes", 3)
     assert bad.summary()["by_file"] == {"a.json": 1, "b.json": 1}
 
 

@@ -133,23 +133,38 @@ def end(machines: list[Path], path: Path, *options: str) -> list[Run]:
         return processes.end()
 
 
+SHORT = ("--run.max-steps", "16")
+
 OTHERS = "error: another process of the run cannot go on; its own message says why"
 
 
-@pytest.mark.parametrize("bad", [0, 1])
-def test_one_that_fails_in_preparation_ends_both(bad: int, machines: list[Path], tmp_path: Path):
-    (machines[bad] / "heldout.json").unlink()
+@pytest.mark.parametrize(
+    ("bad", "gone", "message"),
+    [
+        (0, "heldout.json", "error: heldout.json: cannot be read (No such file"),
+        (1, "heldout.json", "error: heldout.json: cannot be read (No such file"),
+        (1, "tokenizer", "error: model.tokenizer tokenizer: there is no such directory"),
+    ],
+)
+def test_one_that_fails_in_preparation_ends_both(
+    bad: int, gone: str, message: str, machines: list[Path], tmp_path: Path
+):
+    (machines[bad] / gone).rename(machines[bad] / "away")
     errors = [ended.error for ended in end(machines, tmp_path / "run")]
-    assert errors[bad].startswith("error: heldout.json: cannot be read (No such file")
+    assert errors[bad].startswith(message)
     assert errors[1 - bad] == OTHERS
 
 
-@pytest.mark.parametrize("bad", [0, 1])
-def test_one_without_a_tokenizer_ends_both(bad: int, machines: list[Path], tmp_path: Path):
-    shutil.rmtree(machines[bad] / "tokenizer")
-    errors = [ended.error for ended in end(machines, tmp_path / "run")]
-    assert errors[bad] == "error: model.tokenizer tokenizer: there is no such directory"
-    assert errors[1 - bad] == OTHERS
+def test_different_configurations_are_refused(machines: list[Path], tmp_path: Path):
+    config = (machines[1] / "config.py").read_text()
+    (machines[1] / "config.py").write_text(config.replace("accumulate=2", "accumulate=3"))
+    for ended in end(machines, tmp_path / "run"):
+        assert ended.error == (
+            "error: the processes of this run have different configurations; start all of them "
+            "with the same command (only data.buffer_mb, data.cache_dir, data.cache_mb, "
+            "data.sample_seconds, data.workers may differ)"
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_different_data_is_refused(machines: list[Path], tmp_path: Path):
@@ -174,7 +189,7 @@ def damaged(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
 def both(damaged: list[Path]) -> Run:
     """A run in two processes that was not interrupted."""
     path = damaged[0].parent / "both"
-    first, second = end(damaged, path)
+    first, second = end(damaged, path, *SHORT)
     assert (first.status, second.status) == (0, 0), first.err + second.err
     assert "wrote " not in second.out
     return first._replace(path=path)
@@ -202,7 +217,7 @@ def test_rates_and_metrics_are_those_of_both(both: Run):
 
 def test_sigterm_to_one_stops_both_and_the_run_goes_on(both: Run, damaged: list[Path]):
     path = both.path.with_name("stopped")
-    with start(damaged, path) as processes:
+    with start(damaged, path, *SHORT) as processes:
         deadline = time.monotonic() + 200
         while not (path / "checkpoints/4").exists():
             assert time.monotonic() < deadline
@@ -218,7 +233,7 @@ def test_sigterm_to_one_stops_both_and_the_run_goes_on(both: Run, damaged: list[
     assert "SIGTERM" not in second.err
     assert not (path / "summary.json").exists()
 
-    first, second = end(damaged, path)
+    first, second = end(damaged, path, *SHORT)
     assert (first.status, second.status) == (0, 0), first.err + second.err
     assert f"resumed at step {step}" in first.out
     assert stopped.summary["params_sha256"] == both.summary["params_sha256"]

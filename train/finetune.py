@@ -20,13 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from train.batches import Loader
 from train.checkpoints import Checkpoints, Position
-from train.config import OwnOptions, RunSection, TrainConfig, load_config
+from train.config import (
+    OF_A_MACHINE,
+    OwnOptions,
+    RunSection,
+    TrainConfig,
+    load_config,
+    shared_digest,
+)
 from train.dataset import Dataset, open_dataset
 from train.distributed import (
     first_then_others,
@@ -35,7 +41,9 @@ from train.distributed import (
     open_mesh,
     own_shards,
     place_batch,
+    same_everywhere,
     start_processes,
+    together,
 )
 from train.errors import DataError, TrainingError
 from train.evaluate import evaluate, evaluate_at_end
@@ -83,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
             print_plan(config.resolved(), options.card, options.memory_gb)
             return 0
         start_processes()
+        check_same_config(config)
         first_then_others(lambda: start_directory(config, run_dir, write=is_first()))
         first_then_others(lambda: prepare_data(config, prepare))
         with sure_interrupt():
@@ -143,11 +152,11 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
     """
     began = time.perf_counter()
     mesh = open_mesh(config.mesh)
-    checkpoints = Checkpoints(run_dir, config)
+    model_config = together(lambda: read_model_config(config))
+    tokenizer = together(lambda: load_tokenizer(config, model_config))
+    own_dir = together(lambda: own_directory(run_dir))
+    checkpoints = together(lambda: Checkpoints(run_dir, config))
     step = checkpoints.last or 0
-    model_config = read_model_config(config)
-    tokenizer = load_tokenizer(config, model_config)
-    own_dir = own_directory(run_dir)
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         data, heldout = first_then_others(
@@ -155,17 +164,18 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
         )
         stack.enter_context(data)
         stack.enter_context(heldout or nullcontext())
-        bad = check_data(config, own_dir, step, data, heldout)
+        bad = together(lambda: check_data(config, own_dir, step, data, heldout))
         plans = plan_run(data, config.data, config.run.seed)
         steps, last_step = count_steps(config, plans)
         optimizer = Optimizer(config.optim, steps, config.run.seed)
 
         placement = param_placement(mesh, model_config)
-        model = make_model(config, model_config, placement)
+        model = together(lambda: make_model(config, model_config, placement))
         parameters = parameter_count(nnx.state(model))
         graph, trained, frozen = split_parts(model, config.optim.train, config.optim.param_dtype)
         del model
-        position = Position(0, same_everywhere(data.fingerprint))
+        position = Position(0, together(lambda: data.fingerprint))
+        check_same_data(position.data)
         if step:
             trained = jax.tree.map(struct_of, trained)
         opt_state = init_opt_state(optimizer, trained, placement)
@@ -254,6 +264,18 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
     return None
 
 
+def check_same_config(config: TrainConfig) -> None:
+    """See that all processes were started with the same configuration, but for `OF_A_MACHINE`.
+
+    Raises: ConfigError if they were not.
+    """
+    if not same_everywhere(shared_digest(config)):
+        raise ConfigError(
+            "the processes of this run have different configurations; start all of them with the "
+            f"same command (only {', '.join(sorted(OF_A_MACHINE))} may differ)"
+        )
+
+
 def own_directory(run_dir: Path) -> Path:
     """Where this process writes what each has: the run's directory, or one in it."""
     own = run_dir if is_first() else run_dir / "processes" / str(jax.process_index())
@@ -306,17 +328,16 @@ def check_data(
     return bad
 
 
-def same_everywhere(data: str) -> str:
-    """The data's fingerprint, which all processes have to agree on.
+def check_same_data(fingerprint: str) -> None:
+    """See that all processes have the same training data.
 
     Raises: DataError if they do not.
     """
-    if len(np.unique(gather(int(data[:6], 16)))) > 1:
+    if not same_everywhere(fingerprint):
         raise DataError(
             "the processes of this run see different training data: every machine needs the same "
             "files at the paths of data.train_json and data.media_root"
         )
-    return data
 
 
 def struct_of(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from tests.runs import Processes, Run, arguments, read_lines, run, write_records
-from train.distributed import VARIABLES, start_processes
+from train.distributed import LAUNCHERS, VARIABLES, start_processes
 from vxl_jax.config import ConfigError
 
 # How they find each other.
@@ -38,11 +38,11 @@ def set_variables(monkeypatch: pytest.MonkeyPatch, *values: str | None) -> None:
         (("host:1", None, "0"), "has JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID but not JAX_NUM_PROC"),
         (("host:1", "2", None), "has JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES but not JAX_PROC"),
         (("host:1", None, None), "but not JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
-        (("host:1", "two", "0"), "JAX_NUM_PROCESSES 'two' and JAX_PROCESS_ID '0': not numbers"),
-        (("host:1", "2", "1.0"), "JAX_PROCESS_ID '1.0': not numbers"),
-        (("host:1", "2", "2"), "JAX_PROCESS_ID is 2; it must be in [0, 2)"),
-        (("host:1", "2", "-1"), "JAX_PROCESS_ID is -1; it must be in [0, 2)"),
-        (("host:1", "0", "0"), "JAX_PROCESS_ID is 0; it must be in [0, 0)"),
+        (("host:1", "two", "0"), "'two' processes, of which this is '0': these are no numbers"),
+        (("host:1", "2", "1.0"), "'2' processes, of which this is '1.0': these are no numbers"),
+        (("host:1", "2", "-1"), "'2' processes, of which this is '-1': these are no numbers"),
+        (("host:1", "2", "2"), "of 2 processes this is number 2; they count from 0"),
+        (("host:1", "0", "0"), "of 0 processes this is number 0; they count from 0"),
     ],
 )
 def test_variables_that_make_no_sense(
@@ -57,34 +57,50 @@ def test_variables_that_make_no_sense(
     assert not (tmp_path / "run").exists()
 
 
+SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
+OMPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+OWN = dict(zip(VARIABLES, ("host:1", "2", "1"), strict=True))
+
+
 @pytest.mark.parametrize(
-    ("variables", "expected"),
+    ("variables", "expected", "all_devices"),
     [
-        ({}, None),
-        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, {}),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
-        (
-            {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
-            {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1},
-        ),
+        ({}, None, False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None, False),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, (None, 4, 3), True),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, (None, 4, 3), False),
+        ({**SLURM, VARIABLES[0]: "host:1"}, ("host:1", 4, 3), False),
+        ({**OMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, (None, 2, 0), True),
+        ({**OMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (None, 2, 0), False),
+        (OWN, ("host:1", 2, 1), False),
+        ({**SLURM, **OWN}, ("host:1", 2, 1), False),
     ],
 )
 def test_what_jax_is_told(
-    variables: dict[str, str], expected: Any, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str],
+    expected: Any,
+    all_devices: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    for name in (*VARIABLES, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+    """A process alone on its machine has all devices; so has one with variables of its own."""
+    for name in (*VARIABLES, *(name for names in LAUNCHERS for name in names)):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     told: list[Any] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: told.append(given))
+    updates: list[Any] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *who, **how: told.append((who, how)))
+    monkeypatch.setattr(jax.config, "update", lambda *change: updates.append(change))
     start_processes()
-    assert told == ([] if expected is None else [expected])
+    assert [who for who, _ in told] == ([] if expected is None else [expected])
+    assert updates == ([("jax_cuda_visible_devices", "all")] if all_devices else [])
+    for _, how in told:
+        own = all(name in variables for name in VARIABLES)
+        assert (how.get("cluster_detection_method") == "deactivate") == own
 
 
 def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch):
-    def fail(**_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("DEADLINE_EXCEEDED: 1/2 came\nand more")
 
     set_variables(monkeypatch, "host:1", "2", "0")
@@ -92,7 +108,8 @@ def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError) as refused:
         start_processes()
     assert str(refused.value) == (
-        "the processes of the run did not find each other: DEADLINE_EXCEEDED: 1/2 came"
+        "process 0 of 2 has not found the others: DEADLINE_EXCEEDED: 1/2 came; set "
+        "JAX_COORDINATOR_ADDRESS to HOST:PORT of the first, which all of them can reach"
     )
 
 

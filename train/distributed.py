@@ -72,9 +72,7 @@ def _numbers(count: str, number: str) -> tuple[int, int]:
 
 def _join(address: str | None, count: int, number: int, **how: Any) -> None:
     try:
-        jax.distributed.initialize(
-            address, count, number, shutdown_timeout_seconds=PATIENCE, **how
-        )
+        jax.distributed.initialize(address, count, number, shutdown_timeout_seconds=PATIENCE, **how)
     except Exception as error:  # it raises anything
         reason = str(error).partition("\n")[0]
         raise ConfigError(

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from tests.runs import Processes, Run, arguments, read_lines, run, write_records
-from train.distributed import VARIABLES, start_processes
+from train.distributed import LAUNCHERS, VARIABLES, start_processes
 from vxl_jax.config import ConfigError
 
 # How they find each other.
@@ -38,11 +38,11 @@ def set_variables(monkeypatch: pytest.MonkeyPatch, *values: str | None) -> None:
         (("host:1", None, "0"), "has JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID but not JAX_NUM_PROC"),
         (("host:1", "2", None), "has JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES but not JAX_PROC"),
         (("host:1", None, None), "but not JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
-        (("host:1", "two", "0"), "JAX_NUM_PROCESSES 'two' and JAX_PROCESS_ID '0': not numbers"),
-        (("host:1", "2", "1.0"), "JAX_PROCESS_ID '1.0': not numbers"),
-        (("host:1", "2", "2"), "JAX_PROCESS_ID is 2; it must be in [0, 2)"),
-        (("host:1", "2", "-1"), "JAX_PROCESS_ID is -1; it must be in [0, 2)"),
-        (("host:1", "0", "0"), "JAX_PROCESS_ID is 0; it must be in [0, 0)"),
+        (("host:1", "two", "0"), "'two' processes, of which this is '0': these are no numbers"),
+        (("host:1", "2", "1.0"), "'2' processes, of which this is '1.0': these are no numbers"),
+        (("host:1", "2", "-1"), "'2' processes, of which this is '-1': these are no numbers"),
+        (("host:1", "2", "2"), "of 2 processes this is number 2; they count from 0"),
+        (("host:1", "0", "0"), "of 0 processes this is number 0; they count from 0"),
     ],
 )
 def test_variables_that_make_no_sense(
@@ -57,34 +57,50 @@ def test_variables_that_make_no_sense(
     assert not (tmp_path / "run").exists()
 
 
+SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
+OMPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+OWN = dict(zip(VARIABLES, ("host:1", "2", "1"), strict=True))
+
+
 @pytest.mark.parametrize(
-    ("variables", "expected"),
+    ("variables", "expected", "all_devices"),
     [
-        ({}, None),
-        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, {}),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
-        (
-            {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
-            {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1},
-        ),
+        ({}, None, False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None, False),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, (None, 4, 3), True),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, (None, 4, 3), False),
+        ({**SLURM, VARIABLES[0]: "host:1"}, ("host:1", 4, 3), False),
+        ({**OMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, (None, 2, 0), True),
+        ({**OMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (None, 2, 0), False),
+        (OWN, ("host:1", 2, 1), False),
+        ({**SLURM, **OWN}, ("host:1", 2, 1), False),
     ],
 )
 def test_what_jax_is_told(
-    variables: dict[str, str], expected: Any, monkeypatch: pytest.MonkeyPatch
+    variables: dict[str, str],
+    expected: Any,
+    all_devices: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    for name in (*VARIABLES, "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+    """A process alone on its machine has all devices; so has one with variables of its own."""
+    for name in (*VARIABLES, *(name for names in LAUNCHERS for name in names)):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     told: list[Any] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: told.append(given))
+    updates: list[Any] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *who, **how: told.append((who, how)))
+    monkeypatch.setattr(jax.config, "update", lambda *change: updates.append(change))
     start_processes()
-    assert told == ([] if expected is None else [expected])
+    assert [who for who, _ in told] == ([] if expected is None else [expected])
+    assert updates == ([("jax_cuda_visible_devices", "all")] if all_devices else [])
+    for _, how in told:
+        own = all(name in variables for name in VARIABLES)
+        assert (how.get("cluster_detection_method") == "deactivate") == own
 
 
 def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch):
-    def fail(**_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("DEADLINE_EXCEEDED: 1/2 came\nand more")
 
     set_variables(monkeypatch, "host:1", "2", "0")
@@ -92,7 +108,8 @@ def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError) as refused:
         start_processes()
     assert str(refused.value) == (
-        "the processes of the run did not find each other: DEADLINE_EXCEEDED: 1/2 came"
+        "process 0 of 2 has not found the others: DEADLINE_EXCEEDED: 1/2 came; set "
+        "JAX_COORDINATOR_ADDRESS to HOST:PORT of the first, which all of them can reach"
     )
 
 
@@ -133,23 +150,38 @@ def end(machines: list[Path], path: Path, *options: str) -> list[Run]:
         return processes.end()
 
 
+SHORT = ("--run.max-steps", "16")
+
 OTHERS = "error: another process of the run cannot go on; its own message says why"
 
 
-@pytest.mark.parametrize("bad", [0, 1])
-def test_one_that_fails_in_preparation_ends_both(bad: int, machines: list[Path], tmp_path: Path):
-    (machines[bad] / "heldout.json").unlink()
+@pytest.mark.parametrize(
+    ("bad", "gone", "message"),
+    [
+        (0, "heldout.json", "error: heldout.json: cannot be read (No such file"),
+        (1, "heldout.json", "error: heldout.json: cannot be read (No such file"),
+        (1, "tokenizer", "error: model.tokenizer tokenizer: there is no such directory"),
+    ],
+)
+def test_one_that_fails_in_preparation_ends_both(
+    bad: int, gone: str, message: str, machines: list[Path], tmp_path: Path
+):
+    (machines[bad] / gone).rename(machines[bad] / "away")
     errors = [ended.error for ended in end(machines, tmp_path / "run")]
-    assert errors[bad].startswith("error: heldout.json: cannot be read (No such file")
+    assert errors[bad].startswith(message)
     assert errors[1 - bad] == OTHERS
 
 
-@pytest.mark.parametrize("bad", [0, 1])
-def test_one_without_a_tokenizer_ends_both(bad: int, machines: list[Path], tmp_path: Path):
-    shutil.rmtree(machines[bad] / "tokenizer")
-    errors = [ended.error for ended in end(machines, tmp_path / "run")]
-    assert errors[bad] == "error: model.tokenizer tokenizer: there is no such directory"
-    assert errors[1 - bad] == OTHERS
+def test_different_configurations_are_refused(machines: list[Path], tmp_path: Path):
+    config = (machines[1] / "config.py").read_text()
+    (machines[1] / "config.py").write_text(config.replace("accumulate=2", "accumulate=3"))
+    for ended in end(machines, tmp_path / "run"):
+        assert ended.error == (
+            "error: the processes of this run have different configurations; start all of them "
+            "with the same command (only data.buffer_mb, data.cache_dir, data.cache_mb, "
+            "data.sample_seconds, data.workers may differ)"
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_different_data_is_refused(machines: list[Path], tmp_path: Path):
@@ -174,7 +206,7 @@ def damaged(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
 def both(damaged: list[Path]) -> Run:
     """A run in two processes that was not interrupted."""
     path = damaged[0].parent / "both"
-    first, second = end(damaged, path)
+    first, second = end(damaged, path, *SHORT)
     assert (first.status, second.status) == (0, 0), first.err + second.err
     assert "wrote " not in second.out
     return first._replace(path=path)
@@ -202,7 +234,7 @@ def test_rates_and_metrics_are_those_of_both(both: Run):
 
 def test_sigterm_to_one_stops_both_and_the_run_goes_on(both: Run, damaged: list[Path]):
     path = both.path.with_name("stopped")
-    with start(damaged, path) as processes:
+    with start(damaged, path, *SHORT) as processes:
         deadline = time.monotonic() + 200
         while not (path / "checkpoints/4").exists():
             assert time.monotonic() < deadline
@@ -218,7 +250,7 @@ def test_sigterm_to_one_stops_both_and_the_run_goes_on(both: Run, damaged: list[
     assert "SIGTERM" not in second.err
     assert not (path / "summary.json").exists()
 
-    first, second = end(damaged, path)
+    first, second = end(damaged, path, *SHORT)
     assert (first.status, second.status) == (0, 0), first.err + second.err
     assert f"resumed at step {step}" in first.out
     assert stopped.summary["params_sha256"] == both.summary["params_sha256"]

@@ -118,7 +118,7 @@ def test_more_bad_samples_than_allowed_are_an_error(tmp_path: Path):
 
 
 def test_bad_samples_of_other_processes_are_collected(tmp_path: Path):
-    """A sample that two have found counts once; a run of more processes before this one does not."""
+    """A sample that two have found counts once; processes of a run before this one do not."""
     bad = BadSamples(tmp_path, RECORDS, 1.0, start=0)
     bad.note([BadSample("a.json[0]", "dark")], step=1)
     for process, name in ((1, "a.json[0]"), (2, "b.json[1]"), (3, "b.json[2]")):

@@ -9,6 +9,7 @@ with `run.run_dir`. A run keeps the unresolved form in its `config.json`, so it 
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -402,6 +403,12 @@ CHANGEABLE = frozenset(
 goes, which steps are left out, and what it shows and keeps."""
 
 
+OF_A_MACHINE = frozenset(
+    {"data.buffer_mb", "data.cache_dir", "data.cache_mb", "data.sample_seconds", "data.workers"}
+)
+"""Fields in which the processes of one run may differ."""
+
+
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     """Nested dict as it comes back from JSON: tuples are lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -431,6 +438,12 @@ def compare(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
         for name in sorted(new.keys() | old.keys())
         if name not in CHANGEABLE and new.get(name) != old.get(name)
     ]
+
+
+def shared_digest(config: TrainConfig) -> str:
+    """sha256 of all that the processes of one run have in common."""
+    shared = {k: v for k, v in _flat(config_to_dict(config)).items() if k not in OF_A_MACHINE}
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(sections: dict[str, Any]) -> dict[str, Any]:

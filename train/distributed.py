@@ -22,6 +22,9 @@ from vxl_jax.sharding import SAMPLES, make_mesh
 
 Result = TypeVar("Result")
 
+PATIENCE = 60
+"""Seconds that a process which has ended alone waits for the others; then JAX ends them."""
+
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 LAUNCHERS = (
@@ -82,6 +85,7 @@ def _join(address: str | None, count: int, number: int, device: int | None = Non
             count,
             number,
             local_device_ids=device,
+            shutdown_timeout_seconds=PATIENCE,
             # Under SLURM, JAX knows the address; and that a process has one device, which we undo.
             cluster_detection_method="deactivate" if address else None,
         )
@@ -128,24 +132,40 @@ def count_distinct(names: Collection[str]) -> int:
     return int((found != crc32(b"")).sum())
 
 
-def first_then_others(work: Callable[[], Result]) -> Result:
-    """Do what leaves files behind in the first process, then in the others, which find them.
+def together(work: Callable[[], Result], turn: bool = True) -> Result:
+    """Do in every process what may fail in one of them; with `turn` False, nothing in this one.
 
     Raises: what `work` raises in this process; TrainingError where it raised in another.
     """
     result: Any = None
     error: BaseException | None = None
-    for turn in (True, False)[: jax.process_count()]:
-        if is_first() == turn:
-            try:
-                result = work()
-            except Exception as raised:
-                error = raised
-        if gather(error is not None).any():
-            raise error or TrainingError(
-                "another process of the run cannot go on; its own message says why"
-            )
+    if turn:
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+    if gather(error is not None).any():
+        raise error or TrainingError(
+            "another process of the run cannot go on; its own message says why"
+        )
     return result
+
+
+def first_then_others(work: Callable[[], Result]) -> Result:
+    """Do what leaves files behind in the first process, then in the others, which find them.
+
+    Raises: as `together`.
+    """
+    if jax.process_count() == 1:
+        return work()
+    first = together(work, turn=is_first())
+    others = together(work, turn=not is_first())
+    return first if is_first() else others
+
+
+def same_everywhere(sha256: str) -> bool:
+    """Whether all processes have the same digest."""
+    return len(np.unique(gather(int(sha256[:6], 16)))) == 1
 
 
 def open_mesh(section: MeshSection) -> Mesh:

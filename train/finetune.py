@@ -21,13 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from train.batches import Loader
 from train.checkpoints import Checkpoints, Position
-from train.config import OwnOptions, Prepare, RunSection, TrainConfig, load_config
+from train.config import (
+    OF_A_MACHINE,
+    OwnOptions,
+    Prepare,
+    RunSection,
+    TrainConfig,
+    load_config,
+    shared_digest,
+)
 from train.dataset import Dataset, open_dataset
 from train.distributed import (
     check_batch_size,
@@ -40,7 +47,9 @@ from train.distributed import (
     open_mesh,
     own_shards,
     place_batch,
+    same_everywhere,
     start_processes,
+    together,
 )
 from train.errors import DataError, TrainingError
 from train.evaluate import evaluate, evaluate_at_end
@@ -98,6 +107,7 @@ def run(options: Namespace, config: TrainConfig, prepare: Prepare | None) -> int
             print_plan(config.resolved(), options.card, options.memory_gb)
             return 0
         start_processes()
+        check_same_config(config)
         first_then_others(lambda: start_directory(config, run_dir, write=is_first()))
         first_then_others(lambda: prepare_data(config, prepare))
         with sure_interrupt():
@@ -160,29 +170,32 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
     mesh = open_mesh(config.mesh)
     shards = own_shards(mesh)
     check_batch_size(config.data.batch_size, shards.count)
-    own_dir = own_directory(run_dir)
+    model_config = together(lambda: read_model_config(config))
+    tokenizer = together(lambda: load_tokenizer(config, model_config))
+    own_dir = together(lambda: own_directory(run_dir))
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = stack.enter_context(closing(Checkpoints(run_dir, config)))
+        checkpoints = together(lambda: Checkpoints(run_dir, config))
+        stack.enter_context(closing(checkpoints))
         step = checkpoints.last or 0
-        model_config = read_model_config(config)
-        tokenizer = load_tokenizer(config, model_config)
         data, heldout = first_then_others(
             lambda: open_data(config, run_dir, model_config, tokenizer, resume=step > 0)
         )
         stack.enter_context(data)
         stack.enter_context(heldout or nullcontext())
-        bad = check_data(config, own_dir, step, data, heldout)
+        bad = together(lambda: note_bad(config, own_dir, step, data, heldout))
+        bad.check(count_distinct(bad.reasons))
         plans = plan_run(data, config.data, config.run.seed)
         steps, last_step = count_steps(config, plans)
         optimizer = Optimizer(config.optim, steps, config.run.seed)
 
         placement = param_placement(mesh, model_config)
-        model = make_model(config, model_config, placement)
+        model = together(lambda: make_model(config, model_config, placement))
         parameters = parameter_count(nnx.state(model))
         graph, trained, frozen = split_parts(model, config.optim.train, config.optim.param_dtype)
         del model
-        position = Position(0, same_everywhere(data.fingerprint))
+        position = Position(0, together(lambda: data.fingerprint))
+        check_same_data(position.data)
         if step:
             trained = jax.tree.map(struct_of, trained)
         opt_state = init_opt_state(optimizer, trained, placement)
@@ -269,6 +282,18 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
     return None
 
 
+def check_same_config(config: TrainConfig) -> None:
+    """See that all processes were started with the same configuration, but for `OF_A_MACHINE`.
+
+    Raises: ConfigError if they were not.
+    """
+    if not same_everywhere(shared_digest(config)):
+        raise ConfigError(
+            "the processes of this run have different configurations; start all of them with the "
+            f"same command (only {', '.join(sorted(OF_A_MACHINE))} may differ)"
+        )
+
+
 def own_directory(run_dir: Path) -> Path:
     """Where this process writes what each has: the run's directory, or one in it."""
     own = run_dir if is_first() else run_dir / "processes" / str(jax.process_index())
@@ -299,13 +324,10 @@ def open_data(
         raise
 
 
-def check_data(
+def note_bad(
     config: TrainConfig, own_dir: Path, step: int, data: Dataset, heldout: Dataset | None
 ) -> BadSamples:
-    """Note the samples that cannot be used, for a run that has done `step` steps.
-
-    Raises: TooManyBadSamples.
-    """
+    """The samples that cannot be used, of a run that has done `step` steps."""
     counts: dict[str, int] = {}
     found: list[BadSample] = []
     for dataset in (data, heldout) if heldout else (data,):
@@ -317,21 +339,19 @@ def check_data(
     bad = BadSamples(own_dir, counts, config.data.max_bad_share, step)
     bad.note(found, step=0)
     bad.since_asked()
-    bad.check(count_distinct(bad.reasons))
     return bad
 
 
-def same_everywhere(data: str) -> str:
-    """The data's fingerprint, which all processes have to agree on.
+def check_same_data(fingerprint: str) -> None:
+    """See that all processes have the same training data.
 
     Raises: DataError if they do not.
     """
-    if len(np.unique(gather(int(data[:6], 16)))) > 1:
+    if not same_everywhere(fingerprint):
         raise DataError(
             "the processes of this run see different training data: every machine needs the same "
             "files at the paths of data.train_json and data.media_root"
         )
-    return data
 
 
 def struct_of(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from tests.runs import Processes, Run, arguments, read_lines, run, write_records
-from train.distributed import LAUNCHERS, VARIABLES, start_processes
+from train.distributed import LAUNCHERS, PATIENCE, VARIABLES, start_processes
 from vxl_jax.config import ConfigError
 
 # How they find each other.
@@ -140,7 +140,6 @@ def make_machines(folder: Path, path: Path) -> list[Path]:
 
 def start(machines: list[Path], path: Path, *options: str) -> Processes:
     command = ["-m", "train.finetune", *arguments(Path(), path, *options)]
-    command[command.index("--config") + 1] = "config.py"
     logs = path.parent / f"logs of {path.name}" / str(time.monotonic_ns())
     return Processes(logs, [command] * 2, inside=machines)
 
@@ -170,6 +169,35 @@ def test_one_that_fails_in_preparation_ends_both(
     errors = [ended.error for ended in end(machines, tmp_path / "run")]
     assert errors[bad].startswith(message)
     assert errors[1 - bad] == OTHERS
+
+
+FAILING = """
+import sys
+from train import finetune
+from train.workers import WorkerError
+
+add_batch, calls = finetune.add_batch, iter(range(1000))
+
+def failing(*args):
+    if next(calls) == 5:
+        raise WorkerError("the workers are gone")
+    return add_batch(*args)
+
+finetune.add_batch = failing
+sys.exit(finetune.main(sys.argv[1:]))
+"""
+
+
+def test_one_that_fails_alone_ends_both(machines: list[Path], tmp_path: Path):
+    """While it trains, when the other waits for its gradients: JAX ends that one."""
+    options = arguments(Path(), tmp_path / "run")
+    commands = [["-m", "train.finetune", *options], ["-c", FAILING, *options]]
+    with Processes(tmp_path / "logs", commands, inside=machines) as processes:
+        first, second = processes.end(PATIENCE + 150)
+    assert first.status != 0
+    assert second.status != 0
+    assert "\nerror: the workers are gone\n" in second.err
+    assert (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_different_configurations_are_refused(machines: list[Path], tmp_path: Path):

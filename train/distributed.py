@@ -20,8 +20,8 @@ from vxl_jax.sharding import SAMPLES, make_mesh
 
 Result = TypeVar("Result")
 
-PATIENCE = 60
-"""Seconds that a process which has ended alone waits for the others; then JAX ends them."""
+PATIENCE = 20
+"""Seconds that a process which ends waits for the others to end; then JAX ends them."""
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 

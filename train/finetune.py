@@ -256,11 +256,14 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
         "params_sha256": fingerprint(trained, frozen),
         "seconds": log.seconds,
     }
-    if is_first():
+
+    def write() -> None:
         if log.history:
             draw_loss(log.history, run_dir / "loss.png")
         write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
         print(f"wrote {run_dir}/summary.json, loss.png, metrics.jsonl, checkpoints/{step}")
+
+    together(write, turn=is_first())
     return None
 
 

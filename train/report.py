@@ -116,11 +116,13 @@ class RunLog:
         )
 
     def evaluated(self, step: int, found: dict[str, dict[str, float]]) -> float:
-        """Write what held-out questions have shown; returns the share of right answers."""
+        """Write what held-out questions have shown; returns the share of right answers, 0 where
+        none could be asked.
+        """
         self._write(self.evaluations, {"step": step, **found}, prefix="heldout/")
         kinds = ", ".join(f"{name} {share:.0%}" for name, share in found["modality"].items())
-        tqdm.write(f"step {step:,}: held-out questions: {kinds}")
-        return found["accuracy"][ALL]
+        tqdm.write(f"step {step:,}: held-out questions: {kinds or 'none can be read'}")
+        return found["accuracy"].get(ALL, 0.0)
 
     def _write(self, path: Path, row: dict[str, Any], prefix: str = "") -> None:
         with path.open("a") as file:

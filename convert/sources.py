@@ -61,15 +61,19 @@ class Source:
     write_files: Callable[[Path], None]
 
 
-def open_source(directory: Path) -> Source:
+def open_source(directory: Path, step: str | None = None) -> Source:
     """Tell by its files what a directory is, and check that it is whole.
+
+    step: of a training run; see `saved_step`.
 
     Raises: CheckpointError saying what is missing.
     """
+    if step is not None and not (directory / "checkpoints").is_dir():
+        raise CheckpointError(f"{directory}: has no steps to choose from, it is no training run")
     if (directory / PARAMS).is_dir():
         return _converted(directory)
     if (directory / "checkpoints").is_dir():
-        return _run(directory)
+        return _run(directory, step)
     if (directory / "config.json").is_file():
         return _published(directory)
     raise CheckpointError(
@@ -108,10 +112,10 @@ def _published(directory: Path) -> Source:
 # A training run holds what it trained; the rest is in the checkpoint that it began with.
 
 
-def _run(directory: Path) -> Source:
+def _run(directory: Path, step: str | None) -> Source:
     section, lora = _sections(directory / "config.json")
-    step = latest_step(directory / "checkpoints")
-    tree = directory / "checkpoints" / str(step) / "state"
+    number = saved_step(directory / "checkpoints", step)
+    tree = directory / "checkpoints" / str(number) / "state"
     trained = stored_shapes(tree, "params")
     base = open_source(Path(section.checkpoint)) if section.checkpoint else None
     if base:
@@ -179,12 +183,30 @@ def _section(kind: Callable[..., Any], values: dict[str, Any]) -> Any:
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def latest_step(checkpoints: Path) -> int:
-    """The last step of a run that is whole.
+def saved_step(checkpoints: Path, wanted: str | None = None) -> int:
+    """A step of a run that is whole: a number; `best`, the one with most held-out questions right;
+    the last by default.
 
     Raises: CheckpointError if there is none.
     """
     steps = ocp.utils.checkpoint_steps(checkpoints)
     if not steps:
         raise CheckpointError(f"{checkpoints}: no step has been saved yet")
-    return max(steps)
+    if wanted is None:
+        return max(steps)
+    if wanted == "best":
+        scores = {
+            step: read_json(path).get("accuracy", -1.0)
+            for step in steps
+            if (path := checkpoints / str(step) / "metrics/metrics").is_file()
+        }
+        scored = [(score, step) for step, score in scores.items() if score >= 0]
+        if not scored:
+            raise CheckpointError(
+                f"{checkpoints}: no step has a score; train with run.eval_every and run.keep_best"
+            )
+        return max(scored)[1]
+    if not wanted.isdecimal() or int(wanted) not in steps:
+        there = ", ".join(map(str, sorted(steps)))
+        raise CheckpointError(f"{checkpoints}: has no step {wanted}; it has {there}, and best")
+    return int(wanted)

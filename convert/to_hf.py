@@ -55,6 +55,7 @@ def convert_to_hf(
     *,
     dtype: str | None = None,
     shard_size: str | int = "5GB",
+    step: str | int | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write `source` in the published layout.
@@ -65,13 +66,15 @@ def convert_to_hf(
         destination: directory that is made, whole or not at all.
         dtype: float32 or bfloat16; that of the source if None.
         shard_size: most bytes of a safetensors file, a number or text such as "5GB".
+        step: of a training run: a number, or "best" of those that were asked held-out questions;
+            the last if None.
         overwrite: replace a checkpoint at `destination`.
 
     Raises: CheckpointError if the source cannot be read, or a weight is NaN or infinite.
     """
     shard_bytes = read_size(shard_size)
     check_apart(Path(source), Path(destination))
-    found = open_source(Path(source))
+    found = open_source(Path(source), None if step is None else str(step))
     planned = [*_plan_rows(found, dtype), *_plan_unused(found, dtype)]
     size = sum(tensor.bytes for tensor in planned)
     with new_directory(Path(destination), size, overwrite) as part:
@@ -149,6 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint or run to read")
     add_destination(parser, dtype_of="SRC")
     parser.add_argument("--shard-size", default="5GB", help="most bytes of a file (default: 5GB)")
+    parser.add_argument("--step", help="of a run: a number, or best (default: the last)")
     return run(convert_to_hf, parser, arguments)
 
 

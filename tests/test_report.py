@@ -29,7 +29,7 @@ def batch(samples: int, tokens: int, frames: int, places: int) -> Batch:
 def log_steps(run_dir: Path, start: int, stop: int, seconds_ago: float = 0.0) -> RunLog:
     """Log every step after `start` up to `stop`."""
     began = time.perf_counter() - seconds_ago
-    log = RunLog(run_dir, start, 9, log_every=1, began=began, flops_of=flops_of)
+    log = RunLog(run_dir, start, 9, log_every=1, began=began, counted_share=1.0, flops_of=flops_of)
     for step in range(start + 1, stop + 1):
         log.count(batch(samples=2, tokens=10, frames=0, places=20))
         log.log(step, METRICS)
@@ -63,7 +63,9 @@ def test_seconds_are_those_of_all_pieces_that_count(tmp_path: Path):
 
 
 def test_rates_are_since_the_row_before(tmp_path: Path):
-    log = RunLog(tmp_path, 0, 9, log_every=3, began=time.perf_counter(), flops_of=flops_of)
+    log = RunLog(
+        tmp_path, 0, 9, log_every=3, began=time.perf_counter(), counted_share=1.0, flops_of=flops_of
+    )
     for _ in range(3):
         log.count(batch(samples=4, tokens=100, frames=8, places=125))
     time.sleep(0.05)
@@ -82,7 +84,9 @@ def test_rates_are_since_the_row_before(tmp_path: Path):
 
 
 def test_waiting_is_a_share_and_what_is_aside_is_left_out(tmp_path: Path):
-    log = RunLog(tmp_path, 0, 9, log_every=1, began=time.perf_counter(), flops_of=flops_of)
+    log = RunLog(
+        tmp_path, 0, 9, log_every=1, began=time.perf_counter(), counted_share=1.0, flops_of=flops_of
+    )
     log.count(batch(samples=4, tokens=100, frames=8, places=125))
     start = time.perf_counter()
     with log.waiting():
@@ -102,7 +106,7 @@ def test_waiting_is_a_share_and_what_is_aside_is_left_out(tmp_path: Path):
 
 
 def test_metrics_are_due_at_the_first_and_last_step_and_between(tmp_path: Path):
-    log = RunLog(tmp_path, 0, 10, log_every=4, began=0, flops_of=flops_of)
+    log = RunLog(tmp_path, 0, 10, log_every=4, began=0, counted_share=1.0, flops_of=flops_of)
     assert [step for step in range(1, 11) if log.due(step)] == [1, 4, 8, 10]
     log.close()
 
@@ -136,14 +140,14 @@ def test_more_bad_samples_than_allowed_are_an_error(tmp_path: Path):
 
 
 def test_bad_samples_of_other_processes_are_collected(tmp_path: Path):
-    """A sample that two have found counts once."""
+    """A sample that two have found counts once; processes of a run before this one do not."""
     bad = BadSamples(tmp_path, RECORDS, 1.0, start=0)
     bad.note([BadSample("a.json[0]", "dark")], step=1)
-    for process, name in ((1, "a.json[0]"), (2, "b.json[1]")):
+    for process, name in ((1, "a.json[0]"), (2, "b.json[1]"), (3, "b.json[2]")):
         own = tmp_path / "processes" / str(process)
         own.mkdir(parents=True)
         BadSamples(own, RECORDS, 1.0, start=0).note([BadSample(name, "dark")], step=1)
-    bad.collect(tmp_path / "processes")
+    bad.collect(tmp_path / "processes", 3)
     assert bad.summary()["by_file"] == {"a.json": 1, "b.json": 1}
 
 

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import grain
 import numpy as np
@@ -17,7 +18,7 @@ from train.dataset import Dataset
 from train.plan import BatchPlan, Epochs
 from train.records import BadSample, Sample
 from train.workers import Loaded, WorkerError
-from vxl_jax.stream import Stream, StreamBatch, batch_streams
+from vxl_jax.stream import Stream, StreamBatch, StreamShape, batch_streams
 
 AHEAD = 16
 """Batches that may be prepared at once, where `data.buffer_mb` has room for them."""
@@ -254,3 +255,20 @@ def blank(batch: Batch) -> Batch:
     if batch.pixels is None:
         return batch
     return replace(batch, pixels=np.zeros_like(batch.pixels))
+
+
+def leave_out(batch: Batch, places: list[int]) -> Batch:
+    """The same batch with nothing in these places."""
+    if not places:
+        return batch
+    old = batch.streams
+    groups, _, tokens = old.kind.shape
+    shape = StreamShape(groups, tokens, old.memory, old.label.shape[1], int(old.has_beacons))
+    empty = batch_streams([None] * len(places), shape)
+    arrays: dict[str, Any] = {}
+    for name, value in vars(old).items():
+        if isinstance(value, np.ndarray):
+            arrays[name] = value.copy()
+            arrays[name][(slice(None),) * (value.ndim == 3) + (places,)] = getattr(empty, name)
+    samples = [None if i in places else sample for i, sample in enumerate(batch.samples)]
+    return replace(batch, streams=replace(old, **arrays), samples=samples)

@@ -127,6 +127,22 @@ class Checkpoints:
             )
         self.last = step
 
+    def check(self) -> None:
+        """See, between steps, that what is written in the background has not failed.
+
+        Raises: TrainingError.
+        """
+        if not self.manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until what is being written is there.
+
+        Raises: TrainingError if it cannot be.
+        """
+        with self._failing("written"):
+            self.manager.wait_until_finished()
+
     def restore(
         self, step: int, trained: Any, opt_state: Any, start: Position
     ) -> tuple[Any, Any, Position]:
@@ -182,9 +198,10 @@ class Checkpoints:
             whole = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
             intact = f"; the checkpoint of step {max(whole)} is intact" if whole else ""
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            room = "see that there is room on the disk; " if what == "written" else ""
             raise TrainingError(
-                f"{self.run_dir}/checkpoints cannot be {what} ({reason}){intact}. See that there "
-                "is room on the disk; the same command goes on from what is there"
+                f"{self.run_dir}/checkpoints cannot be {what} ({reason}){intact}; {room}the same "
+                "command goes on from what is there"
             ) from error
 
 

@@ -289,7 +289,7 @@ class RunSection:
     keep_best: int = 0
     """Checkpoints that answer most held-out questions right are kept as well; needs eval_every."""
     skip_steps: tuple[int, ...] = ()
-    """Steps whose batches are passed over, such as one that gave a loss that is not finite."""
+    """Steps whose update is left out, such as one that gave a loss that is not finite."""
     eval_every: int | None = None
     """Steps from one pass over the held-out questions to the next; None: at the end alone."""
     answers_shown: int = 8
@@ -307,6 +307,9 @@ class RunSection:
         _check_least("run", self, 1, "max_steps", "log_every", "save_every", "keep_checkpoints")
         _check_least("run", self, 1, "eval_batch_size", "max_new_tokens", "eval_ratio")
         _check_least("run", self, 1, "eval_every")
+        _check(
+            min(self.skip_steps, default=1) >= 1, "run.skip_steps", self.skip_steps, "at least 1"
+        )
         _check_least("run", self, 0, "keep_best")
         _check(
             self.keep_every is None
@@ -396,7 +399,8 @@ CHANGEABLE = frozenset(
         "run.skip_steps",
     }
 )
-"""Fields that a resumed run may change: they do not change the parameters it arrives at."""
+"""Fields that a resumed run may change: they do not change what a step does, only how far the run
+goes, which steps are left out, and what it shows and keeps."""
 
 
 OF_A_MACHINE = frozenset(
@@ -473,13 +477,17 @@ class _CommandLine:
     settings: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
+Prepare = Callable[[TrainConfig], None]
+"""Makes or fetches the data of a configuration."""
+
+
 class Loaded(NamedTuple):
     """What a command line asks for."""
 
     config: TrainConfig
     """Paths in it may still contain `{run_dir}`."""
-    prepare: Callable[[TrainConfig], None] | None
-    """Makes or fetches the data, if the configuration's module defines it."""
+    prepare: Prepare | None
+    """What the configuration's module defines, if it does."""
 
 
 class OwnOptions(ArgumentParser):

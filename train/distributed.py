@@ -2,9 +2,12 @@
 
 import os
 import re
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
+from zlib import crc32
 
 import jax
 import numpy as np
@@ -20,40 +23,44 @@ from vxl_jax.sharding import SAMPLES, make_mesh
 
 Result = TypeVar("Result")
 
-PATIENCE = 20
+PATIENCE = 60
 """Seconds that a process which ends waits for the others to end; then JAX ends them."""
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 LAUNCHERS = (
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE"),
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
 )
-"""What `srun` and Open MPI's `mpirun` tell a task: how many there are, its number, and how many a
-machine has."""
+"""What Open MPI's `mpirun`, `srun` and other MPIs tell a task: how many there are, its number, and
+its number on its machine. Open MPI comes first: under SLURM it is itself started by `srun`."""
+
+ON_MACHINE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "MPI_LOCALNRANKS")
+"""And how many tasks a machine has, in the same order."""
 
 
 def start_processes() -> None:
     """Join the other processes of the run, if the environment says that there are any.
 
-    That is: the variables `VARIABLES`, all three; or several tasks of SLURM or Open MPI, for which
-    `JAX_COORDINATOR_ADDRESS` alone may be given. A process that is alone on its machine has all of
-    its devices; of several that a launcher has started there, each has one. Call it before anything
-    asks for a device.
+    That is: the variables `VARIABLES`, all three; or several tasks of one of `LAUNCHERS`, for which
+    `JAX_COORDINATOR_ADDRESS` alone may be given. A process has all devices that it sees, but of
+    several that a launcher has started on one machine, each has one. Call it before anything asks
+    for a device.
 
     Raises: ConfigError if the variables make no sense, or the others do not come.
     """
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    launched = [[os.environ.get(name, "") for name in names] for names in LAUNCHERS]
-    launched = [values for values in launched if values[0] not in ("", "1")]
     address = given.get(VARIABLES[0])
+    launched = [i for i, names in enumerate(LAUNCHERS) if os.environ.get(names[0], "1") != "1"]
     if len(given) == len(VARIABLES):
-        _join(address, *_numbers(*list(given.values())[1:]), cluster_detection_method="deactivate")
+        _join(address, *_numbers(*list(given.values())[1:]))
     elif launched and given.keys() <= {VARIABLES[0]}:
-        count, number, on_machine = launched[0]
-        _join(address, *_numbers(count, number))
-        if re.fullmatch(r"1(\(x\d+\))?", on_machine):  # else JAX takes one for each process
-            jax.config.update("jax_cuda_visible_devices", "all")
+        count, number, local = (os.environ.get(name, "") for name in LAUNCHERS[launched[0]])
+        alone = re.fullmatch(r"1(\(x\d+\))?", os.environ.get(ON_MACHINE[launched[0]], ""))
+        sees_one = re.fullmatch(r"[^,]+", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        device = None if alone or sees_one or not local.isdecimal() else int(local)
+        _join(address, *_numbers(count, number), device)
     elif given:
         missing = ", ".join(name for name in VARIABLES if name not in given)
         raise ConfigError(
@@ -70,15 +77,41 @@ def _numbers(count: str, number: str) -> tuple[int, int]:
     return int(count), int(number)
 
 
-def _join(address: str | None, count: int, number: int, **how: Any) -> None:
+def _join(address: str | None, count: int, number: int, device: int | None = None) -> None:
+    # The service would take SIGTERM for itself: before the loop, it would end nothing.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(address, count, number, shutdown_timeout_seconds=PATIENCE, **how)
+        jax.distributed.initialize(
+            address,
+            count,
+            number,
+            local_device_ids=device,
+            shutdown_timeout_seconds=PATIENCE,
+            # Under SLURM, JAX knows the address; and that a process has one device, which we undo.
+            cluster_detection_method="deactivate" if address else None,
+        )
     except Exception as error:  # it raises anything
         reason = str(error).partition("\n")[0]
         raise ConfigError(
             f"process {number} of {count} has not found the others: {reason}; set "
             "JAX_COORDINATOR_ADDRESS to HOST:PORT of the first, which all of them can reach"
         ) from error
+    if device is None:
+        jax.config.update("jax_cuda_visible_devices", "all")
+
+
+def leave(status: int) -> NoReturn:
+    """End this process of several at once, after an error or Ctrl-C.
+
+    The interpreter would wait minutes for the others at its end, and they for this one in the step
+    that they are in. The first goes last: JAX ends the others when it is gone, and they may be
+    about to say the same.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_first():
+        time.sleep(2)
+    os._exit(status)
 
 
 def is_first() -> bool:
@@ -90,6 +123,17 @@ def gather(*values: float) -> np.ndarray:
     """The values of all processes, [processes, values]; every process has to call it."""
     own = np.asarray(values)
     return own[None] if jax.process_count() == 1 else multihost_utils.process_allgather(own)
+
+
+def count_distinct(names: Collection[str]) -> int:
+    """How many different names all processes have together; every process has to call it."""
+    if jax.process_count() == 1:
+        return len(names)
+    longest = int(gather(len(names)).max())
+    own = np.full(longest, crc32(b""), np.uint32)  # filled up with what is no name's
+    own[: len(names)] = [crc32(name.encode()) for name in names]
+    found = np.unique(multihost_utils.process_allgather(own)) if longest else own
+    return int((found != crc32(b"")).sum())
 
 
 def together(work: Callable[[], Result], turn: bool = True) -> Result:
@@ -145,6 +189,19 @@ def open_mesh(section: MeshSection) -> Mesh:
     return make_mesh(data, section.fsdp, section.tensor)
 
 
+def check_batch_size(batch_size: int, shards: int) -> None:
+    """Refuse batches of which most devices would have no sample.
+
+    Raises: ConfigError.
+    """
+    if batch_size < shards:
+        raise ConfigError(
+            f"data.batch_size is {batch_size}, but samples are divided over {shards} devices "
+            "(mesh.data x mesh.fsdp), and a device without one computes as long as the others; "
+            f"use a multiple of {shards}, and fewer batches a step (optim.accumulate)"
+        )
+
+
 def _by_sample(mesh: Mesh, axis: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, SAMPLES))
 
@@ -154,6 +211,14 @@ def own_shards(mesh: Mesh) -> Shards:
     count = mesh.shape["data"] * mesh.shape["fsdp"]
     indices = _by_sample(mesh, 0).addressable_devices_indices_map((count,)).values()
     return Shards(tuple(sorted({index[0].start or 0 for index in indices if index})), count)
+
+
+def counted_share(mesh: Mesh, shards: Shards) -> float:
+    """Which part of what it loads a process counts as its own.
+
+    Processes whose devices share samples, along the `tensor` axis, load the same ones.
+    """
+    return jax.local_device_count() / (len(shards.own) * mesh.shape["tensor"])
 
 
 def place_batch(batch: Batch, mesh: Mesh, shards: Shards) -> tuple[Any, Any]:

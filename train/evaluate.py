@@ -6,9 +6,12 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from train.batches import Loader, blank
+import numpy as np
+
+from train.batches import Batch, Loader, blank, leave_out
 from train.config import RunSection
 from train.dataset import Dataset
+from train.distributed import gather, is_first
 from train.plan import Epochs, Share, make_buckets
 from train.progress import progress_bar
 from train.records import BadSample, Sample
@@ -50,13 +53,14 @@ def answer_questions(
     name = "answering" if see else "answering blind"
     total = len(dataset) if see else int((dataset.lengths.frames > 0).sum())
     with (
-        progress_bar(total=total, desc=name, unit="question") as progress,
+        progress_bar(total=total, desc=name, unit="question", show=is_first()) as progress,
         closing(loader.batches()) as batches,
     ):
         for batch in batches:
             bad += batch.bad
             if batch.pixels is None and not see:
                 continue
+            batch = leave_out(batch, unread_anywhere(batch))
             seen = batch if see else blank(batch)
             new = generate(
                 model,
@@ -71,6 +75,16 @@ def answer_questions(
                     answers.append(Answer(sample, text.strip()))
             progress.update(sum(s is not None for s in batch.samples) + len(batch.bad))
     return answers, bad
+
+
+def unread_anywhere(batch: Batch) -> list[int]:
+    """Places that hold a sample here, but not in every process of the run.
+
+    All of them load all questions, and compute as one: one that cannot be read on one machine is
+    left out on all.
+    """
+    here = np.array([sample is not None for sample in batch.samples])
+    return np.flatnonzero(here & ~gather(*here).all(0)).tolist()
 
 
 def evaluate(

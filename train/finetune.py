@@ -9,6 +9,7 @@ machines.
 """
 
 import json
+import os
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from train.checkpoints import Checkpoints, Position
 from train.config import (
     OF_A_MACHINE,
     OwnOptions,
+    Prepare,
     RunSection,
     TrainConfig,
     load_config,
@@ -35,9 +37,13 @@ from train.config import (
 )
 from train.dataset import Dataset, open_dataset
 from train.distributed import (
+    check_batch_size,
+    count_distinct,
+    counted_share,
     first_then_others,
     gather,
     is_first,
+    leave,
     open_mesh,
     own_shards,
     place_batch,
@@ -84,6 +90,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 also after SIGTERM, when all is saved."""
     options, rest = read_options(sys.argv[1:] if arguments is None else arguments)
     config, prepare = load_config(rest)
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.95"  # of a GPU; JAX's own default is 0.75
+    status = run(options, config, prepare)
+    if status and jax.distributed.is_initialized():
+        leave(status)
+    return status
+
+
+def run(options: Namespace, config: TrainConfig, prepare: Prepare | None) -> int:
+    """Plan or train, with every error that a user can mend as one line; returns the exit status."""
     run_dir = Path(config.run.run_dir)
     goes_on = f"the same command goes on from what {run_dir} holds"
     try:
@@ -152,19 +168,23 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
     """
     began = time.perf_counter()
     mesh = open_mesh(config.mesh)
+    shards = own_shards(mesh)
+    check_batch_size(config.data.batch_size, shards.count)
     model_config = together(lambda: read_model_config(config))
     tokenizer = together(lambda: load_tokenizer(config, model_config))
     own_dir = together(lambda: own_directory(run_dir))
-    checkpoints = together(lambda: Checkpoints(run_dir, config))
-    step = checkpoints.last or 0
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
+        checkpoints = together(lambda: Checkpoints(run_dir, config))
+        stack.enter_context(closing(checkpoints))
+        step = checkpoints.last or 0
         data, heldout = first_then_others(
             lambda: open_data(config, run_dir, model_config, tokenizer, resume=step > 0)
         )
         stack.enter_context(data)
         stack.enter_context(heldout or nullcontext())
-        bad = together(lambda: check_data(config, own_dir, step, data, heldout))
+        bad = together(lambda: note_bad(config, own_dir, step, data, heldout))
+        bad.check(count_distinct(bad.reasons))
         plans = plan_run(data, config.data, config.run.seed)
         steps, last_step = count_steps(config, plans)
         optimizer = Optimizer(config.optim, steps, config.run.seed)
@@ -183,20 +203,15 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
             trained, opt_state, position = checkpoints.restore(step, trained, opt_state, position)
         describe(config, mesh, parameters, data, heldout, plans, step)
 
-        flops_of = count_flops(config, model_config, trained)
-        log = RunLog(own_dir, step, last_step, config.run.log_every, began, flops_of)
-        shards = own_shards(mesh)
+        counted = counted_share(mesh, shards), count_flops(config, model_config, trained)
+        log = RunLog(own_dir, step, last_step, config.run.log_every, began, *counted)
         loader = Loader(plans, data, shards=shards)
         stream = loader.batches(position.batch)
-        trace = Trace(own_dir / "profile" if profile else None, first=step + PROFILED)
-        with (
-            closing(checkpoints),
-            closing(log),
-            closing(stream),
-            closing(trace),
-            stop_request() as stop,
-        ):
-            while step < last_step:
+        first = max(step, min(step + PROFILED, last_step - PROFILED))
+        trace = Trace(own_dir / "profile" if profile else None, first)
+        stopping = 0
+        with closing(log), closing(stream), closing(trace), stop_request() as stop:
+            while step < last_step and not stopping:
                 trace.before(step)
                 count = min(config.optim.accumulate, len(plans) - position.batch)
                 sums: Any = empty_sums(trained) if config.optim.accumulate > 1 else None
@@ -209,55 +224,59 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
                     samples += [sample.name for sample in batch.samples if sample]
                     placed = place_batch(batch, mesh, shards)
                     sums = add_batch(graph, trained, frozen, sums, *placed)
-                values: dict[str, float] = {}
-                if step + 1 not in config.run.skip_steps:
+                if step + 1 in config.run.skip_steps:
+                    values = None
+                else:
                     trained, opt_state, metrics = update(optimizer, trained, opt_state, sums)
                     values = {name: float(value) for name, value in metrics.items()}
                     if not values.pop("finite"):  # then the update has changed nothing
                         checkpoints.save(step, trained, opt_state, position)
                         raise not_finite(own_dir, step + 1, values, samples)
-                del sums  # before the next step makes its own
+                del sums, placed  # before the next step makes its own
                 step += 1
                 position = replace(position, batch=position.batch + count)
 
-                signals, bad_counts = gather(stop.signal or 0, len(bad.reasons)).T
+                signals, found_bad = gather(stop.signal or 0, bad.since_asked()).T
                 stopping = int(signals.max())
                 if values and log.due(step):
                     log.log(step, values)
                 score = None
-                if evaluates(config.run, step, last_step) and heldout:
+                if heldout and not stopping and evaluates(config.run, step, last_step):
                     model = nnx.merge(graph, trained, frozen)
                     with log.aside():
-                        found = evaluate(model, heldout, tokenizer, config.run)
-                    score = log.evaluated(step, found)
+                        answered = evaluate(model, heldout, tokenizer, config.run)
+                    score = log.evaluated(step, answered)
+                checkpoints.check()
                 if stopping or saves(config.run, step, last_step, score):
                     checkpoints.save(step, trained, opt_state, position, score)
                 log.progress.update()
-                bad.check(int(bad_counts.sum()))
-                if stopping:
-                    break
+                if found_bad.any():
+                    bad.check(count_distinct(bad.reasons))
+        checkpoints.wait()
         if step < last_step:
             if stopping == signal.SIGINT:
                 raise KeyboardInterrupt
             return step
 
+        del opt_state, loader, stream  # with the media that they keep
         data.pool.close()
-        del loader, stream  # with the media that they keep
         model = nnx.merge(graph, trained, frozen)
         results, unseen = evaluate_at_end(model, heldout, tokenizer, config.run, show=is_first())
-    bad.note(unseen, step + 1)  # training is done: too many of them are no reason to lose it
-    bad.collect(run_dir / "processes")
-    summary = {
-        "steps": step,
-        "final_loss": log.history[-1]["loss"] if log.history else None,
-        **results,
-        "bad_samples": bad.summary(),
-        "parameters": parameters,
-        "params_sha256": fingerprint(trained, frozen),
-        "seconds": log.seconds,
-    }
+        # Training is done: too many are no reason to lose it. All note theirs before one collects.
+        together(lambda: bad.note(unseen, step + 1))
+        params_sha256 = fingerprint(trained, frozen)
 
     def write() -> None:
+        bad.collect(run_dir / "processes", jax.process_count())
+        summary = {
+            "steps": step,
+            "final_loss": log.history[-1]["loss"] if log.history else None,
+            **results,
+            "bad_samples": bad.summary(),
+            "parameters": parameters,
+            "params_sha256": params_sha256,
+            "seconds": log.seconds,
+        }
         if log.history:
             draw_loss(log.history, run_dir / "loss.png")
         write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -309,13 +328,10 @@ def open_data(
         raise
 
 
-def check_data(
+def note_bad(
     config: TrainConfig, own_dir: Path, step: int, data: Dataset, heldout: Dataset | None
 ) -> BadSamples:
-    """Note the samples that cannot be used, for a run that has done `step` steps.
-
-    Raises: TooManyBadSamples.
-    """
+    """The samples that cannot be used, of a run that has done `step` steps."""
     counts: dict[str, int] = {}
     found: list[BadSample] = []
     for dataset in (data, heldout) if heldout else (data,):
@@ -325,9 +341,8 @@ def check_data(
         found += dataset.bad
         dataset.pool.rest()
     bad = BadSamples(own_dir, counts, config.data.max_bad_share, step)
-    if is_first():  # all processes have found the same
-        bad.note(found, step=0)
-    bad.check(len(bad.reasons))
+    bad.note(found, step=0)
+    bad.since_asked()
     return bad
 
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.batches import Batch
 from train.config import TrainConfig
+from train.distributed import check_batch_size
 from train.optimizer import Optimizer
 from train.progress import progress_bar
 from train.setup import abstract_state, count_flops, init_opt_state, read_model_config
@@ -37,7 +38,8 @@ TEXT, LABELS = 512, 256
 """Tokens of text in a planned sample, and how many of them carry loss."""
 
 USABLE = 0.92
-"""Share of a card's memory that a program gets, with XLA_CLIENT_MEM_FRACTION=0.95."""
+"""Share of a card's memory that a program gets: `train.finetune` asks for 0.95 of what the driver
+leaves."""
 
 EFFICIENCY = 0.4
 """Share of a card's peak that a step is expected to reach."""
@@ -101,14 +103,18 @@ class Planner:
         config = self.config
         stream = self.stream(frames)
         samples = self.samples(stream)
-        batch = batch_streams([stream] * samples, StreamShape.of(stream))
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        places = -(-samples // shards) * shards
+        batch = batch_streams(
+            [stream] * samples + [None] * (places - samples), StreamShape.of(stream)
+        )
         size = self.model.vision.image_size
         arrays: dict[str, Any] = {
             name: self._struct(value.shape, value.dtype, 1 if name in GROUP_FIELDS else 0)
             for name, value in vars(batch).items()
             if isinstance(value, np.ndarray)
         }
-        pixels = self._struct((samples, frames, size, size, 3), np.uint8, 0)
+        pixels = self._struct((places, frames, size, size, 3), np.uint8, 0)
         placed = replace(batch, **arrays), pixels if frames else None
         sums = self.sums if config.optim.accumulate > 1 else None
         with jax.set_mesh(self.mesh), attention.made_for("gpu"):
@@ -141,12 +147,11 @@ class Planner:
         return plan_stream(ids, visual, window=self.model.window, ratio=ratio, labels=labels)
 
     def samples(self, stream: Stream) -> int:
-        """Places of a batch of such samples, on all devices."""
-        data, shards = self.config.data, self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        places = data.batch_size
-        if data.max_tokens_per_batch is not None:
-            places = max(1, min(places, data.max_tokens_per_batch // stream.length))
-        return -(-places // shards) * shards
+        """How many such samples share a batch, on all devices."""
+        data = self.config.data
+        if data.max_tokens_per_batch is None:
+            return data.batch_size
+        return max(1, min(data.batch_size, data.max_tokens_per_batch // stream.length))
 
     def _struct(self, shape: Sequence[int], dtype: Any, axis: int) -> jax.ShapeDtypeStruct:
         spec = PartitionSpec(*(None,) * axis, SAMPLES)
@@ -176,6 +181,8 @@ def longest(planner: Planner, one: StepPlan, memory: int) -> StepPlan | None:
     fits = one if one.peak <= memory else planner.step(1)
     if fits.peak > memory:
         return None
+    if fits.frames >= MOST_FRAMES:
+        return fits
     fails = one if fits is not one else planner.step(min(MOST_FRAMES, 2 * one.frames))
     for _ in range(4):
         slope = (fails.peak - fits.peak) / (fails.frames - fits.frames)
@@ -210,6 +217,7 @@ def print_plan(config: TrainConfig, card_name: str, memory_gb: float | None) -> 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", data * fsdp * tensor)
     mesh = make_mesh(data, fsdp, tensor)
+    check_batch_size(config.data.batch_size, data * fsdp)
     model, sizes = planned_model(config)
     memory = int(card.memory * USABLE if memory_gb is None else memory_gb * 1e9)
     with progress_bar(total=5, desc="compiling", unit="program") as progress:

@@ -14,7 +14,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from train.batches import Batch
-from train.distributed import gather
+from train.distributed import gather, is_first
 from train.evaluate import ALL
 from train.progress import progress_bar
 from train.records import BadSample
@@ -31,14 +31,16 @@ class RunLog:
         steps: int,
         log_every: int,
         began: float,
+        counted_share: float,
         flops_of: Callable[[Batch], int],
     ):
         """start: steps that are done already; metrics written after it are dropped.
 
-        began: `time.perf_counter` when this piece of the run began. flops_of: floating-point
+        began: `time.perf_counter` when this piece of the run began. counted_share: part of what
+        this process loads that it counts, where others load the same. flops_of: floating-point
         operations that a batch needs.
         """
-        self.flops_of = flops_of
+        self.counted_share, self.flops_of = counted_share, flops_of
         card = card_of(jax.devices()[0].device_kind)
         self.peak = card.flops if card else None
         self.path, self.log_every, self.steps = run_dir / "metrics.jsonl", log_every, steps
@@ -46,7 +48,9 @@ class RunLog:
         write_rows(self.path, self.history)
         self.began = began - (self.history[-1]["seconds"] if self.history else 0.0)
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
-        self.progress = progress_bar(total=steps, initial=start, desc="training", unit="step")
+        self.progress = progress_bar(
+            total=steps, initial=start, desc="training", unit="step", show=is_first()
+        )
         self.evaluations = run_dir / "evaluations.jsonl"
         write_rows(self.evaluations, [r for r in read_rows(self.evaluations) if r["step"] <= start])
         self._start_counting()
@@ -90,7 +94,8 @@ class RunLog:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one row, with rates of all processes since the row before."""
         seconds = time.perf_counter() - self.since
-        sums = gather(*self.counts.values(), self.waited).sum(0)
+        counts = [self.counted_share * count for count in self.counts.values()]
+        sums = gather(*counts, self.waited).sum(0)
         total = dict(zip((*self.counts, "waited"), map(float, sums), strict=True))
         places, flops = total.pop("places"), total.pop("flops") / seconds / jax.device_count()
         waited = total.pop("waited") / jax.process_count()
@@ -115,14 +120,16 @@ class RunLog:
             **{f"{name}/s": f"{rates[f'{name}_per_second']:.0f}" for name in total},
         )
 
-    def evaluated(self, step: int, found: dict[str, dict[str, float]]) -> float:
-        """Write what held-out questions have shown; returns the share of right answers, 0 where
-        none could be asked.
+    def evaluated(self, step: int, found: dict[str, dict[str, float]]) -> float | None:
+        """Write what held-out questions have shown.
+
+        Returns the share of right answers, None where no question could be read.
         """
         self._write(self.evaluations, {"step": step, **found}, prefix="heldout/")
-        kinds = ", ".join(f"{name} {share:.0%}" for name, share in found["modality"].items())
-        tqdm.write(f"step {step:,}: held-out questions: {kinds or 'none can be read'}")
-        return found["accuracy"].get(ALL, 0.0)
+        if is_first():
+            kinds = ", ".join(f"{name} {share:.0%}" for name, share in found["modality"].items())
+            tqdm.write(f"step {step:,}: held-out questions: {kinds or 'none could be read'}")
+        return found["accuracy"].get(ALL)
 
     def _write(self, path: Path, row: dict[str, Any], prefix: str = "") -> None:
         with path.open("a") as file:
@@ -221,6 +228,7 @@ class BadSamples:
         rows = [row for row in read_rows(self.path) if 0 < row["step"] <= start]
         write_rows(self.path, rows)
         self.reasons = {row["name"]: row["reason"] for row in rows}
+        self.asked = 0
 
     def summary(self) -> dict[str, Any]:
         """Their count, their count by data file, and the reason for each."""
@@ -246,10 +254,16 @@ class BadSamples:
                 f"{self.max_share:g} allows; {self.path} lists them with reasons"
             )
 
-    def collect(self, processes: Path) -> None:
-        """Add what the run's other processes have found, from their folders in `processes`."""
-        for path in sorted(processes.glob(f"*/{self.path.name}")):
-            self.reasons.update({row["name"]: row["reason"] for row in read_rows(path)})
+    def since_asked(self) -> bool:
+        """Whether there are new ones since the last call."""
+        asked, self.asked = self.asked, len(self.reasons)
+        return len(self.reasons) > asked
+
+    def collect(self, processes: Path, count: int) -> None:
+        """Add what the run's other processes, `count` with this one, have found."""
+        for number in range(1, count):
+            rows = read_rows(processes / str(number) / self.path.name)
+            self.reasons.update({row["name"]: row["reason"] for row in rows})
 
     def note(self, bad: list[BadSample], step: int) -> None:
         """Name and count new ones, found in a step; 0: before training."""

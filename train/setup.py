@@ -13,7 +13,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from train.batches import Batch
-from train.config import TrainConfig, compare, save_config
+from train.config import Prepare, TrainConfig, compare, save_config
 from train.dataset import Dataset, open_dataset
 from train.errors import DataError
 from train.evaluate import eval_ratios
@@ -67,7 +67,7 @@ def start_directory(config: TrainConfig, run_dir: Path, write: bool = True) -> N
         raise ConfigError(f"--run-dir {run_dir}: cannot be made ({error.strerror})") from error
 
 
-def prepare_data(config: TrainConfig, prepare: Callable[[TrainConfig], None] | None) -> None:
+def prepare_data(config: TrainConfig, prepare: Prepare | None) -> None:
     """Make or fetch the data, if the configuration says how.
 
     Raises: DataError if that fails.

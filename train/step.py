@@ -161,7 +161,9 @@ def fingerprint(*params: Params) -> str:
     flat = {path: leaf for tree in params for path, leaf in flatten_dict(tree).items()}
     digest = hashlib.sha256()
     for path in sorted(flat):
-        array = to_host(flat[path])
+        array = flat[path]
         digest.update(f"{'/'.join(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        # Layer by layer: one that is cut over processes is whole on each for a moment.
+        for index in range(array.shape[0]) if array.ndim > 2 else [...]:
+            digest.update(np.ascontiguousarray(to_host(array[index])).tobytes())
     return digest.hexdigest()

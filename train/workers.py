@@ -399,6 +399,8 @@ class _Worker:
 
 def main(arguments: list[str]) -> None:
     """Answer requests until the training process is gone."""
+    # A scheduler sends it to all processes: the run finishes its step, and needs its samples.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection, memory_file = Connection(int(arguments[0])), int(arguments[1])
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(MEMORY_BYTES, most)

@@ -14,7 +14,8 @@ class Card:
 
     name: what to call it on a command line. kinds: its `jax.Device.device_kind`, with or without
     "NVIDIA " in front. flops: of dense bfloat16 products, a second. bandwidth: bytes a second to
-    and from its memory. memory: bytes as sold; the driver and JAX leave some per cent less.
+    and from its memory. memory: bytes as sold, less ECC; the driver and JAX
+    leave some per cent less.
     """
 
     name: str
@@ -24,8 +25,8 @@ class Card:
     memory: int
 
 
-def _card(name: str, tflops: float, gb_per_second: float, gib: int, *kinds: str) -> Card:
-    return Card(name, kinds, tflops * 1e12, gb_per_second * 1e9, gib * 2**30)
+def _card(name: str, tflops: float, gb_per_second: float, gib: float, *kinds: str) -> Card:
+    return Card(name, kinds, tflops * 1e12, gb_per_second * 1e9, int(gib * 2**30))
 
 
 CARDS = (
@@ -39,9 +40,9 @@ CARDS = (
     _card("a100-40gb", 312, 1555, 40, "A100-SXM4-40GB"),
     _card("a100-pcie", 312, 1935, 80, "A100 80GB PCIe"),
     _card("a100-pcie-40gb", 312, 1555, 40, "A100-PCIE-40GB"),
-    _card("l40s", 362.05, 864, 48, "L40S"),
-    _card("l4", 121, 300, 24, "L4"),
-    _card("a10g", 70, 600, 24, "A10G"),
+    _card("l40s", 362.05, 864, 45, "L40S"),
+    _card("l4", 121, 300, 22.5, "L4"),
+    _card("a10g", 70, 600, 22.5, "A10G"),
     _card("6000-ada", 364.2, 960, 48, "RTX 6000 Ada Generation"),
     _card("4090", 165.2, 1008, 24, "GeForce RTX 4090"),
     _card("3090", 71, 936, 24, "GeForce RTX 3090"),

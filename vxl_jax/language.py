@@ -17,7 +17,7 @@ from jax import Array, lax
 from vxl_jax.attention import rope_angles, rotate, window_attention
 from vxl_jax.config import DTYPES, LanguageConfig, Remat, VideoXLConfig
 from vxl_jax.memory import Memory, write
-from vxl_jax.sharding import by_sample, from_table, sample_shards
+from vxl_jax.sharding import by_sample, from_table, residual, sample_shards
 from vxl_jax.stream import BEACON, TEXT, VISUAL, StreamBatch
 
 Angles = tuple[Array, Array]
@@ -233,9 +233,9 @@ class LanguageModel(nnx.Module):
         def body(x: Array, layer_params: Any) -> tuple[Array, None]:
             empty = by_sample(jnp.zeros(shape, x.dtype), axis=1)
             x = nnx.merge(graph, layer_params)(x, group, empty, empty, 0)[0]
-            return by_sample(x), None
+            return residual(x), None
 
-        return lax.scan(recomputed(body, self.config.remat), x, params)[0]
+        return by_sample(lax.scan(recomputed(body, self.config.remat), residual(x), params)[0])
 
     def logits(self, hidden: Array) -> Array:
         """Hidden states [..., D] after the last layer -> logits [..., V] float32."""

@@ -116,6 +116,16 @@ def by_sample(x: Array, axis: int = 0) -> Array:
     return lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, SAMPLES))
 
 
+def residual(x: Array) -> Array:
+    """The stream between layers [B, T, D] as the backward pass keeps it: cut by sample, and along
+    its width over `tensor`.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    if shape.get("tensor", 1) == 1 or x.shape[2] % shape["tensor"] or x.shape[0] % sample_shards():
+        return by_sample(x)
+    return lax.with_sharding_constraint(x, PartitionSpec(SAMPLES, None, "tensor"))
+
+
 def from_table(x: Array) -> Array:
     """Rows [B, T, D] of the table of embeddings, as each device finds them: all samples of its
     `fsdp` group, in its part of the width. Left to itself, XLA would put together all samples of

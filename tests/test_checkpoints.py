@@ -312,7 +312,7 @@ def test_a_full_disk_is_one_error_and_leaves_the_last_checkpoint(
     full = Run(ended.returncode, ended.stdout, ended.stderr, path)
     assert full.error.startswith(f"error: {path}/checkpoints cannot be written (")
     assert "the checkpoint of step 6 is intact" in full.error
-    assert "See that there is room on the disk" in full.error
+    assert "; see that there is room on the disk; the same command goes on" in full.error
     assert 6 in full.saved
     assert saved_fingerprint(path, 6) == saved
     rest = run(folder, path)

@@ -19,7 +19,7 @@ ON_TWO = "1x8x1"
 """The mesh of the run in two processes of 4 devices."""
 PIECES = ("1x8x1", "two processes")
 """Where the run is resumed that began on 2x2x2; on one device too."""
-STEPS, SAVED = 20, 8
+STEPS, SAVED, PLACES = 20, 8, 10
 SAMPLES = 40
 """Of the batch of which only compiled programs are looked at. 40 and 40 * `FRAMES` are sizes that
 nothing else has.
@@ -35,16 +35,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def options(folder: Path, mesh: str = "1x1x1", evaluated: bool = False) -> list[str]:
-    """Text, pictures of one and two tiles, videos. 6 places a batch: 8 devices do not divide them.
-
-    A batch of each of two shapes and nine samples of text: the last batch is not full.
+    """Text, pictures of one and two tiles, videos. 10 places a batch: 8 devices do not divide them,
+    nor are all batches full.
     """
     sizes = zip(("data", "fsdp", "tensor"), mesh.split("x"), strict=True)
     return [
         *(word for name, size in sizes for word in (f"--mesh.{name}", size)),
         *("--data.train-json", f"{folder}/mixed.json"),
         *("--data.eval-json", *([f"{folder}/asked.json"] if evaluated else [])),
-        *("--data.batch-size", "6", "--data.shapes", "2", "--data.epochs", "4"),
+        *("--data.batch-size", str(PLACES), "--data.shapes", "2", "--data.epochs", "6"),
         *("--optim.accumulate", "1", "--run.max-steps", str(STEPS), "--run.log-every", "1"),
         *("--run.save-every", str(SAVED), "--run.keep-checkpoints", "3"),
     ]
@@ -189,7 +188,7 @@ def test_8_devices_took_part(mesh: str, on_8: Path):
     for name in ("parameters", "gradients", "state"):
         for path, (_, _, devices) in placed[name].items():
             assert devices == 8, path
-    rows = -(-6 // (data * fsdp))
+    rows = -(-PLACES // (data * fsdp))
     for batch in placed["batches"]:
         for array in batch:
             assert array == [rows * data * fsdp, rows, 8]
@@ -202,7 +201,7 @@ def test_devices_of_two_processes_took_part(on_two: Path):
         check_cut(placed, ON_TWO, devices=4)
         for batch in placed["batches"]:
             for array in batch:
-                assert array == [8, 1, 4]
+                assert array == [16, 2, 4]
 
 
 @pytest.mark.parametrize("mesh", MESHES)

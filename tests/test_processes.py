@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from tests.runs import Processes, Run, arguments, read_lines, run, write_records
-from train.distributed import LAUNCHERS, VARIABLES, start_processes
+from train.distributed import LAUNCHERS, ON_MACHINE, VARIABLES, start_processes
 from vxl_jax.config import ConfigError
 
 # How they find each other.
@@ -57,46 +57,52 @@ def test_variables_that_make_no_sense(
     assert not (tmp_path / "run").exists()
 
 
-SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
-OMPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+OMPI = {
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
 OWN = dict(zip(VARIABLES, ("host:1", "2", "1"), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("variables", "expected", "all_devices"),
+    ("variables", "expected", "device"),
     [
-        ({}, None, False),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None, False),
-        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, (None, 4, 3), True),
-        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, (None, 4, 3), False),
-        ({**SLURM, VARIABLES[0]: "host:1"}, ("host:1", 4, 3), False),
-        ({**OMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, (None, 2, 0), True),
-        ({**OMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (None, 2, 0), False),
-        (OWN, ("host:1", 2, 1), False),
-        ({**SLURM, **OWN}, ("host:1", 2, 1), False),
+        ({}, None, None),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None, None),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, (None, 4, 3), None),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, (None, 4, 3), 1),
+        ({**SLURM, VARIABLES[0]: "host:1"}, ("host:1", 4, 3), 1),
+        ({**SLURM, "CUDA_VISIBLE_DEVICES": "5"}, (None, 4, 3), None),
+        ({**SLURM, "CUDA_VISIBLE_DEVICES": "4,5"}, (None, 4, 3), 1),
+        ({**OMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, (None, 2, 0), None),
+        ({**OMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (None, 2, 0), 0),
+        ({**SLURM, **OMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, (None, 2, 0), None),
+        (OWN, ("host:1", 2, 1), None),
+        ({**SLURM, **OWN}, ("host:1", 2, 1), None),
     ],
 )
 def test_what_jax_is_told(
-    variables: dict[str, str],
-    expected: Any,
-    all_devices: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str], expected: Any, device: int | None, monkeypatch: pytest.MonkeyPatch
 ):
-    """A process alone on its machine has all devices; so has one with variables of its own."""
-    for name in (*VARIABLES, *(name for names in LAUNCHERS for name in names)):
+    """Several on a machine that see all of its devices have one each; else a process has all."""
+    names = [*VARIABLES, *ON_MACHINE, "CUDA_VISIBLE_DEVICES"]
+    for name in [*names, *(name for launcher in LAUNCHERS for name in launcher)]:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     told: list[Any] = []
-    updates: list[Any] = []
+    updates: dict[str, Any] = {}
     monkeypatch.setattr(jax.distributed, "initialize", lambda *who, **how: told.append((who, how)))
-    monkeypatch.setattr(jax.config, "update", lambda *change: updates.append(change))
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
     start_processes()
     assert [who for who, _ in told] == ([] if expected is None else [expected])
-    assert updates == ([("jax_cuda_visible_devices", "all")] if all_devices else [])
-    for _, how in told:
-        own = all(name in variables for name in VARIABLES)
-        assert (how.get("cluster_detection_method") == "deactivate") == own
+    for who, how in told:
+        assert how["local_device_ids"] == device
+        assert (how["cluster_detection_method"] == "deactivate") == (who[0] is not None)
+        assert updates.pop("jax_enable_preemption_service") is False
+        assert updates == ({"jax_cuda_visible_devices": "all"} if device is None else {})
 
 
 def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch):
@@ -105,6 +111,7 @@ def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch):
 
     set_variables(monkeypatch, "host:1", "2", "0")
     monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
     with pytest.raises(ConfigError) as refused:
         start_processes()
     assert str(refused.value) == (
@@ -140,7 +147,6 @@ def make_machines(folder: Path, path: Path) -> list[Path]:
 
 def start(machines: list[Path], path: Path, *options: str) -> Processes:
     command = ["-m", "train.finetune", *arguments(Path(), path, *options)]
-    command[command.index("--config") + 1] = "config.py"
     logs = path.parent / f"logs of {path.name}" / str(time.monotonic_ns())
     return Processes(logs, [command] * 2, inside=machines)
 
@@ -170,6 +176,35 @@ def test_one_that_fails_in_preparation_ends_both(
     errors = [ended.error for ended in end(machines, tmp_path / "run")]
     assert errors[bad].startswith(message)
     assert errors[1 - bad] == OTHERS
+
+
+FAILING = """
+import sys
+from train import finetune
+from train.workers import WorkerError
+
+add_batch, calls = finetune.add_batch, iter(range(1000))
+
+def failing(*args):
+    if next(calls) == 5:
+        raise WorkerError("the workers are gone")
+    return add_batch(*args)
+
+finetune.add_batch = failing
+sys.exit(finetune.main(sys.argv[1:]))
+"""
+
+
+def test_one_that_fails_alone_ends_both(machines: list[Path], tmp_path: Path):
+    """While it trains, when the other waits for its gradients: JAX ends that one."""
+    options = arguments(Path(), tmp_path / "run")
+    commands = [["-m", "train.finetune", *options], ["-c", FAILING, *options]]
+    with Processes(tmp_path / "logs", commands, inside=machines) as processes:
+        first, second = processes.end()
+    assert first.status != 0
+    assert second.status == 2
+    assert "\nerror: the workers are gone\n" in second.err
+    assert (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_different_configurations_are_refused(machines: list[Path], tmp_path: Path):

@@ -83,6 +83,28 @@ def test_rates_are_since_the_row_before(tmp_path: Path):
     assert (first["padding"], second["padding"]) == (pytest.approx(0.2), 0)
 
 
+def test_waiting_is_a_share_and_what_is_aside_is_left_out(tmp_path: Path):
+    log = RunLog(
+        tmp_path, 0, 9, log_every=1, began=time.perf_counter(), counted_share=1.0, flops_of=flops_of
+    )
+    log.count(batch(samples=4, tokens=100, frames=8, places=125))
+    start = time.perf_counter()
+    with log.waiting():
+        time.sleep(0.1)
+    time.sleep(0.1)
+    with log.aside():
+        time.sleep(0.4)
+    log.log(1, METRICS)
+    wall = time.perf_counter() - start
+    log.count(batch(samples=4, tokens=100, frames=8, places=125))
+    log.log(2, METRICS)
+    log.close()
+    first, second = log.history
+    assert 4 / (wall - 0.35) < first["samples_per_second"] <= 4 / 0.2
+    assert first["data_wait"] == pytest.approx(0.1 * first["samples_per_second"] / 4, rel=0.2)
+    assert second["data_wait"] == 0
+
+
 def test_metrics_are_due_at_the_first_and_last_step_and_between(tmp_path: Path):
     log = RunLog(tmp_path, 0, 10, log_every=4, began=0, counted_share=1.0, flops_of=flops_of)
     assert [step for step in range(1, 11) if log.due(step)] == [1, 4, 8, 10]

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
@@ -23,7 +24,7 @@ from vxl_jax.sharding import SAMPLES, make_mesh
 Result = TypeVar("Result")
 
 PATIENCE = 60
-"""Seconds that a process which has ended alone waits for the others; then JAX ends them."""
+"""Seconds that a process which ends waits for the others to end; then JAX ends them."""
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -103,10 +104,13 @@ def leave(status: int) -> NoReturn:
     """End this process of several at once, after an error or Ctrl-C.
 
     The interpreter would wait minutes for the others at its end, and they for this one in the step
-    that they are in.
+    that they are in. The first goes last: JAX ends the others when it is gone, and they may be
+    about to say the same.
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_first():
+        time.sleep(2)
     os._exit(status)
 
 

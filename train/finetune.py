@@ -262,9 +262,11 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
         data.pool.close()
         model = nnx.merge(graph, trained, frozen)
         results, unseen = evaluate_at_end(model, heldout, tokenizer, config.run, show=is_first())
-        bad.note(unseen, step + 1)  # training is done: too many are no reason to lose it
-        params_sha256 = fingerprint(trained, frozen)  # once all have noted what they found
-    if is_first():
+        # Training is done: too many are no reason to lose it. All note theirs before one collects.
+        together(lambda: bad.note(unseen, step + 1))
+        params_sha256 = fingerprint(trained, frozen)
+
+    def write() -> None:
         bad.collect(run_dir / "processes", jax.process_count())
         summary = {
             "steps": step,
@@ -279,6 +281,8 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
             draw_loss(log.history, run_dir / "loss.png")
         write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
         print(f"wrote {run_dir}/summary.json, loss.png, metrics.jsonl, checkpoints/{step}")
+
+    together(write, turn=is_first())
     return None
 
 

@@ -70,6 +70,7 @@ from train.setup import (
     count_flops,
     count_steps,
     init_opt_state,
+    keep_compiled,
     load_tokenizer,
     make_model,
     open_heldout,
@@ -173,6 +174,7 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
     model_config = together(lambda: read_model_config(config))
     tokenizer = together(lambda: load_tokenizer(config, model_config))
     own_dir = together(lambda: own_directory(run_dir))
+    keep_compiled(run_dir)
     with ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = together(lambda: Checkpoints(run_dir, config))

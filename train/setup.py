@@ -67,6 +67,15 @@ def start_directory(config: TrainConfig, run_dir: Path, write: bool = True) -> N
         raise ConfigError(f"--run-dir {run_dir}: cannot be made ({error.strerror})") from error
 
 
+def keep_compiled(run_dir: Path) -> None:
+    """Keep compiled programs in the run's directory, unless JAX keeps them elsewhere: a run of many
+    shapes that starts again would spend minutes on them. Not on a CPU, whose programs fit one
+    machine alone.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", str((run_dir / "compiled").absolute()))
+
+
 def prepare_data(config: TrainConfig, prepare: Prepare | None) -> None:
     """Make or fetch the data, if the configuration says how.
 

@@ -228,18 +228,26 @@ class Processes:
             process.kill()
             process.wait()
 
-    def end(self, seconds: float = 300) -> list[Run]:
-        """Wait for all of them; one that hangs fails the test. The path is that of the logs."""
+    def end(self, seconds: float = 300, only: int | None = None) -> list[Run]:
+        """Wait for all of them, or for one and kill the others. One that hangs fails the test. The
+        path is that of the logs.
+        """
         deadline = time.monotonic() + seconds
+        if only is not None:
+            self._wait(only, deadline)
+            self.__exit__()
         ended = []
         for index, process in enumerate(self.started):
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                pytest.fail(f"process {index} hangs; {self._text(index, 'err')[-2000:]}")
+            self._wait(index, deadline)
             out, err = (self._text(index, name) for name in ("out", "err"))
             ended.append(Run(process.returncode, out, err, self.logs))
         return ended
+
+    def _wait(self, index: int, deadline: float) -> None:
+        try:
+            self.started[index].wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"process {index} hangs; {self._text(index, 'err')[-2000:]}")
 
     def _text(self, index: int, name: str) -> str:
         return (self.logs / f"{index}.{name}").read_text()

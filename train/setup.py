@@ -72,7 +72,8 @@ def keep_compiled(run_dir: Path) -> None:
     shapes that starts again would spend minutes on them. Not on a CPU, whose programs fit one
     machine alone.
     """
-    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+    kept = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if kept is None and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", str((run_dir / "compiled").absolute()))
 
 

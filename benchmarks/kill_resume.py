@@ -362,7 +362,7 @@ def draw_moment(rng: np.random.Generator, life: Life, new: bool) -> Moment:
         "evaluation": 0.5,
         "last step": life.end - life.last_step,
     }
-    often = np.array([6, 12 * new, 6, 6, 4, 3])
+    often = np.array([6, 30 * new, 6, 6, 3, 4])
     event = str(rng.choice(list(longest), p=often / often.sum()))
     return Moment(event, float(rng.uniform(0, longest[event])))
 

@@ -52,7 +52,7 @@ def test_metrics_and_falling_loss(whole: Run):
         assert row.keys() == {
             *("step", "loss", "accuracy", "gradient_norm", "learning_rate", "seconds"),
             *("samples_per_second", "tokens_per_second", "frames_per_second"),
-            *("padding", "data_wait"),
+            *("padding", "data_wait", "tflops_per_device"),
         }
         assert np.isfinite(list(row.values())).all()
     assert rows[0]["loss"] > 4

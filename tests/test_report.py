@@ -77,7 +77,7 @@ def test_rates_are_since_the_row_before(tmp_path: Path):
     assert 0 < first["samples_per_second"] <= 12 / 0.05
     assert first["tokens_per_second"] == pytest.approx(25 * first["samples_per_second"])
     assert first["tflops_per_device"] == pytest.approx(1e-9 * first["tokens_per_second"])
-    assert first["peak_share"] is None  # nobody knows what this processor can do at most
+    assert "peak_share" not in first  # nobody knows what this processor can do at most
     assert first["frames_per_second"] == pytest.approx(2 * first["samples_per_second"])
     assert second["samples_per_second"] == second["tokens_per_second"] == 0
     assert (first["padding"], second["padding"]) == (pytest.approx(0.2), 0)

@@ -105,7 +105,7 @@ class RunLog:
             **metrics,
             **rates,
             "tflops_per_device": flops / 1e12,
-            "peak_share": flops / self.peak if self.peak else None,
+            **({"peak_share": flops / self.peak} if self.peak else {}),
             "data_wait": waited / seconds,
             "padding": 1 - total["tokens"] / places if places else 0.0,
             "seconds": self.seconds,
@@ -135,8 +135,7 @@ class RunLog:
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in flatten_dict(row, sep="/").items():
-            if value is not None:
-                self.board.add_scalar(prefix + name, value, row["step"])
+            self.board.add_scalar(prefix + name, value, row["step"])
 
     def close(self) -> None:
         """Flush everything and end the progress bar."""

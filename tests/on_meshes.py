@@ -119,10 +119,8 @@ def plan(shape: list[int], config_arguments: list[str]) -> dict[str, Any]:
     count = int(np.prod(shape))
     mesh = make_mesh(*shape, devices=jax.devices()[:count])
     step = Compiler(config, read_model_config(config), mesh).step(frames=FRAMES)
-    _update, add_batch = texts
-    arrays = {
-        tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", add_batch)
-    }
+    shapes = re.findall(r"f32\[([\d,]+)\]", "".join(texts))
+    arrays = {tuple(map(int, shape.split(","))) for shape in shapes}
     return {**vars(step), "arrays": sorted(arrays)}
 
 

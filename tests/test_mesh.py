@@ -83,6 +83,7 @@ def on_8(folder: Path) -> Path:
     with start_jobs(folder, "jobs-8", jobs) as processes:
         (ended,) = processes.end(900)
     assert ended.status == 0, ended.err[-3000:]
+    (path / "err.txt").write_text(ended.err)
     return path
 
 
@@ -259,16 +260,22 @@ def test_a_device_has_its_share_of_a_step(mesh: str, state: float, activations: 
 
 @pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1", "2x2x2"])
 def test_no_device_holds_anything_of_all_samples(mesh: str, on_8: Path):
-    """But what it finds in its part of the width of the table of embeddings."""
-    fsdp = parts(mesh)[1]
-    part_of_width = PRESETS["demo"]().language.width // fsdp if fsdp > 1 else None
+    """But what it finds in its part of the width of the table of embeddings, for its copy."""
+    data, fsdp, _ = parts(mesh)
+    part_of_width = PRESETS["demo"]().language.width // fsdp if data == 1 else None
 
     def of_all_samples(mesh: str) -> list[list[int]]:
-        whole = {SAMPLES, SAMPLES * FRAMES}
-        return [shape for shape in plan_of(on_8, mesh)["arrays"] if whole & set(shape)]
+        plan = plan_of(on_8, mesh)
+        each = (1, plan["tokens"], FRAMES, FRAMES * 16, FRAMES * 17)  # patches, and a class token
+        whole = {SAMPLES * size for size in each}
+        return [shape for shape in plan["arrays"] if whole & set(shape)]
 
     assert len(of_all_samples("1x1x1")) > 50
     assert [x for x in of_all_samples(mesh) if x[-1] != part_of_width] == []
+
+
+def test_xla_replicates_nothing_as_a_last_resort(on_8: Path):
+    assert "full rematerialization" not in (on_8 / "err.txt").read_text()
 
 
 def test_a_checkpoint_is_read_in_parts(on_8: Path):

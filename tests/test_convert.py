@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -21,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 import vxl_jax
 from convert import convert_from_hf, convert_to_hf, from_hf, init_checkpoint, parity
+from train.checkpoints import Checkpoints, Position
 from train.config import (
     DataSection,
     ModelSection,
@@ -537,6 +540,34 @@ def test_a_run_that_diverged_is_not_exported(tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.mm_projector\.0\.bias has NaN or infinite"):
         convert_to_hf(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_step_of_a_run_can_be_chosen(tmp_path):
+    """By its number, or the one with most held-out questions right."""
+    _, trained, _ = split_parts(vxl_jax.load(MICRO), ("projector",))
+    config = run_config(ModelSection(checkpoint=str(MICRO)))
+    path = tmp_path / "run"
+    path.mkdir()
+    save_config(config, path / "config.json")
+    run = replace(config.run, keep_checkpoints=3)
+    with closing(Checkpoints(path, replace(config, run=run))) as checkpoints:
+        for step, accuracy in ((3, None), (6, 0.75), (9, 0.5)):
+            params = jax.tree.map(lambda x, step=step: step * x, trained)
+            checkpoints.save(step, params, {}, Position(0, ""), accuracy)
+    name = "model.mm_projector.0.bias"
+    one = tensors_in(MICRO)[name]
+    for chosen, factor in ((None, 9), ("3", 3), (9, 9), ("best", 6)):
+        out = tmp_path / f"out-{chosen}"
+        convert_to_hf(path, out, step=chosen)
+        np.testing.assert_array_equal(tensors_in(out)[name], np.float32(factor) * one)
+    with pytest.raises(CheckpointError, match="has no step 4; it has 3, 6, 9, and best"):
+        convert_to_hf(path, tmp_path / "none", step=4)
+    with pytest.raises(CheckpointError, match="has no steps to choose from"):
+        convert_to_hf(MICRO, tmp_path / "none", step=4)
+    shutil.rmtree(path / "checkpoints/6")
+    shutil.rmtree(path / "checkpoints/9")
+    with pytest.raises(CheckpointError, match=r"no step has a score; train with run\.eval_every"):
+        convert_to_hf(path, tmp_path / "none", step="best")
 
 
 def test_runs_without_a_step_or_configuration(tmp_path):

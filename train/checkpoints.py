@@ -80,7 +80,9 @@ class Checkpoints:
         self.last: int | None = None
         self._empty_bin()
         # Orbax prints at length what it raises too, and so does TensorStore in its threads.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # Of several parts that cannot be written one is asked; asyncio prints those of the others.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         self._hook, sys.unraisablehook = sys.unraisablehook, _show_but_closed_loops
         with self._failing("opened"):
             self.manager = ocp.CheckpointManager(

@@ -136,7 +136,7 @@ def _run(directory: Path, step: str | None) -> Source:
 
     read_stored = part_reader(tree)
 
-    @lru_cache(maxsize=2)  # whole: a run stores each in one piece
+    @lru_cache(maxsize=2)  # whole: many rows need the same two
     def read_update(linear: ParamPath) -> list[np.ndarray]:
         paths = [(*linear, name) for name in LORA_NAMES]
         return [read_stored(("params", *path), whole(trained[path].shape)) for path in paths]

@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,16 @@ def shared() -> Path:
     if not (folder / "golden").is_dir():
         pytest.skip(f"reference material is not at {folder}: nothing to compare with")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Each compiled program maps memory, and Linux allows a process 65,530 maps (the default of
+    `vm.max_map_count`): the whole suite has more, and XLA crashes at the end of them.
+    """
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from tests.runs import Processes, Run, arguments, read_lines, run, write_records
-from train.distributed import LAUNCHERS, ON_MACHINE, VARIABLES, start_processes
+from train.distributed import LAUNCHERS, VARIABLES, start_processes
 from vxl_jax.config import ConfigError
 
 # How they find each other.
@@ -87,7 +87,7 @@ def test_what_jax_is_told(
     variables: dict[str, str], expected: Any, device: int | None, monkeypatch: pytest.MonkeyPatch
 ):
     """Several on a machine that see all of its devices have one each; else a process has all."""
-    names = [*VARIABLES, *ON_MACHINE, "CUDA_VISIBLE_DEVICES"]
+    names = [*VARIABLES, "CUDA_VISIBLE_DEVICES"]
     for name in [*names, *(name for launcher in LAUNCHERS for name in launcher)]:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

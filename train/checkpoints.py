@@ -115,9 +115,9 @@ class Checkpoints:
         state = {"params": trained, "opt_state": opt_state}
         # `convert.to_hf` reads part by part: from chunks, and not the whole parameter each time.
         chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), state)
+        self.wait()
+        self._empty_bin()
         with self._failing("written"):
-            self.manager.wait_until_finished()
-            self._empty_bin()
             self.manager.save(
                 step,
                 args=ocp.args.Composite(

@@ -266,7 +266,7 @@ class _Measures:
                 held, bad_rows = self._part(f"{name}/{start // PART}", chosen)
                 blocks = held["blocks"]
                 lengths = self._lengths(held["text"], held["labels"], blocks, held["frames"])
-                columns.append((held["record"], _kinds(blocks, held["is_video"]), *lengths))
+                columns.append((held["record"], kinds_of(blocks, held["is_video"]), *lengths))
                 bad += [BadSample(*row[1:]) for row in bad_rows]
                 self.bar.update(len(chosen) - (self.bar.n - start))
         return [np.concatenate(column) for column in zip(*columns, strict=True)], bad
@@ -370,8 +370,8 @@ def _noted(path: Path) -> tuple[list[np.ndarray], list[BadSample]]:
         return [held[f"column_{i}"] for i in range(len(held.files) - 1)], bad
 
 
-def _kinds(blocks: np.ndarray, is_video: np.ndarray) -> np.ndarray:
-    """Places in `KINDS` of samples with so many blocks, uint8 [N]."""
+def kinds_of(blocks: np.ndarray, is_video: np.ndarray) -> np.ndarray:
+    """Places in `KINDS` of samples with so many blocks, some of them videos or none, uint8 [N]."""
     return np.where(blocks == 0, 0, np.minimum(blocks, 2) + 2 * is_video).astype(np.uint8)
 
 

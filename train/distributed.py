@@ -5,21 +5,20 @@ import re
 import sys
 import time
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 from zlib import crc32
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from train.batches import Batch, Shards
 from train.config import MeshSection
 from train.errors import TrainingError
 from vxl_jax.config import ConfigError
-from vxl_jax.model import GROUP_FIELDS
-from vxl_jax.sharding import SAMPLES, make_mesh
+from vxl_jax.model import map_by_sample
+from vxl_jax.sharding import make_mesh, sample_shards, sample_spec
 
 Result = TypeVar("Result")
 
@@ -28,16 +27,17 @@ PATIENCE = 60
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
-LAUNCHERS = (
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
-    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
+LAUNCHERS = tuple(
+    tuple(row.split())
+    for row in """
+    OMPI_COMM_WORLD_SIZE OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_LOCAL_RANK OMPI_COMM_WORLD_LOCAL_SIZE
+    SLURM_STEP_NUM_TASKS SLURM_PROCID         SLURM_LOCALID              SLURM_STEP_TASKS_PER_NODE
+    PMI_SIZE             PMI_RANK             MPI_LOCALRANKID            MPI_LOCALNRANKS
+    """.strip().splitlines()
 )
-"""What Open MPI's `mpirun`, `srun` and other MPIs tell a task: how many there are, its number, and
-its number on its machine. Open MPI comes first: under SLURM it is itself started by `srun`."""
-
-ON_MACHINE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE", "MPI_LOCALNRANKS")
-"""And how many tasks a machine has, in the same order."""
+"""What Open MPI's `mpirun`, `srun` and other MPIs tell a task: how many there are, its number, its
+number on its machine, and how many a machine has. Open MPI comes first: under SLURM it is itself
+started by `srun`."""
 
 
 def start_processes() -> None:
@@ -52,12 +52,12 @@ def start_processes() -> None:
     """
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     address = given.get(VARIABLES[0])
-    launched = [i for i, names in enumerate(LAUNCHERS) if os.environ.get(names[0], "1") != "1"]
+    launched = [names for names in LAUNCHERS if os.environ.get(names[0], "1") != "1"]
     if len(given) == len(VARIABLES):
         _join(address, *_numbers(*list(given.values())[1:]))
     elif launched and given.keys() <= {VARIABLES[0]}:
-        count, number, local = (os.environ.get(name, "") for name in LAUNCHERS[launched[0]])
-        alone = re.fullmatch(r"1(\(x\d+\))?", os.environ.get(ON_MACHINE[launched[0]], ""))
+        count, number, local, here = (os.environ.get(name, "") for name in launched[0])
+        alone = re.fullmatch(r"1(\(x\d+\))?", here)
         sees_one = re.fullmatch(r"[^,]+", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         device = None if alone or sees_one or not local.isdecimal() else int(local)
         _join(address, *_numbers(count, number), device)
@@ -130,10 +130,10 @@ def count_distinct(names: Collection[str]) -> int:
     if jax.process_count() == 1:
         return len(names)
     longest = int(gather(len(names)).max())
-    own = np.full(longest, crc32(b""), np.uint32)  # filled up with what is no name's
+    own = np.zeros(longest, np.uint32)  # 0 is no name's
     own[: len(names)] = [crc32(name.encode()) for name in names]
     found = np.unique(multihost_utils.process_allgather(own)) if longest else own
-    return int((found != crc32(b"")).sum())
+    return int(np.count_nonzero(found))
 
 
 def together(work: Callable[[], Result], turn: bool = True) -> Result:
@@ -202,14 +202,10 @@ def check_batch_size(batch_size: int, shards: int) -> None:
         )
 
 
-def _by_sample(mesh: Mesh, axis: int) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, SAMPLES))
-
-
 def own_shards(mesh: Mesh) -> Shards:
     """The shares of every batch that the devices of this process work on."""
-    count = mesh.shape["data"] * mesh.shape["fsdp"]
-    indices = _by_sample(mesh, 0).addressable_devices_indices_map((count,)).values()
+    count = sample_shards(mesh)
+    indices = NamedSharding(mesh, sample_spec()).addressable_devices_indices_map((count,)).values()
     return Shards(tuple(sorted({index[0].start or 0 for index in indices if index})), count)
 
 
@@ -234,15 +230,9 @@ def place_batch(batch: Batch, mesh: Mesh, shards: Shards) -> tuple[Any, Any]:
             row = shards.own.index((index[axis].start or 0) // each) * each
             return x[(slice(None),) * axis + (slice(row, row + each),)]
 
-        return jax.make_array_from_callback(shape, _by_sample(mesh, axis), part)
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, sample_spec(axis)), part)
 
-    arrays: dict[str, Any] = {
-        name: put(value, 1 if name in GROUP_FIELDS else 0)
-        for name, value in vars(batch.streams).items()
-        if isinstance(value, np.ndarray)
-    }
-    pixels = None if batch.pixels is None else put(batch.pixels, 0)
-    return replace(batch.streams, **arrays), pixels
+    return map_by_sample(put, batch.streams), None if batch.pixels is None else put(batch.pixels, 0)
 
 
 def to_host(x: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from train.batches import Batch, Loader, blank, leave_out
 from train.config import RunSection
-from train.dataset import Dataset
+from train.dataset import KINDS, Dataset, kinds_of
 from train.distributed import gather, is_first
 from train.plan import Epochs, Share, make_buckets
 from train.progress import progress_bar
@@ -130,10 +130,8 @@ def evaluate_at_end(
 
 def modality(sample: Sample) -> str:
     """What a question is about, as in `train.dataset.KINDS`."""
-    if not sample.blocks:
-        return "text"
-    name = "video" if any(block.is_video for block in sample.blocks) else "image"
-    return name + "s" * (len(sample.blocks) > 1)
+    is_video = any(block.is_video for block in sample.blocks)
+    return KINDS[int(kinds_of(np.array(len(sample.blocks)), np.array(is_video)))]
 
 
 def question_type(sample: Sample) -> str:

@@ -83,7 +83,7 @@ from train.step import add_batch, empty_sums, fingerprint, split_parts, update
 from train.workers import WorkerError
 from vxl_jax.config import ConfigError, VideoXLConfig
 from vxl_jax.model import parameter_count
-from vxl_jax.sharding import param_placement
+from vxl_jax.sharding import param_placement, sample_shards
 from vxl_jax.tensors import CheckpointError
 
 
@@ -412,14 +412,14 @@ def describe(
         state = f", {step:,} are done: nothing is left to train"
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     ratios = data.model.ratios or "none"
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    padding = padded_share(data.lengths, plans, shards=sample_shards(mesh))
     print(
         f"model: {parameters:,} parameters, trains {', '.join(config.optim.train)}; "
         f"ratios {ratios}\n"
         f"mesh: {shape}; {mesh.devices.flat[0].device_kind} x {mesh.size}, "
         f"{jax.process_count()} process(es)\n"
         f"data: {len(data):,} samples in {len(plans.buckets)} shapes, "
-        f"{padded_share(data.lengths, plans, shards=shards):.1%} padding; "
+        f"{padding:.1%} padding; "
         f"{len(heldout or ()):,} held-out questions\n"
         f"run: {steps:,} steps of {config.optim.accumulate} x up to {config.data.batch_size} "
         f"samples{state}"

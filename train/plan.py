@@ -94,9 +94,7 @@ def make_buckets(
         for i, end in enumerate(ends):
             some = members[number == i]
             of_sample[some] = len(buckets)
-            places = most_places
-            if data.max_tokens_per_batch is not None:
-                places = max(1, min(places, data.max_tokens_per_batch // int(end)))
+            places = places_of(int(end), data, most_places)
             shape = StreamShape(
                 groups=1,
                 tokens=int(end),
@@ -106,6 +104,13 @@ def make_buckets(
             )
             buckets.append(Bucket(shape, int(lengths.frames[some].max()), places))
     return buckets, of_sample
+
+
+def places_of(tokens: int, data: DataSection, most: int) -> int:
+    """How many samples padded to so many tokens share a batch, at most `most`."""
+    if data.max_tokens_per_batch is None:
+        return most
+    return max(1, min(most, data.max_tokens_per_batch // tokens))
 
 
 def _cut(kinds: Sequence[np.ndarray], most: int) -> list[np.ndarray]:

@@ -8,8 +8,7 @@ allocates for the same program: about what a GPU needs, as a rule more, since a 
 bfloat16 in float32.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from train.batches import Batch
 from train.config import TrainConfig
 from train.distributed import check_batch_size
 from train.optimizer import Optimizer
+from train.plan import places_of
 from train.progress import progress_bar
 from train.setup import abstract_state, count_flops, init_opt_state, read_model_config
 from train.step import lower_add_batch, lower_update
@@ -30,8 +30,8 @@ from vxl_jax import attention
 from vxl_jax.cards import CARDS, Card, card_of
 from vxl_jax.chat import IMAGE_TOKEN
 from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig
-from vxl_jax.model import GROUP_FIELDS
-from vxl_jax.sharding import SAMPLES, make_mesh, param_placement
+from vxl_jax.model import map_by_sample
+from vxl_jax.sharding import make_mesh, param_placement, sample_shards, sample_spec
 from vxl_jax.stream import IGNORE, Stream, StreamShape, batch_streams, plan_stream
 
 TEXT, LABELS = 512, 256
@@ -103,19 +103,19 @@ class Planner:
         config = self.config
         stream = self.stream(frames)
         samples = self.samples(stream)
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        shards = sample_shards(self.mesh)
         places = -(-samples // shards) * shards
         batch = batch_streams(
             [stream] * samples + [None] * (places - samples), StreamShape.of(stream)
         )
         size = self.model.vision.image_size
-        arrays: dict[str, Any] = {
-            name: self._struct(value.shape, value.dtype, 1 if name in GROUP_FIELDS else 0)
-            for name, value in vars(batch).items()
-            if isinstance(value, np.ndarray)
-        }
-        pixels = self._struct((places, frames, size, size, 3), np.uint8, 0)
-        placed = replace(batch, **arrays), pixels if frames else None
+
+        def struct(x: Any, axis: int) -> Any:
+            sharding = NamedSharding(self.mesh, sample_spec(axis))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        pixels = jax.ShapeDtypeStruct((places, frames, size, size, 3), np.uint8)
+        placed = map_by_sample(struct, batch), struct(pixels, 0) if frames else None
         sums = self.sums if config.optim.accumulate > 1 else None
         with jax.set_mesh(self.mesh), attention.made_for("gpu"):
             lowered = lower_add_batch(self.graph, self.trained, self.frozen, sums, *placed)
@@ -148,14 +148,7 @@ class Planner:
 
     def samples(self, stream: Stream) -> int:
         """How many such samples share a batch, on all devices."""
-        data = self.config.data
-        if data.max_tokens_per_batch is None:
-            return data.batch_size
-        return max(1, min(data.batch_size, data.max_tokens_per_batch // stream.length))
-
-    def _struct(self, shape: Sequence[int], dtype: Any, axis: int) -> jax.ShapeDtypeStruct:
-        spec = PartitionSpec(*(None,) * axis, SAMPLES)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+        return places_of(stream.length, self.config.data, self.config.data.batch_size)
 
     def _compile(self, lowered: Any) -> int:
         """Bytes of temporaries on one device."""
@@ -217,7 +210,7 @@ def print_plan(config: TrainConfig, card_name: str, memory_gb: float | None) -> 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", data * fsdp * tensor)
     mesh = make_mesh(data, fsdp, tensor)
-    check_batch_size(config.data.batch_size, data * fsdp)
+    check_batch_size(config.data.batch_size, sample_shards(mesh))
     model, sizes = planned_model(config)
     memory = int(card.memory * USABLE if memory_gb is None else memory_gb * 1e9)
     with progress_bar(total=5, desc="compiling", unit="program") as progress:

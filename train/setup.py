@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from train.batches import Batch
 from train.config import Prepare, TrainConfig, compare, save_config
@@ -21,7 +21,7 @@ from train.optimizer import Optimizer, Params
 from train.plan import Epochs
 from train.step import split_parts
 from vxl_jax.chat import encode_prompt
-from vxl_jax.checkpoint import load
+from vxl_jax.checkpoint import abstract_params, load
 from vxl_jax.config import (
     PRESETS,
     ConfigError,
@@ -181,9 +181,8 @@ def random_model(config: VideoXLConfig, seed: int, placement: Placement | None =
     def make() -> Any:
         return nnx.to_pure_dict(nnx.state(VideoXL(config, rngs=nnx.Rngs(seed))))
 
-    graph = nnx.graphdef(nnx.eval_shape(lambda: VideoXL(config, rngs=nnx.Rngs(seed))))
-    shapes = jax.eval_shape(make)
-    shardings = None if placement is None else place_tree(placement, shapes)
+    graph, shapes = abstract_params(config)
+    shardings = None if placement is None else place_tree(placement, unflatten_dict(shapes))
     return nnx.merge(graph, jax.jit(make, out_shardings=shardings)())
 
 

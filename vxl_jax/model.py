@@ -1,5 +1,6 @@
 """Video-XL: vision tower, projector and language model, and the pure functions over them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -86,6 +87,16 @@ def start_beacons(language: LanguageModel, key: Array) -> None:
 def take_group(streams: StreamBatch, index: Any) -> StreamBatch:
     """The batch with its group axis taken off at `index`."""
     return replace(streams, **{name: getattr(streams, name)[index] for name in GROUP_FIELDS})
+
+
+def map_by_sample(fn: Callable[[Any, int], Any], streams: StreamBatch) -> StreamBatch:
+    """The batch with `fn(array, axis of samples)` in place of each array."""
+    arrays = {
+        name: fn(value, 1 if name in GROUP_FIELDS else 0)
+        for name, value in vars(streams).items()
+        if hasattr(value, "shape")
+    }
+    return replace(streams, **arrays)
 
 
 def scan_groups(

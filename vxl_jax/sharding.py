@@ -97,13 +97,20 @@ def place_tree(placement: Placement, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, tree)
 
 
-# Inside the model. These look at the mesh of `jax.set_mesh`; without one they do nothing.
-
-
-def sample_shards() -> int:
-    """Over how many devices the samples of a batch are divided; 1 without a mesh."""
-    shape = jax.sharding.get_abstract_mesh().shape
+def sample_shards(mesh: Mesh | None = None) -> int:
+    """Over how many devices of a mesh, by default that of `jax.set_mesh`, the samples of a batch
+    are divided; 1 without a mesh.
+    """
+    shape = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
     return int(np.prod([shape.get(axis, 1) for axis in SAMPLES]))
+
+
+def sample_spec(axis: int = 0) -> PartitionSpec:
+    """How an array is cut whose samples lie along an axis."""
+    return PartitionSpec(*(None,) * axis, SAMPLES)
+
+
+# Inside the model. These look at the mesh of `jax.set_mesh`; without one they do nothing.
 
 
 def by_sample(x: Array, axis: int = 0) -> Array:
@@ -113,7 +120,7 @@ def by_sample(x: Array, axis: int = 0) -> Array:
     shards = sample_shards()
     if shards == 1 or x.shape[axis] % shards:
         return x
-    return lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, SAMPLES))
+    return lax.with_sharding_constraint(x, sample_spec(axis))
 
 
 def residual(x: Array) -> Array:

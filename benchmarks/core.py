@@ -20,7 +20,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -253,6 +253,30 @@ def best_of(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def compare_phases(
+    phases: Sequence[str], size: str, rounds: int, frameworks: Sequence[str]
+) -> dict[str, Any]:
+    """Best of some rounds of each phase, the frameworks taking turns, with a line for each."""
+    found: dict[str, Any] = {}
+    print(f"{'phase':10}{'jax s':>9}{'torch s':>9}{'torch/jax':>11}{'jax MB':>9}{'torch MB':>10}")
+    for phase in phases:
+        turns: dict[str, list[Any]] = {framework: [] for framework in frameworks}
+        for _ in range(rounds):
+            for framework in frameworks:
+                turns[framework].append(measure(framework, phase, size))
+        best = {framework: best_of(turns[framework]) for framework in frameworks}
+        ours = best["jax"]
+        row = f"{phase:10}{ours['seconds']:9.3f}"
+        if "torch" in best:
+            theirs = best["torch"]
+            best["speed_ratio"] = theirs["seconds"] / ours["seconds"]
+            row += f"{theirs['seconds']:9.3f}{best['speed_ratio']:11.2f}"
+            row += f"{ours['peak_bytes'] / 1e6:9.0f}{theirs['peak_bytes'] / 1e6:10.0f}"
+        found[phase] = best
+        print(row, flush=True)
+    return found
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     versions = {}
@@ -303,23 +327,7 @@ def main() -> None:
         return
 
     frameworks = ("jax",) if options.no_torch else ("jax", "torch")
-    phases: dict[str, Any] = {}
-    print(f"{'phase':10}{'jax s':>9}{'torch s':>9}{'torch/jax':>11}{'jax MB':>9}{'torch MB':>10}")
-    for phase in PHASES:
-        rounds: dict[str, list[Any]] = {framework: [] for framework in frameworks}
-        for _ in range(options.rounds):
-            for framework in frameworks:
-                rounds[framework].append(measure(framework, phase, options.size))
-        best = {framework: best_of(rounds[framework]) for framework in frameworks}
-        ours = best["jax"]
-        row = f"{phase:10}{ours['seconds']:9.3f}"
-        if "torch" in best:
-            theirs = best["torch"]
-            best["speed_ratio"] = theirs["seconds"] / ours["seconds"]
-            row += f"{theirs['seconds']:9.3f}{best['speed_ratio']:11.2f}"
-            row += f"{ours['peak_bytes'] / 1e6:9.0f}{theirs['peak_bytes'] / 1e6:10.0f}"
-        phases[phase] = best
-        print(row, flush=True)
+    phases = compare_phases(PHASES, options.size, options.rounds, frameworks)
 
     growth = []
     print(f"\n{'frames':>7}{'prefill s':>11}{'peak MB':>9}{'training temporaries MB':>25}")

@@ -43,8 +43,8 @@ from benchmarks.core import RESULTS, machine, write_results
 from train.checkpoints import versions
 from train.config import DataSection, ModelSection, OptimSection, RunSection, TrainConfig
 from train.demo_data import Amounts, make_demo_data
-from train.progress import progress_bar
 from train.report import read_rows
+from vxl_jax.progress import progress_bar
 
 # This file is the configuration of the runs, too.
 

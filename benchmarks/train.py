@@ -205,14 +205,20 @@ def run_small(frames: int) -> None:
     write_results("train-cpu", {"frames": frames, **found, "steps": rows})
 
 
-def run_7b(frames: list[int]) -> None:
-    """The recipes at the real shapes, within 80 GB."""
+def limited() -> tuple[float, dict[str, Any]]:
+    """The share of a GPU's memory that is at most `LIMIT`, and what `measure_peak` finds in it."""
     free = work("measure_peak", "bfloat16", fraction=0.9)
     if not free.get("bytes_limit"):
         raise SystemExit("--size 7b needs a GPU: this device does not limit its memory")
     fraction = min(0.95, LIMIT * 0.9 / free["bytes_limit"])
     found = work("measure_peak", "bfloat16", fraction=fraction)
     assert found["bytes_limit"] <= LIMIT, found
+    return fraction, found
+
+
+def run_7b(frames: list[int]) -> None:
+    """The recipes at the real shapes, within 80 GB."""
+    fraction, found = limited()
     print(f"measured peak: {found['peak_flops'] / 1e12:.0f} TFLOP/s\n{HEAD}")
     rows = {}
     for recipe in RECIPES:

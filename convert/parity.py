@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from vxl_jax.attention import rope_angles, rotate
-from vxl_jax.checkpoint import load
+from vxl_jax.checkpoint import load_network
 from vxl_jax.config import ConfigError
-from vxl_jax.generate import generate
+from vxl_jax.decode import generate
 from vxl_jax.model import VideoXL, loss_and_metrics, prefill
 from vxl_jax.names import to_published
 from vxl_jax.stream import BEACON, IMAGE_TOKEN, Stream, batch_streams, plan_stream
@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = []
     try:
-        model = load(options.hf_dir, dtype="float32", param_dtype="float32")
+        model = load_network(options.hf_dir, dtype="float32", param_dtype="float32")
         with jax.default_matmul_precision("highest"):
             for row in check(model, Golden(options.golden_dir)):
                 rows.append(row)

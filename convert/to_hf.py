@@ -21,8 +21,6 @@ import numpy as np
 from convert.command import add_destination, run
 from convert.sources import Source, open_source
 from convert.writing import (
-    Piece,
-    Planned,
     check_apart,
     new_directory,
     progress_bar,
@@ -32,6 +30,7 @@ from convert.writing import (
 from vxl_jax.checkpoint import CHUNK_BYTES
 from vxl_jax.config import DTYPES
 from vxl_jax.names import LINEAR, Row, table
+from vxl_jax.tensor_files import Piece, Planned
 from vxl_jax.tensors import (
     STORED,
     STORED_NAME,

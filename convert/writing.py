@@ -4,17 +4,14 @@ import fcntl
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-import train.progress
+import vxl_jax.progress
 from vxl_jax.checkpoint import PARAMS
 from vxl_jax.config import VideoXLConfig, VisionConfig
 from vxl_jax.published import (
@@ -24,7 +21,8 @@ from vxl_jax.published import (
     TOWER_FOLDER,
     find_tower,
 )
-from vxl_jax.tensors import INDEX, CheckpointError, bytes_of, in_threads, read_json
+from vxl_jax.tensor_files import Planned, write_tensors
+from vxl_jax.tensors import INDEX, CheckpointError, read_json
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """Tokenizer, image-processor and generation files, which every direction carries along."""
@@ -244,35 +242,9 @@ def published_config(config: VideoXLConfig) -> dict[str, Any]:
 
 def progress_bar(what: str, total: int) -> tqdm:
     """A bar in bytes, with rate and time left."""
-    return train.progress.progress_bar(
+    return vxl_jax.progress.progress_bar(
         desc=what, total=total, unit="B", unit_scale=True, unit_divisor=1000
     )
-
-
-# Safetensors.
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some bytes of a tensor and what makes them, which may be called by any thread."""
-
-    bytes: int
-    make: Callable[[], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor to be written: dtype as safetensors names it, and its pieces in order."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: list[Piece]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its weights."""
-        return bytes_of(self.dtype, self.shape)
 
 
 def write_shards(
@@ -280,9 +252,7 @@ def write_shards(
 ) -> None:
     """Write tensors in their order into `model*.safetensors`, with an index if there are several.
 
-    Pieces are made and written by several threads, each at its place, so that no tensor has to
-    stand whole in memory (the safetensors library takes whole arrays). A tensor larger than
-    `shard_bytes` has a shard of its own.
+    A tensor larger than `shard_bytes` has a shard of its own.
     """
     shards: list[list[Planned]] = [[]]
     filled = 0
@@ -296,46 +266,9 @@ def write_shards(
     for i, shard in enumerate(shards, start=1):
         name = f"model-{i:05}-of-{len(shards):05}.safetensors"
         name = name if len(shards) > 1 else "model.safetensors"
-        _write_file(directory / name, shard, progress)
+        write_tensors(directory / name, shard, {"format": "pt"}, progress)
         weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         total = sum(tensor.bytes for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(directory / INDEX, index)
-
-
-def _write_file(path: Path, tensors: list[Planned], progress: Callable[[int], None]) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + tensor.bytes
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    jobs, start = [], 8 + len(text)
-    for piece in (piece for tensor in tensors for piece in tensor.pieces):
-        jobs.append((start, piece))
-        start += piece.bytes
-    if start != 8 + len(text) + offset:
-        raise CheckpointError(f"{path}: its pieces have {start} bytes, not those of its tensors")
-    with path.open("wb", buffering=0) as file:
-
-        def write(start: int, piece: Piece) -> None:
-            made = piece.make()
-            _write_at(file.fileno(), start, made.reshape(-1).view(np.uint8).data)
-            progress(piece.bytes)
-
-        _write_at(file.fileno(), 0, memoryview(struct.pack("<Q", len(text)) + text))
-        in_threads(write, jobs)
-        os.fsync(file.fileno())
-
-
-def _write_at(file: int, start: int, data: memoryview) -> None:
-    done = 0
-    while done < len(data):  # twice as fast as in one call: what is copied stays in the cache
-        done += os.pwrite(file, data[done : done + 2**17], start + done)

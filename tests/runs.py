@@ -81,8 +81,8 @@ class Run(NamedTuple):
         assert self.status == 2, self.err
         assert "Traceback" not in self.err
         *before, last = self.err.strip().split("\n")
-        assert last.startswith("error: ")
-        assert not any("error" in line for line in before)
+        assert last.startswith("error: "), self.err
+        assert not any("error" in line for line in before), self.err
         return last
 
 

@@ -123,10 +123,10 @@ def test_shards_in_bfloat16_there_and_back(sharded, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_ways_of_loading_give_one_model(dtype, converted, tmp_path):
-    direct = vxl_jax.load(MICRO, param_dtype=dtype, dtype=dtype)
-    assert_same_model(vxl_jax.load(converted, param_dtype=dtype, dtype=dtype), direct)
+    direct = vxl_jax.load_network(MICRO, param_dtype=dtype, dtype=dtype)
+    assert_same_model(vxl_jax.load_network(converted, param_dtype=dtype, dtype=dtype), direct)
     convert_from_hf(MICRO, tmp_path / "model", dtype=dtype)
-    model = vxl_jax.load(tmp_path / "model")
+    model = vxl_jax.load_network(tmp_path / "model")
     assert model.config == direct.config
     assert_same_model(model, direct)
 
@@ -139,7 +139,7 @@ def test_a_converted_checkpoint_stands_by_itself(converted, tmp_path):
     """It can be moved, and everything that is needed beside the weights is there."""
     moved = tmp_path / "elsewhere" / "model"
     shutil.copytree(converted, moved)
-    assert vxl_jax.load(moved).config == vxl_jax.load(MICRO).config
+    assert vxl_jax.load_network(moved).config == vxl_jax.load_network(MICRO).config
     assert (moved / "generation_config.json").exists()
     assert (moved / "vision_tower" / "preprocessor_config.json").exists()
 
@@ -192,7 +192,7 @@ def test_weights_that_are_not_finite_are_refused(name, value, sharded, tmp_path)
     with pytest.raises(CheckpointError, match=f"tensor {name} in .* has NaN or infinite weights"):
         convert_from_hf(directory, tmp_path / "out")
     with pytest.raises(CheckpointError, match=f"tensor {name} in .* has NaN or infinite weights"):
-        vxl_jax.load(directory)
+        vxl_jax.load_network(directory)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sharded"]
 
 
@@ -224,7 +224,7 @@ def test_float16_is_converted_only_where_a_dtype_is_given(tmp_path):
     with pytest.raises(CheckpointError, match="has dtype F16, not float32; say which dtype"):
         convert_from_hf(path.parent, tmp_path / "out")
     convert_from_hf(path.parent, tmp_path / "out", dtype="float32")
-    model = vxl_jax.load(tmp_path / "out")
+    model = vxl_jax.load_network(tmp_path / "out")
     expected = load_file(path)["model.norm.weight"].astype(np.float32)
     np.testing.assert_array_equal(model.language.norm.scale[...], expected)
 
@@ -259,7 +259,7 @@ def test_what_is_there_is_not_overwritten_unasked(converted, tmp_path):
         convert_from_hf(MICRO, out)
     convert_from_hf(MICRO, out, overwrite=True)
     assert [file.name for file in out.glob("*.safetensors")] == ["unused.safetensors"]
-    assert_same_model(vxl_jax.load(out), vxl_jax.load(MICRO))
+    assert_same_model(vxl_jax.load_network(out), vxl_jax.load_network(MICRO))
     (out / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match="is no checkpoint, and not overwritten"):
         from_hf.convert_from_hf(MICRO, out, overwrite=True)
@@ -330,10 +330,10 @@ def test_a_damaged_converted_checkpoint_is_refused(converted, tmp_path):
     config["intermediate_size"] = 96
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"(?s)3 problems.*has shape \(3, 64, 128\), config"):
-        vxl_jax.load(tmp_path / "model")
+        vxl_jax.load_network(tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "params" / "projector.up.kernel")
     with pytest.raises(CheckpointError, match="params: cannot be read"):
-        vxl_jax.load(tmp_path / "model")
+        vxl_jax.load_network(tmp_path / "model")
     with pytest.raises(CheckpointError, match="neither a converted checkpoint"):
         convert_to_hf(tmp_path, tmp_path / "out")
 
@@ -352,12 +352,12 @@ def test_killed_at_any_moment_nothing_or_all_is_there(moment, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     if (tmp_path / "out").exists():
-        assert_same_model(vxl_jax.load(tmp_path / "out"), vxl_jax.load(MICRO))
+        assert_same_model(vxl_jax.load_network(tmp_path / "out"), vxl_jax.load_network(MICRO))
         return
     assert (tmp_path / ".out.vxl-part").exists()
     # What is left over does not stand in the way of the next.
     convert_from_hf(MICRO, tmp_path / "out")
-    assert_same_model(vxl_jax.load(tmp_path / "out"), vxl_jax.load(MICRO))
+    assert_same_model(vxl_jax.load_network(tmp_path / "out"), vxl_jax.load_network(MICRO))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -404,7 +404,7 @@ def parts(tmp_path_factory):
 
 def test_a_new_model_from_qwen_and_clip(parts, tmp_path):
     init_checkpoint(*parts, tmp_path / "new", seed=3)
-    model = vxl_jax.load(tmp_path / "new")
+    model = vxl_jax.load_network(tmp_path / "new")
     assert (model.config.param_dtype, model.config.dtype) == ("bfloat16", "bfloat16")
     assert (model.config.window, model.config.ratios) == (1440, (2, 4, 8, 12, 16))
     assert (tmp_path / "new" / "tokenizer.json").exists()
@@ -433,7 +433,7 @@ def test_the_seed_decides_the_new_projector(parts, tmp_path):
     weights = []
     for i, seed in enumerate((0, 0, 1)):
         init_checkpoint(*parts, tmp_path / str(i), seed=seed)
-        weights.append(np.asarray(vxl_jax.load(tmp_path / str(i)).projector.up.kernel[...]))
+        weights.append(np.asarray(vxl_jax.load_network(tmp_path / str(i)).projector.up.kernel[...]))
     np.testing.assert_array_equal(weights[0], weights[1])
     assert (weights[0] != weights[2]).any()
 
@@ -444,7 +444,7 @@ def test_a_projector_from_a_file_or_a_checkpoint(parts, converted, tmp_path):
     save_file(projector, tmp_path / "mm_projector.safetensors")
     for i, source in enumerate((tmp_path / "mm_projector.safetensors", converted, MICRO)):
         init_checkpoint(*parts, tmp_path / str(i), projector=source, dtype="float32")
-        model = vxl_jax.load(tmp_path / str(i))
+        model = vxl_jax.load_network(tmp_path / str(i))
         np.testing.assert_array_equal(
             model.projector.down.kernel[...], projector["model.mm_projector.2.weight"].T
         )
@@ -494,7 +494,7 @@ def a_run(directory, section, trained):
 def test_a_run_that_trained_a_part(tmp_path):
     base = tmp_path / "base"
     convert_to_hf(MICRO, base, dtype="bfloat16")
-    _, trained, _ = split_parts(vxl_jax.load(base), ("projector", "beacon"))
+    _, trained, _ = split_parts(vxl_jax.load_network(base), ("projector", "beacon"))
     trained = jax.tree.map(lambda x: 1.0001 * x, trained)  # float32: nothing in bfloat16
     section = ModelSection(checkpoint=str(base), tokenizer=None, pool_stride=1, ratios=(4,))
     run = a_run(tmp_path / "run", section, trained)
@@ -510,7 +510,7 @@ def test_a_run_that_trained_a_part(tmp_path):
                 expected = np.float32(2) * (np.float32(1.0001) * expected)
             expected = expected.astype(dtype or ml_dtypes.bfloat16)
             np.testing.assert_array_equal(ours[name], expected, err_msg=name)
-        config = vxl_jax.load(out).config
+        config = vxl_jax.load_network(out).config
         assert (config.pool_stride, config.ratios) == (1, (4,))
 
 
@@ -522,7 +522,7 @@ def test_a_run_from_random_weights(tmp_path, demo_data):
     _, trained, _ = split_parts(model, everything)
     run = a_run(tmp_path / "run", section, trained)
     convert_to_hf(run, tmp_path / "out")
-    loaded = vxl_jax.load(tmp_path / "out")
+    loaded = vxl_jax.load_network(tmp_path / "out")
     assert loaded.config == config
     assert (tmp_path / "out" / "tokenizer.json").exists()
     np.testing.assert_array_equal(
@@ -534,7 +534,7 @@ def test_a_run_from_random_weights(tmp_path, demo_data):
 
 
 def test_a_run_that_diverged_is_not_exported(tmp_path):
-    _, trained, _ = split_parts(vxl_jax.load(MICRO), ("projector",))
+    _, trained, _ = split_parts(vxl_jax.load_network(MICRO), ("projector",))
     trained["projector"]["up"]["bias"] = trained["projector"]["up"]["bias"].at[3].set(jnp.inf)
     run = a_run(tmp_path / "run", ModelSection(checkpoint=str(MICRO)), trained)
     with pytest.raises(CheckpointError, match=r"model\.mm_projector\.0\.bias has NaN or infinite"):
@@ -544,7 +544,7 @@ def test_a_run_that_diverged_is_not_exported(tmp_path):
 
 def test_a_step_of_a_run_can_be_chosen(tmp_path):
     """By its number, or the one with most held-out questions right."""
-    _, trained, _ = split_parts(vxl_jax.load(MICRO), ("projector",))
+    _, trained, _ = split_parts(vxl_jax.load_network(MICRO), ("projector",))
     config = run_config(ModelSection(checkpoint=str(MICRO)))
     path = tmp_path / "run"
     path.mkdir()
@@ -598,9 +598,9 @@ def placement(path, shape):
         axes[max(divisible, key=lambda axis: shape[axis])] = "fsdp"
     return NamedSharding(mesh, PartitionSpec(*axes))
 
-one = vxl_jax.load(sys.argv[1])
+one = vxl_jax.load_network(sys.argv[1])
 for directory in sys.argv[1:]:
-    model = vxl_jax.load(directory, placement=placement)
+    model = vxl_jax.load_network(directory, placement=placement)
     split = 0
     for ours, expected in zip(
         jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(one)), strict=True

@@ -1,127 +1,194 @@
-"""Choosing tokens, stopping, and what generation refuses."""
+"""The command line: python -m vxl_jax.generate."""
 
-import jax
-import jax.numpy as jnp
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
-from flax import nnx
+from PIL import Image
 
-from vxl_jax.config import tiny
-from vxl_jax.generate import Sampling, choose, generate, stream_tokens
-from vxl_jax.model import VideoXL, decode_step, prefill
-from vxl_jax.stream import IMAGE_TOKEN, StreamShape, batch_streams, plan_stream
+from tests.data import write_video
+from vxl_jax import Picture, Video, film, load, load_memory, visual_memory
+from vxl_jax.generate import main, read_ratios
 
-LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]))
+MICRO = Path(__file__).parent / "golden" / "micro"
 
 
 @pytest.fixture(scope="module")
-def model():
-    return nnx.jit(lambda: VideoXL(tiny(), rngs=nnx.Rngs(3)))()
+def folder(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
+    """A checkpoint with a tokenizer, and media."""
+    path = tmp_path_factory.mktemp("generate")
+    shutil.copytree(MICRO / "hf", path / "hf")
+    shutil.copytree(MICRO / "clip-vision", path / "clip-vision")
+    shutil.copytree(demo_data / "tokenizer", path / "hf", dirs_exist_ok=True)
+    write_video(path / "film.mp4", 60, fps=10)
+    whole = (path / "film.mp4").read_bytes()
+    (path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    noise = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
+    Image.fromarray(noise).save(path / "image.png")
+    return path
 
 
-def frequencies(temperature=1.0, top_k=0, top_p=1.0, draws=4000):
-    keys = jax.random.split(jax.random.key(0), draws)
-    tokens = jax.vmap(lambda key: choose(LOGITS, False, key, temperature, top_k, top_p))(keys)
-    return np.array([np.bincount(column, minlength=4) / draws for column in np.asarray(tokens).T])
+def run(folder: Path, *options: str) -> int:
+    return main(["--model", str(folder / "hf"), "--max-new-tokens", "6", *options])
 
 
-def test_sampling_follows_the_probabilities():
-    expected = np.exp(np.asarray(LOGITS))
-    np.testing.assert_allclose(frequencies(), expected, atol=0.03)
-    hot = expected ** (1 / 2)
-    np.testing.assert_allclose(
-        frequencies(temperature=2.0), hot / hot.sum(-1, keepdims=True), atol=0.03
-    )
+def test_prompts_are_answered_one_by_one(folder: Path, capsys: pytest.CaptureFixture):
+    film, image = str(folder / "film.mp4"), str(folder / "image.png")
+    media = ["--video", film, "--image", image, "--frames", "25", "--ratio", "0:4,1:8"]
+    prompts = ["--prompt", "What is red?", "--prompt", "What is blue?"]
+    assert run(folder, *media, *prompts) == 0
+    printed = capsys.readouterr()
+    model = load(folder / "hf")
+    memory = model.watch([Video(film, 25), Picture(image)], ratio={0: 4, 1: 8})
+    expected = [
+        "".join(model.stream(memory, question, max_new_tokens=6))
+        for question in ("What is red?", "What is blue?")
+    ]
+    assert printed.out == "".join(answer + "\n" for answer in expected)
+    assert expected[0] != expected[1]
+    assert "watching" in printed.err
+    assert "25/25" in printed.err
+
+
+def test_a_saved_memory_answers_alike(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    saved, prompt = str(tmp_path / "film.memory"), ["--prompt", "What is red?"]
+    media = ["--video", str(folder / "film.mp4"), "--frames", "25"]
+    assert run(folder, *media, *prompt, "--save-memory", saved) == 0
+    first = capsys.readouterr()
+    assert f"saved {saved}: VisualMemory({folder}/film.mp4 (25 frames); " in first.err
+    assert run(folder, "--memory", saved, *prompt) == 0
+    assert capsys.readouterr().out == first.out
+    # More is watched into it.
+    more = ["--image", str(folder / "image.png"), "--save-memory", str(tmp_path / "more")]
+    assert run(folder, "--memory", saved, *more) == 0
+    memory = load_memory(tmp_path / "more")
+    assert [block.is_video for block in memory.watched] == [True, False]
+
+
+def test_a_conversation_line_by_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    media = ["--video", str(folder / "film.mp4"), "--frames", "12"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is red?\n\nAnd <image>?\nAnd then?\n"))
+    assert run(folder, *media, "--interactive") == 0
+    printed = capsys.readouterr()
+    model = load(folder / "hf")
+    chat = model.chat(model.watch(folder / "film.mp4", frames=12))
+    expected = ["".join(chat.stream(q, max_new_tokens=6)) for q in ("What is red?", "And then?")]
+    assert printed.out == "".join(answer + "\n" for answer in expected)
+    assert "error: 1 <image> marks in the question for 0 videos and images" in printed.err
+
+
+def test_a_damaged_film_is_answered_as_far_as_it_goes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    saved = str(tmp_path / "memory")
+    media = ["--video", str(folder / "cut.mp4"), "--frames", "60"]
+    assert run(folder, *media, "--prompt", "What?", "--save-memory", saved) == 3
+    printed = capsys.readouterr()
+    memory = load_memory(saved)
+    watched = memory.watched[0]
+    assert 5 < watched.frames < 60
+    assert watched.last == pytest.approx((watched.frames - 1) / 10)
+    assert "cut.mp4: video cannot be decoded" in printed.err
+    assert f"{watched.frames} frames, up to second {watched.last:.1f}" in printed.err
+    model = load(folder / "hf")
+    whole = model.watch(Video(folder / "film.mp4", 60, end=watched.last + 0.1))
+    assert whole.length == memory.length
+    answer = "".join(model.stream(whole, "What?", max_new_tokens=6))
+    assert printed.out == answer + "\n"
+
+
+def test_what_was_watched_before_ctrl_c_is_saved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    read, calls = film.VideoFile.read, []
+
+    def interrupted(self: Any, indices: Any, size: int, out: Any = None) -> np.ndarray:
+        calls.append(len(indices))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return read(self, indices, size, out)
+
+    for module in (film, visual_memory):
+        monkeypatch.setattr(module, "AT_ONCE", 16)
+    monkeypatch.setattr(film.VideoFile, "read", interrupted)
+    saved = str(tmp_path / "memory")
+    media = ["--video", str(folder / "film.mp4"), "--frames", "60"]
+    assert run(folder, *media, "--prompt", "What?", "--save-memory", saved) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert load_memory(saved).watched[0].frames == calls[0]
 
 
 @pytest.mark.parametrize(
-    ("options", "allowed"),
+    ("options", "reason"),
     [
-        ({"top_k": 1}, 1),
-        ({"top_k": 2}, 2),
-        ({"top_p": 0.4}, 1),
-        ({"top_p": 0.6}, 2),
-        ({"top_p": 0.81}, 3),
-        ({"top_p": 0.81, "top_k": 2}, 2),
-        ({"top_k": 99}, 4),
+        (["--model", "none", "--video", "x.mp4", "--prompt", "a"], "none/config.json: cannot be"),
+        (["--video", "none.mp4", "--prompt", "a"], "none.mp4: no such file"),
+        (["--video", "image.png", "--prompt", "a"], "image.png: not a readable video"),
+        (["--image", "film.mp4", "--prompt", "a"], "film.mp4: not a readable image"),
+        (["--video", "film.mp4", "--prompt", " "], "the question has no text"),
+        (["--video", "film.mp4", "--prompt", "a", "--ratio", "0"], "ratio 0: it must be a whole"),
+        (["--video", "film.mp4", "--prompt", "a", "--ratio", "5:4"], "which one holds from second"),
+        (["--video", "film.mp4", "--prompt", "a", "--frames", "0"], "0 frames asked for"),
+        (["--video", "film.mp4", "--prompt", "a", "--start", "9"], "a clip from 9 s on, but"),
+        (["--video", "film.mp4", "--prompt", "a", "--max-context", "9"], "has learned 9"),
+        (["--video", "film.mp4", "--prompt", "a", "--temperature", "-1"], "temperature is -1.0"),
+        (["--memory", "none", "--prompt", "a"], "none: cannot be read as safetensors"),
+        (["--memory", "film.mp4", "--prompt", "a"], "film.mp4: cannot be read as safetensors"),
+        (["--video", "film.mp4", "--save-memory", "film.mp4"], "film.mp4: exists already"),
+        (["--video", "film.mp4", "--save-memory", "no/memory"], "is no name of a file in a"),
     ],
 )
-def test_only_the_likely_tokens_are_drawn(options, allowed):
-    drawn = frequencies(**options, draws=500) > 0
-    assert drawn.sum(-1).tolist() == [allowed, allowed]
-    assert drawn[0, :allowed].all()
-    assert drawn[1, 4 - allowed :].all()
-
-
-def test_greedy_takes_the_likeliest():
-    assert choose(LOGITS, True, jax.random.key(0), 0.0, 0, 1.0).tolist() == [0, 3]
+def test_one_error_for_what_cannot_be(
+    options: list[str],
+    reason: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    monkeypatch.chdir(folder)
+    assert main(["--model", "hf", *options]) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith("error: ")
+    assert reason in error
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "reason"),
     [
-        ({"temperature": -1}, "temperature is -1"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0}, "top_p is 0"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
+        (["--video", "film.mp4"], "nothing is asked"),
+        (["--prompt", "a"], "nothing is watched"),
+        (["--memory", "m", "--prompt", "a", "--ratio", "4"], "--ratio: the memory has been made"),
+        (["--memory", "m", "--prompt", "a", "--frames", "4"], "--frames: the memory has been made"),
+        (["--video", "film.mp4", "--prompt", "a", "--ratio", "four"], "invalid read_ratios value"),
     ],
 )
-def test_impossible_sampling_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        Sampling(**options)
+def test_options_that_do_not_go_together(
+    options: list[str], reason: str, capsys: pytest.CaptureFixture
+):
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", "hf", *options])
+    assert ended.value.code == 2
+    assert reason in capsys.readouterr().err
 
 
-def prompts(model, *texts, shape=None):
-    streams = [plan_stream(text, [], window=model.config.window, ratio=4) for text in texts]
-    return batch_streams(streams, shape, windows_per_group=1)
+def test_ratios_on_the_command_line():
+    assert read_ratios("16") == 16
+    assert read_ratios("none") is None
+    assert read_ratios("0:16,60.5:4,90:none") == {0.0: 16, 60.5: 4, 90.0: None}
 
 
-def test_a_seed_gives_the_same_draws_and_another_seed_others(model):
-    def run(seed):
-        sampling = Sampling(temperature=3.0, seed=seed)
-        return generate(model, prompts(model, [1, 2, 3]), max_new_tokens=8, sampling=sampling)
-
-    assert run(0) == run(0)
-    assert run(0) != run(1)
-
-
-def test_each_sample_ends_at_its_stop_token(model):
-    streams = prompts(model, [1, 2, 3], [4, 5, 6, 7, 8])
-    free = generate(model, streams, max_new_tokens=6)
-    assert [len(ids) for ids in free] == [6, 6]
-    stop = free[0][2]
-    stopped = generate(model, streams, max_new_tokens=6, stop_ids=(stop,))
-    for ids, whole in zip(stopped, free, strict=True):
-        assert ids == (whole[: whole.index(stop)] if stop in whole else whole)
-
-
-def test_a_sample_answers_as_it_does_alone_and_empty_places_say_nothing(model):
-    stream = plan_stream([1, 2, 3], [], window=model.config.window, ratio=4)
-    long = plan_stream(np.arange(30), [], window=model.config.window, ratio=4)
-    (alone,) = generate(model, batch_streams([stream]), max_new_tokens=5)
-    together = generate(
-        model, batch_streams([long, None, stream], windows_per_group=1), max_new_tokens=5
-    )
-    assert together[2] == alone
-    assert together[1] == []
-
-
-def test_nothing_is_compiled_from_token_to_token_or_for_another_length(model):
-    shape = StreamShape(groups=1, tokens=24, memory=24, labels=1, beacons=0)
-    list(stream_tokens(model, prompts(model, [1, 2], shape=shape), max_new_tokens=2))
-    before = prefill._cache_size(), decode_step._cache_size()
-    list(stream_tokens(model, prompts(model, [1] * 9, shape=shape), max_new_tokens=4))
-    assert (prefill._cache_size(), decode_step._cache_size()) == before
-
-
-def test_what_cannot_be_generated_is_refused(model):
-    stream = plan_stream([1, IMAGE_TOKEN, 2], [8], window=model.config.window, ratio=4)
-    streams, size = batch_streams([stream]), model.config.vision.image_size
-    one_frame = np.zeros((1, 1, size, size, 3), np.uint8)
-    for pixels, count in ((None, 0), (one_frame, 1)):
-        with pytest.raises(ValueError, match=f"planned for 2 frames, pixels has {count}"):
-            generate(model, streams, pixels, max_new_tokens=1)
-    with pytest.raises(ValueError, match="max_new_tokens is 0"):
-        generate(model, prompts(model, [1]), max_new_tokens=0)
-    with pytest.raises(ValueError, match="capacity 2 is less than the 3 slots needed"):
-        prefill(*nnx.split(model), prompts(model, [1, 2, 3]), None, 2)
+def test_a_plan(folder: Path, capsys: pytest.CaptureFixture):
+    options = ["--plan", "--frames", "100", "--memory-gb", "0.5", "--weights", "int8"]
+    assert run(folder, *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # 3 layers, 2 KV heads of 16, bfloat16, keys and values.
+    assert lines[1] == "an entry of the memory: 384 bytes"
+    ratios = load(folder / "hf").config.ratios
+    assert len([line for line in lines if line.startswith("most frames at ratio")]) == len(ratios)
+    assert main(["--model", "hf", "--plan", "--card", "none"]) == 2
+    assert "--card none: there is no such card" in capsys.readouterr().err

@@ -342,7 +342,7 @@ def test_a_run_is_exported_with_merged_kernels(
 ):
     base, out = tmp_path / "base", tmp_path / "out"
     convert_to_hf(MICRO, base, dtype="bfloat16")
-    model = vxl_jax.load(base)
+    model = vxl_jax.load_network(base)
     lora = LoRAConfig(3, 7.0, ("q", "beacon_v", "down"))
     add_lora(model, lora, 0)
     model = with_arrays(model, noisy(arrays_of(model), LORA_NAMES))
@@ -384,7 +384,7 @@ def test_a_run_from_random_weights(tmp_path: Path, demo_data: Path):
     convert_to_hf(a_lora_run(tmp_path / "run", section, trained, lora), tmp_path / "out")
     twice = with_arrays(model, {path: 2 * x for path, x in arrays_of(model).items()})
     merge_lora(twice)
-    loaded = arrays_of(vxl_jax.load(tmp_path / "out"))
+    loaded = arrays_of(vxl_jax.load_network(tmp_path / "out"))
     for path, value in arrays_of(twice).items():
         np.testing.assert_allclose(loaded[path], value, atol=1e-5, err_msg=str(path))
 
@@ -395,7 +395,7 @@ def test_a_run_from_random_weights(tmp_path: Path, demo_data: Path):
 
 
 def test_a_run_that_does_not_hold_what_it_says_is_refused(tmp_path: Path):
-    model = vxl_jax.load(MICRO)
+    model = vxl_jax.load_network(MICRO)
     lora = LoRAConfig(3, targets=("q",))
     add_lora(model, lora, 0)
     _, trained, _ = split_parts(model, ("lora",))
@@ -497,7 +497,7 @@ def test_a_run_learns_and_its_export_is_the_same_model(whole: tuple[Path, str], 
     assert ours.keys() == before.keys()
     changed = {name for name in ours if not np.array_equal(ours[name], before[name])}
     assert len(changed) == 4 * 4 + 4  # four targets in four layers, and the projector
-    models = (vxl_jax.load(folder / "out"), own, vxl_jax.load(folder / "base"))
+    models = (vxl_jax.load_network(folder / "out"), own, vxl_jax.load_network(folder / "base"))
     for a, b, start in zip(*map(outputs, models), strict=True):
         assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
         assert np.linalg.norm(a - start) > 1e-2 * np.linalg.norm(b)

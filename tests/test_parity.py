@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from convert import parity
-from vxl_jax.checkpoint import load
+from vxl_jax.checkpoint import load_network
 from vxl_jax.config import VideoXLConfig, tiny
 from vxl_jax.model import VideoXL, prefill
 from vxl_jax.names import table, to_published
@@ -26,7 +26,7 @@ MICRO = Path(__file__).parent / "golden" / "micro"
 
 @pytest.fixture(scope="module")
 def model():
-    return load(MICRO / "hf")
+    return load_network(MICRO / "hf")
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +321,7 @@ def test_unusable_tensors_are_listed(broken):
         held["model.extra.weight"] = np.zeros(3, np.float32)
 
     with pytest.raises(CheckpointError) as error:
-        load(broken(tensors=change))
+        load_network(broken(tensors=change))
     message = str(error.value)
     assert "missing tensor lm_head.weight" in message
     assert "missing tensor model.norm.weight" in message
@@ -334,7 +334,7 @@ def test_wrong_shapes_are_listed(broken):
             held[name] = held[name][:-1].copy()
 
     with pytest.raises(CheckpointError) as error:
-        load(broken(tensors=change))
+        load_network(broken(tensors=change))
     assert "model.norm.weight has shape (63,), config.json asks for (64,)" in str(error.value)
     assert "model.mm_projector.0.bias has shape (63,)" in str(error.value)
 
@@ -344,10 +344,10 @@ def test_pickle_and_truncated_files_are_refused(broken):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read as safetensors"):
-        load(directory)
+        load_network(directory)
     path.rename(directory / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pickle files"):
-        load(directory)
+        load_network(directory)
 
 
 def test_command_line_says_what_is_wrong_in_one_line(tmp_path, capsys):

@@ -54,7 +54,7 @@ def models(request, tmp_path_factory):
 
 def test_text_logits_are_those_of_qwen2(models):
     qwen, _, directory = models
-    model = vxl_jax.load(directory)
+    model = vxl_jax.load_network(directory)
     ids = np.random.default_rng(0).integers(0, 96, 50)
     stream = plan_stream(ids, [], window=model.config.window, ratio=None)
     ours = model.logits(model(batch_streams([stream])))[0]
@@ -66,7 +66,7 @@ def test_text_logits_are_those_of_qwen2(models):
 
 def test_features_are_those_of_clip(models):
     _, clip, directory = models
-    model = vxl_jax.load(directory)
+    model = vxl_jax.load_network(directory)
     pixels = np.random.default_rng(1).integers(0, 256, (2, 28, 28, 3), np.uint8)
     ours = jax.jit(lambda model, pixels: model.vision(pixels))(model, pixels)
     mean, std = (

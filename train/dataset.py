@@ -19,11 +19,11 @@ from train.cache import cached, forget
 from train.config import DataSection
 from train.errors import DataError
 from train.index import RecordIndex, open_index
-from train.progress import progress_bar
 from train.records import BadSample, FastTokenizer, Preparer, Reader, Sample
 from train.sources import Source, find_sources, select
 from train.workers import Measured, Work, WorkerPool
 from vxl_jax.config import VideoXLConfig
+from vxl_jax.progress import progress_bar
 
 PART = 2**14
 """Records whose lengths are cached together: a start that is killed keeps the parts it finished."""

@@ -13,11 +13,11 @@ from train.config import RunSection
 from train.dataset import KINDS, Dataset, kinds_of
 from train.distributed import gather, is_first
 from train.plan import Epochs, Share, make_buckets
-from train.progress import progress_bar
 from train.records import BadSample, Sample
 from vxl_jax.config import VideoXLConfig
-from vxl_jax.generate import generate
+from vxl_jax.decode import generate
 from vxl_jax.model import VideoXL
+from vxl_jax.progress import progress_bar
 
 ALL = "all"
 

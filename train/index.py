@@ -19,7 +19,7 @@ import numpy as np
 
 from train.cache import cached
 from train.errors import DataError, unreadable
-from train.progress import progress_bar
+from vxl_jax.progress import progress_bar
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 """Endings of annotation files: one list of records, a record a line, a table."""

@@ -42,7 +42,6 @@ from train.inspect_pictures import (
     draw_samples,
 )
 from train.plan import Epochs, plan_run
-from train.progress import progress_bar
 from train.records import BadSample, Block, Sample
 from train.report import write_text
 from train.setup import (
@@ -56,6 +55,7 @@ from train.signals import sure_interrupt
 from train.workers import Loaded, WorkerError
 from vxl_jax.chat import IGNORE, IMAGE_TOKEN
 from vxl_jax.config import ConfigError
+from vxl_jax.progress import progress_bar
 from vxl_jax.tensors import CheckpointError
 
 MOST_SAMPLES = 64

@@ -23,30 +23,23 @@ from train.config import TrainConfig
 from train.distributed import check_batch_size
 from train.optimizer import Optimizer
 from train.plan import places_of
-from train.progress import progress_bar
 from train.setup import abstract_state, count_flops, init_opt_state, read_model_config
 from train.step import lower_add_batch, lower_update
 from vxl_jax import attention
-from vxl_jax.cards import CARDS, Card, card_of
+from vxl_jax.cards import Card, find_card
 from vxl_jax.chat import IMAGE_TOKEN
-from vxl_jax.config import PRESETS, ConfigError, VideoXLConfig
+from vxl_jax.config import PRESETS, VideoXLConfig
+from vxl_jax.estimate import COMPILER_OPTIONS, USABLE
 from vxl_jax.model import map_by_sample
+from vxl_jax.progress import progress_bar
 from vxl_jax.sharding import make_mesh, param_placement, sample_shards, sample_spec
 from vxl_jax.stream import IGNORE, Stream, StreamShape, batch_streams, plan_stream
 
 TEXT, LABELS = 512, 256
 """Tokens of text in a planned sample, and how many of them carry loss."""
 
-USABLE = 0.92
-"""Share of a card's memory that a program gets: `train.finetune` asks for 0.95 of what the driver
-leaves."""
-
 EFFICIENCY = 0.4
 """Share of a card's peak that a step is expected to reach."""
-
-# A CPU multiplies bfloat16 matrices in float32. Moved out of the loop over layers, that would be a
-# float32 copy of all layers, which no accelerator makes.
-COMPILER_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
 @dataclass(frozen=True)
@@ -202,10 +195,7 @@ def print_plan(config: TrainConfig, card_name: str, memory_gb: float | None) -> 
 
     Raises: ConfigError if there is no such card.
     """
-    card = card_of(card_name)
-    if card is None:
-        names = ", ".join(card.name for card in CARDS)
-        raise ConfigError(f"--card {card_name}: there is no such card; there are {names}")
+    card = find_card(card_name)
     data, fsdp, tensor = config.mesh.data or 1, config.mesh.fsdp, config.mesh.tensor
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", data * fsdp * tensor)

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from train.batches import Batch
 from train.distributed import gather, is_first
 from train.evaluate import ALL
-from train.progress import progress_bar
 from train.records import BadSample
 from vxl_jax.cards import card_of
+from vxl_jax.progress import progress_bar
 
 
 class RunLog:

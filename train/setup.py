@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,16 @@ from train.evaluate import eval_ratios
 from train.optimizer import Optimizer, Params
 from train.plan import Epochs
 from train.step import split_parts
-from vxl_jax.chat import encode_prompt
-from vxl_jax.checkpoint import abstract_params, load
+from vxl_jax import published
+from vxl_jax.checkpoint import abstract_params, load_network
 from vxl_jax.config import (
     PRESETS,
     ConfigError,
     VideoXLConfig,
-    cross_check_vocabulary,
 )
 from vxl_jax.flops import Work, step_flops
 from vxl_jax.lora import add_lora
 from vxl_jax.model import VideoXL
-from vxl_jax.published import read_config
 from vxl_jax.sharding import Placement, place_tree
 
 
@@ -94,26 +91,15 @@ def read_model_config(config: TrainConfig) -> VideoXLConfig:
     """Sizes of the checkpoint or the preset, with the changes of the `model` section."""
     if config.model.checkpoint is None:
         return PRESETS[config.model.preset](**config.model.changes())
-    return read_config(Path(config.model.checkpoint), **config.model.changes())
+    return published.read_config(Path(config.model.checkpoint), **config.model.changes())
 
 
 def load_tokenizer(config: TrainConfig, model_config: VideoXLConfig) -> Any:
     """The tokenizer of a local directory; nothing is downloaded."""
-    # transformers advises to install torch when it is imported without it.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
     directory = config.model.tokenizer or config.model.checkpoint
-    if directory is None or not Path(directory).is_dir():
-        raise ConfigError(f"model.tokenizer {directory}: there is no such directory")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        encode_prompt("", tokenizer)  # refuses one without the chat template's tokens
-    except Exception as error:  # damaged files raise anything
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"model.tokenizer {directory}: cannot be loaded ({reason})") from error
-    cross_check_vocabulary(model_config.language, len(tokenizer), f"model.tokenizer {directory}")
-    return tokenizer
+    if directory is None:
+        raise ConfigError("model.tokenizer is not set; name the directory of one")
+    return published.load_tokenizer(Path(directory), model_config.language, "model.tokenizer")
 
 
 def open_heldout(
@@ -142,7 +128,7 @@ def make_model(
     Each device reads or draws its own part of each parameter.
     """
     if config.model.checkpoint is not None:
-        model = load(config.model.checkpoint, placement=placement, **config.model.changes())
+        model = load_network(config.model.checkpoint, placement=placement, **config.model.changes())
     else:
         model = random_model(model_config, config.run.seed, placement)
     add_lora(model, config.lora, config.run.seed, placement)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vxl_jax.chat import encode_caption, encode_conversation, encode_prompt
-    from vxl_jax.checkpoint import load
+    from vxl_jax.checkpoint import load_network
     from vxl_jax.config import (
         ConfigError,
         LanguageConfig,
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
         VideoXLConfig,
         VisionConfig,
     )
-    from vxl_jax.generate import Sampling
+    from vxl_jax.decode import Sampling
+    from vxl_jax.film import Picture, Video
+    from vxl_jax.inference import Chat, Model, load
     from vxl_jax.lora import add_lora, merge_lora
     from vxl_jax.memory import Memory, empty_memory
     from vxl_jax.model import VideoXL, decode_step, loss_and_metrics, prefill
@@ -29,19 +31,27 @@ if TYPE_CHECKING:
         draw_ratio,
         plan_stream,
     )
+    from vxl_jax.visual_memory import PartlyWatched, VisualMemory, VisualMemoryError, load_memory
 
 __all__ = [
+    "Chat",
     "ConfigError",
     "LanguageConfig",
     "LoRAConfig",
     "Memory",
+    "Model",
+    "PartlyWatched",
+    "Picture",
     "Sampling",
     "Stream",
     "StreamBatch",
     "StreamShape",
+    "Video",
     "VideoXL",
     "VideoXLConfig",
     "VisionConfig",
+    "VisualMemory",
+    "VisualMemoryError",
     "add_lora",
     "batch_streams",
     "decode_step",
@@ -51,6 +61,8 @@ __all__ = [
     "encode_conversation",
     "encode_prompt",
     "load",
+    "load_memory",
+    "load_network",
     "loss_and_metrics",
     "merge_lora",
     "plan_stream",
@@ -58,17 +70,24 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Chat": "vxl_jax.inference",
     "ConfigError": "vxl_jax.config",
     "LanguageConfig": "vxl_jax.config",
     "LoRAConfig": "vxl_jax.config",
     "Memory": "vxl_jax.memory",
-    "Sampling": "vxl_jax.generate",
+    "Model": "vxl_jax.inference",
+    "PartlyWatched": "vxl_jax.visual_memory",
+    "Picture": "vxl_jax.film",
+    "Sampling": "vxl_jax.decode",
     "Stream": "vxl_jax.stream",
     "StreamBatch": "vxl_jax.stream",
     "StreamShape": "vxl_jax.stream",
+    "Video": "vxl_jax.film",
     "VideoXL": "vxl_jax.model",
     "VideoXLConfig": "vxl_jax.config",
     "VisionConfig": "vxl_jax.config",
+    "VisualMemory": "vxl_jax.visual_memory",
+    "VisualMemoryError": "vxl_jax.visual_memory",
     "add_lora": "vxl_jax.lora",
     "batch_streams": "vxl_jax.stream",
     "decode_step": "vxl_jax.model",
@@ -77,7 +96,9 @@ _MODULES = {
     "encode_caption": "vxl_jax.chat",
     "encode_conversation": "vxl_jax.chat",
     "encode_prompt": "vxl_jax.chat",
-    "load": "vxl_jax.checkpoint",
+    "load": "vxl_jax.inference",
+    "load_memory": "vxl_jax.visual_memory",
+    "load_network": "vxl_jax.checkpoint",
     "loss_and_metrics": "vxl_jax.model",
     "merge_lora": "vxl_jax.lora",
     "plan_stream": "vxl_jax.stream",

@@ -24,7 +24,8 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Score of a key that is not seen: finite, so that differences of two have no NaN."""
 
 Sources = tuple[tuple[Array, Array], ...]
-"""Keys and values [L, B, K, S, H] of each source of keys: the own windows (L = 1), the memory."""
+"""Keys and values [L, B, K, S, H] of each source of keys: the own windows (L = 1), the memory. One
+that all samples share is [L, 1, K, S, H]."""
 
 
 def rope_angles(positions: Array, head_size: int, theta: float) -> tuple[Array, Array]:
@@ -72,6 +73,7 @@ def window_attention(
     window_start: Array,
     window_memory: Array,
     tile: tuple[int, int] | None = None,
+    base: tuple[Array, Array, Array] | None = None,
 ) -> Array:
     """Attend from each token to the memory before its window and causally to its window.
 
@@ -85,6 +87,8 @@ def window_attention(
         window_start: [B, T] index of the first token of each token's window.
         window_memory: [B, T] number of leading memory slots that each token sees.
         tile: most queries and keys of a tile; from `tile_bytes` by default.
+        base: keys and values [L, 1, K, M', H] of a memory that comes before, the same for all
+            samples, and [B, T] how many of its slots each token sees. It gets no gradient.
 
     Returns:
         [B, T, N, H] in the dtype of q. Softmax in float32. Differentiable once, in reverse mode, in
@@ -96,12 +100,16 @@ def window_attention(
         rows = max(1, min(tokens, math.isqrt(scores)))
         tile = rows, max(1, scores // rows)
     q = rearrange(q * head_size**-0.5, "B T (K G) H -> B K G T H", K=k.shape[2])
-    own = tuple(rearrange(x, "B T K H -> 1 B K T H") for x in (k, v))
+    own = rearrange(k, "B T K H -> 1 B K T H"), rearrange(v, "B T K H -> 1 B K T H")
     causal = jnp.broadcast_to(jnp.arange(1, tokens + 1), window_start.shape)
-    first = jnp.stack([window_start, jnp.zeros_like(window_memory)])
-    end = jnp.stack([causal, window_memory])
-    sources = (own, (memory_keys, memory_values))
-    out = _attend(tile, q, sources, (0, layer), first, end)
+    zero = jnp.zeros_like(window_memory)
+    sources: Sources = (own, (memory_keys, memory_values))
+    layers: tuple[Array | int, ...] = (0, layer)
+    first, end = [window_start, zero], [causal, window_memory]
+    if base is not None:
+        sources, layers = (*sources, base[:2]), (*layers, layer)
+        first, end = [*first, zero], [*end, base[2]]
+    out = _attend(tile, q, sources, layers, jnp.stack(first), jnp.stack(end))
     return rearrange(out, "B K G T H -> B T (K G) H")
 
 
@@ -264,10 +272,14 @@ def _join(blocks: Array, tokens: int) -> Array:
 
 
 def _scores(q: Array, k: Array) -> Array:
+    if k.shape[0] < q.shape[0]:  # shared by all samples: read once
+        return jnp.einsum("BKGRH,KSH->BKGRS", q, k[0], preferred_element_type=jnp.float32)
     return jnp.einsum("BKGRH,BKSH->BKGRS", q, k, preferred_element_type=jnp.float32)
 
 
 def _mix(weights: Array, v: Array) -> Array:
+    if v.shape[0] < weights.shape[0]:
+        return jnp.einsum("BKGRS,KSH->BKGRH", weights, v[0], preferred_element_type=jnp.float32)
     return jnp.einsum("BKGRS,BKSH->BKGRH", weights, v, preferred_element_type=jnp.float32)
 
 

@@ -7,6 +7,8 @@ twice that, "with sparsity".
 
 from dataclasses import dataclass
 
+from vxl_jax.config import ConfigError
+
 
 @dataclass(frozen=True)
 class Card:
@@ -64,3 +66,15 @@ def card_of(name: str) -> Card | None:
         if wanted in (card.name, *(kind.lower() for kind in card.kinds)):
             return card
     return None
+
+
+def find_card(name: str) -> Card:
+    """The card that `--card` names.
+
+    Raises: ConfigError if there is none.
+    """
+    card = card_of(name)
+    if card is None:
+        names = ", ".join(card.name for card in CARDS)
+        raise ConfigError(f"--card {name}: there is no such card; there are {names}")
+    return card

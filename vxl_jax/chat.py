@@ -128,6 +128,20 @@ def encode_prompt(
     return _concatenate([*pieces, template.head("assistant")]).ids
 
 
+def encode_follow_up(question: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Returns the ids between the text of an answer and that of the next: the end of the turn, the
+    next question, and the start of its answer.
+
+    The ids are those that `encode_prompt` gives for all turns together.
+
+    Raises:
+      ConversationError: a tokenizer without <|im_start|> and <|im_end|>.
+    """
+    template = _Template(tokenizer)
+    pieces = [template.tail(), template.head("user"), template.question(question)]
+    return _concatenate([*pieces, template.tail(), template.head("assistant")]).ids
+
+
 def encode_caption(caption: str, tokenizer: Tokenizer) -> EncodedText:
     """Returns ids and labels of an image-text pair of stage 1: `<image>`, caption, newline.
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 from orbax.checkpoint import type_handlers
 
-from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.config import DTYPES, ConfigError, VideoXLConfig
 from vxl_jax.model import VideoXL
 from vxl_jax.names import Row, table
 from vxl_jax.published import read_config
+from vxl_jax.quantize import quantize, quantized
 from vxl_jax.tensors import (
     CheckpointError,
     Index,
@@ -46,26 +47,32 @@ PARAMS, UNUSED = "params", "unused.safetensors"
 CHUNK_BYTES = 2**23
 """Most bytes of a stored chunk: small enough for a device to read its part alone."""
 
+READ_BYTES = 2**30
+"""Bytes of parameters after which those that were read are handed on."""
+
 ParamPath = tuple[str, ...]
 Params = dict[ParamPath, Any]
 Shapes = dict[ParamPath, jax.ShapeDtypeStruct]
 Placement = Callable[[ParamPath, tuple[int, ...]], Sharding]
 
 
-def load(
+def load_network(
     directory: str | Path,
     *,
     vision: str | Path | None = None,
     placement: Placement | None = None,
+    weights: Literal["int8"] | None = None,
     **changes: Any,
 ) -> VideoXL:
-    """The model of a checkpoint directory, converted or in the published layout.
+    """The network of a checkpoint directory, converted or in the published layout.
 
     Args:
         directory: from `convert.from_hf`, or with `config.json` and safetensors files.
         vision: directory of the vision tower's config.json, where the checkpoint has none.
         placement: function from a parameter's path and shape to its sharding; each device's part is
             read by itself. All on the default device if None.
+        weights: int8 makes the language model's linears so, each when it is read; see
+            `vxl_jax.quantize`. As stored if None.
         changes: fields of VideoXLConfig. `param_dtype` and `dtype` are those of the stored weights
             unless given.
 
@@ -73,9 +80,26 @@ def load(
         whose weights are not finite.
     """
     directory = Path(directory)
-    if (directory / PARAMS).is_dir():
-        return _load_converted(directory, vision, placement, changes)
-    return _load_published(directory, vision, placement, changes)
+    if weights not in (None, "int8"):
+        raise ConfigError(f"weights {weights!r}: use 'int8', or None for those that are stored")
+    is_converted = (directory / PARAMS).is_dir()
+    read = _read_converted if is_converted else _read_published
+    config, graph, arrays = read(directory, vision, placement, changes)
+    if weights is None:
+        return nnx.merge(graph, unflatten_dict(dict(arrays)))
+    kept: Params = {}
+    for path, array in arrays:
+        kept |= quantized(path, array)
+    return nnx.merge(_quantized_graph(config), unflatten_dict(kept))
+
+
+def _quantized_graph(config: VideoXLConfig) -> Any:
+    def make() -> VideoXL:
+        model = VideoXL(config, rngs=nnx.Rngs(0))
+        quantize(model)
+        return model
+
+    return nnx.graphdef(nnx.eval_shape(make))
 
 
 def abstract_params(config: VideoXLConfig) -> tuple[Any, Shapes]:
@@ -87,22 +111,33 @@ def abstract_params(config: VideoXLConfig) -> tuple[Any, Shapes]:
     }
 
 
-def _load_published(
+Arrays = Iterator[tuple[ParamPath, jax.Array]]
+
+
+def _read_published(
     directory: Path, vision: Any, placement: Placement | None, changes: dict[str, Any]
-) -> VideoXL:
+) -> tuple[VideoXLConfig, Any, Arrays]:
     tensors, config, graph, shapes = open_published(directory, vision, **changes)
+    return config, graph, _published_arrays(directory, tensors, config, shapes, placement)
+
+
+def _published_arrays(
+    directory: Path,
+    tensors: dict[str, Tensor],
+    config: VideoXLConfig,
+    shapes: Shapes,
+    placement: Placement | None,
+) -> Arrays:
     problems: list[str] = []
-    arrays: Params = {}
     for row in table(config):
         shape, dtype = shapes[row.ours].shape, DTYPES[config.param_dtype]
         read = partial(_read_index, row, tensors, shape, dtype, problems)
         if placement is None:
-            arrays[row.ours] = jnp.asarray(read(whole(shape)))
+            yield row.ours, jnp.asarray(read(whole(shape)))
         else:
             sharding = placement(row.ours, shape)
-            arrays[row.ours] = jax.make_array_from_callback(shape, sharding, read)
+            yield row.ours, jax.make_array_from_callback(shape, sharding, read)
     raise_problems(directory, problems)
-    return nnx.merge(graph, unflatten_dict(arrays))
 
 
 def open_published(
@@ -135,9 +170,9 @@ def _read_index(
     return read_part(row, tensors, ends, dtype, problems)
 
 
-def _load_converted(
+def _read_converted(
     directory: Path, vision: Any, placement: Placement | None, changes: dict[str, Any]
-) -> VideoXL:
+) -> tuple[VideoXLConfig, Any, Arrays]:
     stored = stored_shapes(directory / PARAMS)
     dtypes = {struct.dtype.name for struct in stored.values()}
     config = read_config(directory, vision=vision, **_with_dtype(changes, sorted(dtypes)[0]))
@@ -152,7 +187,17 @@ def _load_converted(
         )
         for path, struct in shapes.items()
     }
-    return nnx.merge(graph, unflatten_dict(read_params(directory / PARAMS, target)))
+    return config, graph, _converted_arrays(directory / PARAMS, target)
+
+
+def _converted_arrays(directory: Path, target: Shapes) -> Arrays:
+    some: Shapes = {}
+    for path, struct in target.items():
+        some[path] = struct
+        if sum(s.size * s.dtype.itemsize for s in some.values()) > READ_BYTES:
+            yield from read_params(directory, some).items()
+            some = {}
+    yield from read_params(directory, some).items() if some else ()
 
 
 def _with_dtype(changes: dict[str, Any], dtype: str) -> dict[str, Any]:

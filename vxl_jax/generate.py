@@ -1,134 +1,268 @@
-"""Text generation: prefill a memory, then one jitted step a token."""
+"""Ask about videos and images.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+    python -m vxl_jax.generate --model checkpoints/Video_XL --video film.mp4 --frames 2048 \\
+        --prompt "What happens?" --save-memory film.memory
+    python -m vxl_jax.generate --model checkpoints/Video_XL --memory film.memory --interactive
+    python -m vxl_jax.generate --model video_xl_7b --plan --frames 2048 --card 4090
+
+Answers go to stdout as they come, everything else to stderr. Exit status: 0; 2 after an error; 3 if
+a video ended early, after answers about what came before; 130 after Ctrl-C.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax import Array
+from vxl_jax.config import PRESETS, ConfigError
 
-from vxl_jax.model import VideoXL, decode_step, prefill
-from vxl_jax.sharding import everywhere
-from vxl_jax.stream import VISUAL, StreamBatch, round_up
+NAMES = {"bfloat16": "bfloat16", "float32": "float32", "int8": "bfloat16"}
+"""Dtypes of activations by `--weights`."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy and ignores the rest.
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = read_options(sys.argv[1:] if arguments is None else arguments)
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.95"  # of a GPU; JAX's own default is 0.75
+    from vxl_jax.chat import ConversationError
+    from vxl_jax.media import MediaError
+    from vxl_jax.tensors import CheckpointError
+    from vxl_jax.visual_memory import VisualMemoryError
 
-    top_k: only the k most likely tokens (0: all). top_p: only the most likely tokens that together
-    reach this probability (1: all), of all tokens before top_k. seed: of the draws, which also
-    depend on a sample's place in the batch.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1]")
-
-
-GREEDY = Sampling()
-
-
-@partial(jax.jit, static_argnums=1)
-def choose(
-    logits: Array, greedy: bool, key: Array, temperature: Any, top_k: Any, top_p: Any
-) -> Array:
-    """Next token [B] int32 from logits [B, V]; see `Sampling`."""
-    if greedy:
-        return everywhere(logits.argmax(-1).astype(jnp.int32))
-    order = jnp.argsort(-logits, axis=-1)
-    scaled = jnp.take_along_axis(logits, order, axis=-1) / temperature
-    likelihood = jax.nn.softmax(scaled, axis=-1)
-    above = jnp.cumsum(likelihood, axis=-1) - likelihood  # probability of all better tokens
-    rank = jnp.arange(logits.shape[-1])
-    allowed = (above < top_p) & ((top_k == 0) | (rank < top_k))
-    drawn = jax.random.categorical(key, jnp.where(allowed, scaled, -jnp.inf), axis=-1)
-    return everywhere(jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32))
+    try:
+        if options.plan:
+            print_plan(options)
+            return 0
+        return run(options)
+    except (
+        CheckpointError,
+        ConfigError,
+        ConversationError,
+        ImportError,  # a decoder that is not there for this platform
+        MediaError,
+        VisualMemoryError,
+        ValueError,
+    ) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
-def stream_tokens(
-    model: VideoXL,
-    streams: StreamBatch,
-    pixels: Any | None = None,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-) -> Iterator[np.ndarray]:
-    """Yield the next token of every sample, [B] int32, `max_new_tokens` times.
-
-    streams: from `batch_streams`, each ending where the answer is to begin. pixels as for
-    `VideoXL.encode`. Nothing is recompiled from token to token, nor between calls whose shapes are
-    on the same steps of the ladder.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    check_pixels(model, streams, pixels)
-    graph, params = nnx.split(model)
-    capacity = round_up(streams.memory + max_new_tokens, steps=4)
-    logits, memory = prefill(graph, params, streams, pixels, capacity)
-    key = jax.random.key(sampling.seed)
-    for step in range(max_new_tokens):
-        token = choose(
-            logits,
-            sampling.temperature == 0,
-            jax.random.fold_in(key, step),
-            sampling.temperature,
-            sampling.top_k,
-            sampling.top_p,
+def read_options(arguments: list[str]) -> argparse.Namespace:
+    """The options, checked as far as they can be without opening a file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vxl_jax.generate", description="Ask about videos and images."
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="checkpoint directory; a preset for --plan")
+    media = parser.add_argument_group("what is watched, in the order given")
+    for name in ("video", "image"):
+        media.add_argument(
+            f"--{name}",
+            dest="media",
+            action=_AddMedia,
+            default=[],
+            metavar="F",
+            help=f"{name} file; may be given several times"
+            + (", also a folder of pictures" if name == "video" else ""),
         )
-        yield np.asarray(token)
-        if step + 1 < max_new_tokens:
-            logits, memory = decode_step(graph, params, memory, token)
+    media.add_argument("--frames", type=int, metavar="N", help="of each video (default: 128)")
+    media.add_argument(
+        "--ratio",
+        type=read_ratios,
+        default="model",
+        metavar="R",
+        help="compression: 16, by second 0:16,60:4,90:16, none (default: the largest)",
+    )
+    media.add_argument("--sample-fps", type=float, help="take so many frames a second, up to N")
+    media.add_argument("--start", type=float, metavar="S", help="second where frames begin")
+    media.add_argument("--end", type=float, metavar="S", help="second where frames end")
+    media.add_argument("--memory", type=Path, metavar="F", help="go on with a saved memory")
+    media.add_argument("--save-memory", type=Path, metavar="F", help="keep the memory in a file")
+    media.add_argument("--overwrite", action="store_true", help="replace the file of --save-memory")
+    asked = parser.add_argument_group("what is asked")
+    asked.add_argument(
+        "--prompt", action="append", default=[], metavar="Q", help="may be given several times"
+    )
+    asked.add_argument(
+        "--interactive", action="store_true", help="a conversation, a question a line"
+    )
+    asked.add_argument("--max-new-tokens", type=int, default=256)
+    asked.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    asked.add_argument("--top-p", type=float, default=1.0)
+    asked.add_argument("--top-k", type=int, default=0)
+    asked.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    loaded = parser.add_argument_group("how the model is loaded")
+    loaded.add_argument("--weights", choices=sorted(NAMES), help="default: as stored")
+    loaded.add_argument("--vision", metavar="DIR", help="the vision tower's config.json")
+    loaded.add_argument("--max-context", type=int, help="positions (default: the model's)")
+    planned = parser.add_argument_group("will it fit?")
+    planned.add_argument(
+        "--plan", action="store_true", help="print bytes, compiled; no weights, nothing watched"
+    )
+    planned.add_argument("--card", default="h100", help="h100, a100, 4090 … (default: h100)")
+    planned.add_argument("--memory-gb", type=float, metavar="GB", help="of another card")
+    options = parser.parse_args(arguments)
+    if options.plan:
+        return options
+    if not options.prompt and not options.interactive and options.save_memory is None:
+        parser.error("nothing is asked: give --prompt, --interactive, or --save-memory")
+    if not options.media and options.memory is None:
+        parser.error("nothing is watched: give --video, --image or --memory")
+    if options.memory is not None and not options.media:
+        given = [
+            f"--{name.replace('_', '-')}"
+            for name in ("frames", "sample_fps", "start", "end")
+            if getattr(options, name) is not None
+        ] + ["--ratio"] * (options.ratio != "model")
+        if given:
+            parser.error(f"{', '.join(given)}: the memory has been made, with its own")
+    return options
 
 
-def check_pixels(model: VideoXL, streams: StreamBatch, pixels: Any | None) -> None:
-    """Refuse pixels that are not those the streams were planned for.
+class _AddMedia(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        namespace.media = [*namespace.media, (self.option_strings[0][2:], values)]
 
-    Raises: ValueError saying how many frames there are and how many the plan reads.
+
+def read_ratios(text: str) -> int | str | dict[float, int | None] | None:
+    """16, none, pairs of second and ratio such as 0:16,60:none, or model: its own."""
+
+    def one(text: str) -> int | None:
+        return None if text == "none" else int(text)
+
+    if text == "model":
+        return text
+    if ":" not in text:
+        return one(text)
+    pairs = (pair.split(":") for pair in text.split(","))
+    return {float(second): one(ratio) for second, ratio in pairs}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Load, watch, save and answer; returns the exit status."""
+    from vxl_jax.decode import Sampling
+    from vxl_jax.inference import load
+    from vxl_jax.visual_memory import check_free, load_memory
+
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    if options.save_memory is not None:
+        check_free(options.save_memory, options.overwrite)
+    changes: dict[str, Any] = {}
+    if options.weights is not None:
+        changes = {"dtype": NAMES[options.weights], "param_dtype": NAMES[options.weights]}
+        changes["weights"] = "int8" if options.weights == "int8" else None
+    if options.max_context is not None:
+        changes["max_context"] = options.max_context
+    model = load(options.model, vision=options.vision, **changes)
+    memory = model.remember() if options.memory is None else load_memory(options.memory, model)
+    ended_early = False
+    try:
+        ended_early = watch(memory, options)
+    finally:  # also of what was watched before Ctrl-C
+        if options.save_memory is not None and memory.watched:
+            memory.save(options.save_memory, overwrite=options.overwrite)
+            print(f"saved {options.save_memory}: {memory!r}", file=sys.stderr)
+    asked = {"max_new_tokens": options.max_new_tokens, "sampling": sampling}
+    for prompt in options.prompt:
+        if len(options.prompt) > 1:
+            print(f"> {prompt}", file=sys.stderr)
+        print_pieces(model.stream(memory, prompt, **asked))
+    if options.interactive:
+        chat = model.chat(memory)
+        converse(lambda question: print_pieces(chat.stream(question, **asked)))
+    return 3 if ended_early else 0
+
+
+def watch(memory: Any, options: argparse.Namespace) -> bool:
+    """Watch what was given; returns whether some of it could not be."""
+    from vxl_jax.film import FRAMES, Picture, Video
+    from vxl_jax.visual_memory import PartlyWatched
+
+    ended_early = False
+    for kind, path in options.media:
+        media: Any = Picture(path)
+        if kind == "video":
+            frames = FRAMES if options.frames is None else options.frames
+            media = Video(path, frames, options.sample_fps, options.start, options.end)
+        try:
+            memory.extend(media, ratio=options.ratio, new_block=True, progress=True)
+        except PartlyWatched as error:
+            print(f"error: {error}", file=sys.stderr)
+            ended_early = True
+    return ended_early
+
+
+def print_pieces(pieces: Iterator[str]) -> None:
+    """Print an answer as it comes."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def converse(answer: Callable[[str], None]) -> None:
+    """Answer lines of stdin until it ends."""
+    if sys.stdin.isatty():
+        print("a question a line; Ctrl-D ends", file=sys.stderr)
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if not line.strip():
+            continue
+        try:
+            answer(line.strip())
+        except ValueError as error:  # of this question; the conversation is as it was
+            print(f"error: {error}", file=sys.stderr)
+
+
+def print_plan(options: argparse.Namespace) -> None:
+    """Print what watching and answering need, and how many frames a card has room for.
+
+    Raises: ConfigError if there is no such card.
     """
-    visual = np.asarray(streams.source)[np.asarray(streams.kind) == VISUAL]
-    needed = -(-(int(visual.max()) + 1) // model.config.tokens_per_frame) if visual.size else 0
-    given = 0 if pixels is None else pixels.shape[1]
-    if needed > given:
-        raise ValueError(f"the streams were planned for {needed} frames, pixels has {given}")
+    import jax
+
+    from vxl_jax.cards import find_card
+    from vxl_jax.estimate import USABLE, Estimator, table
+    from vxl_jax.progress import progress_bar
+    from vxl_jax.published import read_config
+
+    jax.config.update("jax_platforms", "cpu")
+    card = find_card(options.card)
+    memory = int(card.memory * USABLE if options.memory_gb is None else options.memory_gb * 1e9)
+    dtype = NAMES[options.weights or "bfloat16"]
+    changes = {"dtype": dtype, "param_dtype": dtype}
+    if options.model in PRESETS:
+        config = PRESETS[options.model](**changes)
+    else:
+        config = read_config(Path(options.model), vision=options.vision, **changes)
+    weights = "int8" if options.weights == "int8" else None
+    given = options.ratio if isinstance(options.ratio, int) else None
+    ratios = (given,) if given else tuple(sorted(config.ratios)) or (None,)
+    estimator = Estimator(config, weights)
+    estimates = []
+    with progress_bar(total=len(ratios), desc="compiling", unit="ratio") as progress:
+        for ratio in ratios:
+            estimates.append(estimator.estimate(options.frames or 2048, ratio))
+            progress.update()
+    print(f"weights {options.weights or 'bfloat16'}: {estimator.weights / 1e9:.2f} GB")
+    print(f"an entry of the memory: {estimator.entry:,} bytes")
+    print(f"{table(estimates)}\n")
+    for e in estimates:
+        most = estimator.most_frames(e, memory)
+        print(f"most frames at ratio {e.ratio or '-'}: {most:,} in {memory / 1e9:.1f} GB")
 
 
-def generate(
-    model: VideoXL,
-    streams: StreamBatch,
-    pixels: Any | None = None,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    stop_ids: tuple[int, ...] = (),
-) -> list[list[int]]:
-    """Answer every sample of a batch.
-
-    Returns the new token ids of each sample, up to and without its first stop id. Ends early when
-    all samples have stopped. See `stream_tokens`.
-    """
-    answers: list[list[int]] = [[] for _ in range(len(streams.last))]
-    stopped = np.asarray(streams.length) == 0  # places that no sample has
-    for tokens in stream_tokens(
-        model, streams, pixels, max_new_tokens=max_new_tokens, sampling=sampling
-    ):
-        stopped |= np.isin(tokens, stop_ids)
-        if stopped.all():
-            break
-        for answer, token, done in zip(answers, tokens, stopped, strict=True):
-            if not done:
-                answer.append(int(token))
-    return answers
+if __name__ == "__main__":
+    sys.exit(main())

@@ -36,22 +36,27 @@ class Group:
     """One group of windows on the device: a `StreamBatch` without its group axis."""
 
     is_beacon: Array | None  # [B, T], None where the stream has no beacon
-    rank: Array  # [B, T]
+    slot: Array  # [B, T] in the memory
     window_start: Array  # [B, T]
-    window_memory: Array  # [B, T]
+    window_memory: Array  # [B, T] slots of the memory that each token sees
+    window_base: Array  # [B, T] and those of the memory before it
     own_angles: Angles  # [B, T, 1, H/2] at the position in the own window
     memory_angles: Angles  # [B, T, 1, H/2] at the rank
 
 
-def make_group(config: LanguageConfig, streams: StreamBatch) -> Group:
-    """Device arrays that all layers share, from a batch whose group axis is taken off."""
+def make_group(config: LanguageConfig, streams: StreamBatch, base_length: Array | int = 0) -> Group:
+    """Device arrays that all layers share, from a batch whose group axis is taken off.
+
+    base_length: entries before those of the memory.
+    """
     offset = jnp.arange(streams.kind.shape[1]) - streams.window_start
     angles = partial(rope_angles, head_size=config.head_size, theta=config.rope_theta)
     return Group(
         is_beacon=streams.kind == BEACON if streams.has_beacons else None,
-        rank=streams.rank,
+        slot=streams.rank - base_length,
         window_start=streams.window_start,
-        window_memory=streams.window_memory,
+        window_memory=jnp.maximum(streams.window_memory - base_length, 0),
+        window_base=jnp.minimum(streams.window_memory, base_length),
         own_angles=angles(streams.window_memory + offset),
         memory_angles=angles(streams.rank),
     )
@@ -103,20 +108,27 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: Array, group: Group, keys: Array, values: Array, layer: Array | int
+        self,
+        x: Array,
+        group: Group,
+        keys: Array,
+        values: Array,
+        layer: Array | int,
+        base: Memory | None = None,
     ) -> tuple[Array, Array, Array]:
         """Write the group's persistent tokens into `layer` of the memory, then attend.
 
-        x [B, T, D]; keys and values [L, B, K, M, H]. Returns the output [B, T, D] and the updated
-        memory. The group's own entries are in the memory before anyone reads it: a window sees only
-        the slots before its start.
+        x [B, T, D]; keys and values [L, B, K, M, H]; base: see `LanguageModel.run_group`. Returns
+        the output [B, T, D] and the updated memory. The group's own entries are in the memory
+        before anyone reads it: a window sees only the slots before its start.
         """
         q, k, v = self.project(x, group.is_beacon)
-        keys = write(keys, layer, group.rank, rotate(k, group.memory_angles))
-        values = write(values, layer, group.rank, v)
+        keys = write(keys, layer, group.slot, rotate(k, group.memory_angles))
+        values = write(values, layer, group.slot, v)
         q, k = rotate(q, group.own_angles), rotate(k, group.own_angles)
         start, seen = group.window_start, group.window_memory
-        out = window_attention(q, k, v, keys, values, layer, start, seen)
+        before = None if base is None else (base.keys, base.values, group.window_base)
+        out = window_attention(q, k, v, keys, values, layer, start, seen, base=before)
         return self.o(out.reshape(x.shape)), keys, values
 
 
@@ -167,10 +179,16 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
-        self, x: Array, group: Group, keys: Array, values: Array, layer: Array | int
+        self,
+        x: Array,
+        group: Group,
+        keys: Array,
+        values: Array,
+        layer: Array | int,
+        base: Memory | None = None,
     ) -> tuple[Array, Array, Array]:
         """See `Attention.__call__`."""
-        y, keys, values = self.attention(self.attention_norm(x), group, keys, values, layer)
+        y, keys, values = self.attention(self.attention_norm(x), group, keys, values, layer, base)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), keys, values
 
@@ -203,17 +221,20 @@ class LanguageModel(nnx.Module):
             x = jnp.where(kind == VISUAL, _take(visual.astype(x.dtype), index), x)
         return by_sample(jnp.where(kind == BEACON, self.beacon_embed[0].astype(x.dtype), x))
 
-    def run_group(self, x: Array, group: Group, memory: Memory) -> tuple[Array, Memory]:
+    def run_group(
+        self, x: Array, group: Group, memory: Memory, base: Memory | None = None
+    ) -> tuple[Array, Memory]:
         """All layers over one group, writing its persistent tokens into the memory in place.
 
-        x [B, T, D] -> hidden states after the last layer [B, T, D]. `memory.length` is left to the
+        base: a memory of one sample that comes before those of all samples, and stays as it is. x
+        [B, T, D] -> hidden states after the last layer [B, T, D]. `memory.length` is left to the
         caller.
         """
         graph, params = nnx.split(self.layers)
 
         def body(carry: tuple[Array, Array, Array], scanned: tuple[Any, Array]) -> tuple[Any, None]:
             layer_params, layer = scanned
-            x, *memory = nnx.merge(graph, layer_params)(carry[0], group, *carry[1:], layer)
+            x, *memory = nnx.merge(graph, layer_params)(carry[0], group, *carry[1:], layer, base)
             return (by_sample(x), *(by_sample(part, axis=1) for part in memory)), None
 
         layers = jnp.arange(self.config.language.layers)

@@ -13,6 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -431,8 +432,12 @@ class VideoFile:
     """An open video: `frames`, `fps` (frames a second), and its pixels. For one process only."""
 
     def __init__(self, path: str | Path, num_threads: int = 1):
-        """Reads the container. Raises: MediaError: missing, no video, no frames or frame rate."""
+        """Reads the container. Raises: MediaError: missing, no video, no frames or frame rate.
+
+        num_threads: that decode, and that resize.
+        """
         self.path, self._reader = Path(path), _open_video(path, num_threads)
+        self.num_threads = num_threads
         self.frames, self.fps = len(self._reader), float(self._reader.get_avg_fps())
         if not (math.isfinite(self.fps) and self.fps > 0):
             raise MediaError(f"{path}: video with a frame rate of {self.fps}; encode it again")
@@ -441,11 +446,17 @@ class VideoFile:
         """As `load_video_frames`; into `out` if it is given."""
         _check_indices(self._reader, self.path, indices)
         result = np.empty((len(indices), size, size, 3), np.uint8) if out is None else out
+
+        def resize(place: int, frame: np.ndarray) -> None:
+            result[place] = resize_and_crop(frame, size)
+
         done = 0
-        while done < len(indices):
-            for frame in _read_frames(self._reader, self.path, indices[done:]):
-                result[done] = resize_and_crop(frame, size)
-                done += 1
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            many = pool.map if self.num_threads > 1 else map
+            while done < len(indices):
+                frames = _read_frames(self._reader, self.path, indices[done:])
+                list(many(resize, range(done, done + len(frames)), frames))
+                done += len(frames)
         return result
 
 
@@ -501,8 +512,9 @@ def _check_file(path: str | Path) -> None:
 def _open_video(path: str | Path, num_threads: int) -> Any:
     """Opens a decord reader; for one call only, since one opened before a fork hangs after it."""
     # Imported here: there are platforms without decord, and images do not need it.
-    from decord import VideoReader
+    from decord import VideoReader, logging
 
+    logging.set_level(logging.QUIET)  # FFmpeg writes a line for each damaged part of a frame
     _check_file(path)
     try:
         with open(path, "rb") as file:

@@ -100,21 +100,30 @@ def map_by_sample(fn: Callable[[Any, int], Any], streams: StreamBatch) -> Stream
 
 
 def scan_groups(
-    model: VideoXL, streams: StreamBatch, visual: Array | None, memory: Memory, keep_hidden: bool
+    model: VideoXL,
+    streams: StreamBatch,
+    visual: Array | None,
+    memory: Memory,
+    keep_hidden: bool,
+    base: Memory | None = None,
 ) -> tuple[Array, Memory]:
     """Run the groups one after another, the memory carried from each to the next.
+
+    base: a memory of one sample that all samples share; the ranks of the streams go on after it.
 
     Returns hidden states, [G, B, T, D] if `keep_hidden`, else [B, T, D] of the last group alone;
     and the memory with the persistent tokens of all groups.
     """
     language_config = model.config.language
     graph, params = nnx.split(model.language)
+    before = 0 if base is None else base.length
 
     def step(carry: tuple[Memory, Array], arrays: dict[str, Array]) -> tuple[Any, Array | None]:
         language = nnx.merge(graph, params)
         group = replace(streams, **arrays)  # type: ignore[arg-type]
         x = language.embed_group(group, visual)
-        x, memory = language.run_group(x, make_group(language_config, group), carry[0])
+        device_group = make_group(language_config, group, before)
+        x, memory = language.run_group(x, device_group, carry[0], base)
         return (memory, x), x if keep_hidden else None
 
     arrays = {name: getattr(streams, name) for name in GROUP_FIELDS}
@@ -179,6 +188,43 @@ def cross_entropy(model: VideoXL, hidden: Array, label: Array) -> tuple[Array, d
     return loss, {"tokens": tokens, "correct": correct}
 
 
+@partial(jax.jit, static_argnums=0)
+def encode(graph: Any, params: Any, pixels: Array) -> Array:
+    """`VideoXL.encode` of split parameters."""
+    return nnx.merge(graph, params).encode(pixels)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def read(
+    graph: Any,
+    params: Any,
+    memory: Memory,
+    streams: StreamBatch,
+    visual: Array | None,
+    base: Memory | None = None,
+) -> tuple[Array, Memory]:
+    """Put the streams' persistent tokens into the memory.
+
+    visual: features [B, V, D] that the streams' sources count in, None for text alone. base: a
+    memory of one sample that comes before, and stays as it is; the ranks of the streams go on after
+    it. Returns logits [B, V] float32 after each sample's last token, and the memory; the one passed
+    in is given up (donated). The caller sees to it that there is room.
+    """
+    return _read(nnx.merge(graph, params), memory, streams, visual, base)
+
+
+def _read(
+    model: VideoXL,
+    memory: Memory,
+    streams: StreamBatch,
+    visual: Array | None,
+    base: Memory | None = None,
+) -> tuple[Array, Memory]:
+    hidden, memory = scan_groups(model, streams, visual, memory, keep_hidden=False, base=base)
+    last = jax.vmap(lambda rows, index: rows[index])(hidden, streams.last)
+    return model.logits(last), memory
+
+
 @partial(jax.jit, static_argnums=(0, 4))
 def prefill(
     graph: Any, params: Any, streams: StreamBatch, pixels: Array | None, capacity: int
@@ -193,21 +239,22 @@ def prefill(
     model = nnx.merge(graph, params)
     visual = None if pixels is None else model.encode(pixels)
     memory = empty_memory(model.config, streams.kind.shape[1], capacity)
-    hidden, memory = scan_groups(model, streams, visual, memory, keep_hidden=False)
-    last = jax.vmap(lambda rows, index: rows[index])(hidden, streams.last)
-    return model.logits(last), memory
+    return _read(model, memory, streams, visual)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def decode_step(graph: Any, params: Any, memory: Memory, token: Array) -> tuple[Array, Memory]:
+def decode_step(
+    graph: Any, params: Any, memory: Memory, token: Array, base: Memory | None = None
+) -> tuple[Array, Memory]:
     """One more text token for every sample: a group of one window of one token.
 
-    token [B] int32. Returns logits [B, V] float32 and the memory, one entry longer; the memory
-    passed in is given up (donated). The caller sees to it that there is room: a full memory would
-    drop the entry.
+    token [B] int32. base: a memory of one sample that comes before, and stays as it is. Returns
+    logits [B, V] float32 and the memory, one entry longer; the memory passed in is given up
+    (donated). The caller sees to it that there is room: a full memory would drop the entry.
     """
     model = nnx.merge(graph, params)
-    one = memory.length[None, :, None]  # [G, B, T]
+    rank = memory.length if base is None else base.length + memory.length
+    one = rank[None, :, None]  # [G, B, T]
     zero = jnp.zeros_like(one)
     streams = StreamBatch(
         kind=zero,
@@ -222,7 +269,7 @@ def decode_step(graph: Any, params: Any, memory: Memory, token: Array) -> tuple[
         memory=memory.capacity,
         has_beacons=False,
     )
-    hidden, memory = scan_groups(model, streams, None, memory, keep_hidden=False)
+    hidden, memory = scan_groups(model, streams, None, memory, keep_hidden=False, base=base)
     return model.logits(hidden[:, 0]), memory
 
 

@@ -1,9 +1,18 @@
 """Read the configuration of a checkpoint in the published PyTorch layout."""
 
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
-from vxl_jax.config import LanguageConfig, VideoXLConfig, VisionConfig
+from vxl_jax.chat import encode_prompt
+from vxl_jax.config import (
+    ConfigError,
+    LanguageConfig,
+    VideoXLConfig,
+    VisionConfig,
+    cross_check_vocabulary,
+)
 from vxl_jax.tensors import CheckpointError, read_json
 
 TOWER_FOLDER = "vision_tower"
@@ -65,6 +74,47 @@ def read_config(
         ratios=values.items("beacon_ratio", int),
         **changes,
     )
+
+
+def read_max_context(directory: Path) -> int | None:
+    """Positions that the model of a published directory has learned; None if it does not say.
+
+    Raises: CheckpointError if that is no number.
+    """
+    path = directory / "config.json"
+    values = Fields(read_json(path), path)
+    known = "max_position_embeddings" in values.values
+    return values.integer("max_position_embeddings") if known else None
+
+
+def load_tokenizer(directory: Path, config: LanguageConfig, name: str = "tokenizer") -> Any:
+    """The tokenizer of a local directory; nothing is downloaded.
+
+    name: of the directory, for messages.
+
+    Raises: ConfigError if it is missing, damaged, not Qwen2's, or larger than the vocabulary.
+    """
+    # transformers advises to install torch when it is imported without it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    if not directory.is_dir():
+        raise ConfigError(f"{name} {directory}: there is no such directory")
+    verbosity = logging.get_verbosity()
+    try:
+        with warnings.catch_warnings():  # of a config.json that is not transformers' own
+            warnings.simplefilter("ignore", FutureWarning)
+            logging.set_verbosity_error()
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        encode_prompt("", tokenizer)  # refuses one without the chat template's tokens
+    except Exception as error:  # damaged files raise anything
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{name} {directory}: cannot be loaded ({reason})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    cross_check_vocabulary(config, len(tokenizer), f"{name} {directory}")
+    return tokenizer
 
 
 class Fields:

@@ -78,8 +78,9 @@ def plan_stream(
     window: int,
     ratio: Ratio,
     labels: Sequence[int] | np.ndarray | None = None,
+    before: int = 0,
 ) -> Stream:
-    """Plan one sample.
+    """Plan one sample, or what follows a memory.
 
     Args:
         ids: token ids of the sample with one `IMAGE_TOKEN` for every visual block.
@@ -88,6 +89,7 @@ def plan_stream(
         ratio: see `Ratio`.
         labels: aligned with `ids`, not shifted; `IGNORE` where there is no loss. The target of a
             token is the label of the next token that is not a beacon.
+        before: persistent tokens that are in a memory already; ranks go on after them.
 
     Raises:
         ValueError: blocks and marks differ in number, an empty block, an unusable ratio, or not as
@@ -105,7 +107,7 @@ def plan_stream(
     if len(ids) == 0:
         raise ValueError("a stream needs at least one token")
 
-    builder = _Builder(_ratio_function(ratio))
+    builder = _Builder(_ratio_function(ratio), before)
     next_label = np.append(labels[1:], IGNORE)
     start = 0
     for mark, tokens in zip(marks, visual_tokens, strict=True):
@@ -121,12 +123,12 @@ def plan_stream(
 class _Builder:
     """Appends windows one after another, keeping count of what is persistent."""
 
-    def __init__(self, ratio: Callable[[int], int | None]):
-        self.ratio = ratio
+    def __init__(self, ratio: Callable[[int], int | None], kept: int):
+        self.ratio, self.kept = ratio, kept
         self.parts: list[tuple[np.ndarray, ...]] = []
         self.starts: list[int] = []
         self.memory: list[int] = []
-        self.tokens = self.kept = self.visual_seen = self.visual_windows = 0
+        self.tokens = self.visual_seen = self.visual_windows = 0
 
     def text(self, ids: np.ndarray, targets: np.ndarray, window: int) -> None:
         for i in range(0, len(ids), window):

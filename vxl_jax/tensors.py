@@ -217,6 +217,18 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     }
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself beside its tensors.
+
+    Raises: CheckpointError if it cannot be opened.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = Counter(name for name, _ in pairs)
     twice = sorted(name for name, count in names.items() if count > 1)

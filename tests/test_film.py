@@ -1,0 +1,163 @@
+"""Chunks of pixels: all frames, in order, a few at a time, also where a film breaks off."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data import write_video
+from vxl_jax import film
+from vxl_jax.film import Picture, Video, ahead, as_media, open_film
+from vxl_jax.media import MediaError, load_video_frames, uniform_indices
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("film") / "a.mp4", 90, fps=10)
+
+
+@pytest.mark.parametrize("count", [1, 7, 16, 500])
+@pytest.mark.parametrize("frames", [1, 33, 90, 128, None])
+def test_all_frames_of_a_file_in_chunks(
+    video: Path, count: int, frames: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(film, "AT_ONCE", 20)
+    opened = open_film(Video(video, frames), SIDE)
+    expected = uniform_indices(90, min(frames or 90, 90))
+    chunks = list(opened.chunks(SIDE, count))
+    assert max(len(pixels) for pixels, _ in chunks) <= count
+    assert np.concatenate([s for _, s in chunks]).tolist() == [i / 10 for i in expected]
+    assert opened.seconds is not None
+    assert opened.seconds.tolist() == [i / 10 for i in expected]
+    pixels = np.concatenate([pixels for pixels, _ in chunks])
+    assert np.array_equal(pixels, load_video_frames(video, expected, SIDE))
+
+
+def test_part_of_a_file_at_a_rate(video: Path):
+    opened = open_film(Video(video, sample_fps=2, start=3, end=5), SIDE)
+    assert opened.seconds is not None
+    assert opened.seconds.tolist() == [3.0, 3.5, 4.0, 4.5]
+
+
+def test_a_folder_of_pictures(tmp_path: Path):
+    for i in range(12):
+        Image.new("RGB", (40, 40), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    opened = open_film(Video(tmp_path, fps=2), SIDE)
+    pixels, seconds = next(opened.chunks(SIDE, 99))
+    assert pixels[:, 0, 0, 0].tolist() == [20 * i for i in range(12)]
+    assert seconds.tolist() == [i / 2 for i in range(12)]
+
+
+def test_frames_before_the_damage_come_first(video: Path, tmp_path: Path):
+    whole = video.read_bytes()
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole[: len(whole) * 2 // 3])
+    found: list[np.ndarray] = []
+    chunks = open_film(Video(cut, None), SIDE).chunks(SIDE, 16)
+    with pytest.raises(MediaError, match=r"cut\.mp4: video cannot be decoded"):
+        found.extend(pixels for pixels, _ in chunks)
+    pixels = np.concatenate(found)
+    assert 10 < len(pixels) < 90
+    whole_frames = range(len(pixels) - 1)  # the last one may be cut
+    assert np.array_equal(pixels[:-1], load_video_frames(video, whole_frames, SIDE))
+
+
+def test_pictures_one_by_one_are_taken_when_they_are_needed():
+    taken = []
+
+    def camera() -> Generator[Any, None, None]:
+        for i in range(10):
+            taken.append(i)
+            yield Image.new("RGB", (50, 40), (i, 0, 0)) if i % 2 else np.full((40, 50, 3), i, "u1")
+
+    opened = open_film(Video(camera(), fps=4), SIDE)
+    assert opened.seconds is None
+    chunks = opened.chunks(SIDE, 3)
+    pixels, seconds = next(chunks)
+    assert taken == [0, 1, 2]
+    assert pixels[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert [seconds.tolist(), *(s.tolist() for _, s in chunks)] == [
+        [0, 0.25, 0.5],
+        [0.75, 1, 1.25],
+        [1.5, 1.75, 2],
+        [2.25],
+    ]
+
+
+def test_what_is_a_picture_and_what_a_video():
+    for picture in ("a.jpg", Path("b.PNG"), Image.new("RGB", (2, 2)), Picture("c.mp4")):
+        assert isinstance(as_media(picture), Picture)
+    for video in ("a.mp4", "folder", np.zeros((1, 2, 2, 3), np.uint8), iter([])):
+        assert as_media(video, frames=7) == Video(video, 7)
+    assert as_media(Video("a.mp4", 3), frames=7) == Video("a.mp4", 3)
+
+
+def test_items_are_made_ahead_but_not_far():
+    made = []
+
+    def items() -> Generator[int, None, None]:
+        for i in range(100):
+            made.append(i)
+            yield i
+
+    got = ahead(items())
+    assert [next(got) for _ in range(5)] == [0, 1, 2, 3, 4]
+    time.sleep(0.3)
+    assert 5 <= len(made) <= 8
+    before = threading.active_count()
+    got.close()
+    time.sleep(0.5)
+    assert threading.active_count() == before - 1
+    assert list(ahead(iter_of(3))) == [0, 1, 2]
+
+
+def iter_of(count: int) -> Generator[int, None, None]:
+    yield from range(count)
+
+
+@pytest.mark.parametrize("error", [MediaError, KeyboardInterrupt, MemoryError])
+def test_an_error_comes_after_the_items_before_it(error: type[BaseException]):
+    def items() -> Generator[int, None, None]:
+        yield 1
+        yield 2
+        raise error
+
+    got: list[int] = []
+    with pytest.raises(error):
+        got.extend(ahead(items()))
+    assert got == [1, 2]
+
+
+WATCH = """
+import resource, sys
+from flax import nnx
+from vxl_jax import Model, VideoXL, VisualMemory
+from vxl_jax.config import demo
+
+memory = VisualMemory([1, 2, 3])
+memory.attach(Model(VideoXL(demo(), rngs=nnx.Rngs(0)), None))
+memory.extend(sys.argv[1], frames=int(sys.argv[2]), ratio=8)
+print(memory.watched[0].frames, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_host_memory_does_not_grow_with_the_film(tmp_path: Path):
+    """4096 frames of 320 x 320 are 1.3 GB, and 39 MB as the tower takes them."""
+    path = write_video(tmp_path / "long.mp4", 4096, fps=10, size=320)
+    peaks = []
+    for frames in (256, 4096):
+        command = [sys.executable, "-c", WATCH, str(path), str(frames)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+        watched, peak = map(int, done.stdout.split())
+        assert watched == frames
+        peaks.append(peak)
+    assert peaks[1] < peaks[0] + 150e6, peaks

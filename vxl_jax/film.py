@@ -1,0 +1,348 @@
+"""What is watched, as chunks of pixels: a thread decodes the next while the device works on one.
+
+No more than a few chunks stand in memory, whatever the length of the film.
+"""
+
+import math
+import os
+import queue
+import shutil
+import struct
+import tempfile
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vxl_jax.media import (
+    FrameFolder,
+    MediaError,
+    Sampling,
+    VideoFile,
+    choose_frames,
+    grid_pinpoints,
+    load_image,
+    resize_and_crop,
+    tile_image,
+)
+
+Chunk = tuple[np.ndarray, np.ndarray]
+"""Pixels [F, S, S, 3] (uint8, or floats that are normalised) and the second of each frame [F]."""
+
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+"""Suffixes of files that are one picture; all other files are videos."""
+
+FRAMES = 128
+"""Frames of a video file, unless told: what the published evaluations take."""
+
+AT_ONCE = 256
+"""Most frames that are decoded at a stretch. Each stretch begins at a key frame."""
+
+THREADS = 16
+"""Most threads that decode and resize one video."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video, or a part of one.
+
+    source: path of a video file, or of a folder of pictures in the order of their names; pictures
+        [F, H, W, 3] uint8, or [F, S, S, 3] floats that are normalised for the tower already; or
+        anything that gives pictures [H, W, 3] one by one, a camera for example.
+    frames: at most so many are taken of a file or folder, evenly from its first to its last; all
+        if None. What is neither is taken whole.
+    sample_fps: frames a second that are taken of a file, where these are fewer than `frames`.
+    start, end: seconds of the file between which frames are taken.
+    fps: frames a second of what is no video file, 1 if it is not known. Ratios and messages go by
+        seconds.
+    """
+
+    source: Any
+    frames: int | None = FRAMES
+    sample_fps: float | None = None
+    start: float | None = None
+    end: float | None = None
+    fps: float = 1.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image, cut into tiles: a path, a Pillow image, or pixels [H, W, 3] uint8."""
+
+    source: Any
+
+
+Media = Any
+"""`Video`, `Picture`, or the source of one: paths of `PICTURE_SUFFIXES` and Pillow images are
+pictures, everything else is a video."""
+
+
+def as_media(media: Media, **options: Any) -> Video | Picture:
+    """What it is, said. options: fields of a `Video` that is not one yet."""
+    if isinstance(media, Video | Picture):
+        return media
+    is_picture = isinstance(media, Image.Image) or (
+        isinstance(media, str | Path) and Path(media).suffix.lower() in PICTURE_SUFFIXES
+    )
+    return Picture(media) if is_picture else Video(media, **options)
+
+
+@dataclass(frozen=True)
+class Film:
+    """The frames of one visual block in order: of a video, or the tiles of an image.
+
+    name: for messages. seconds: of each frame, None where their number is not known before they
+    come. chunks: a function from side in pixels and number of frames to chunks of at most so many
+    frames, in order. It raises MediaError where a frame cannot be decoded, after all before it.
+    step: seconds from a frame to the next where seconds count from the first of these frames, and
+    not from the beginning of a file; else None.
+    """
+
+    name: str
+    is_video: bool
+    seconds: np.ndarray | None
+    chunks: Callable[[int, int], Generator[Chunk, None, None]]
+    step: float | None = None
+
+
+def open_film(media: Video | Picture, size: int) -> Film:
+    """Open what is to be watched.
+
+    size: side of a frame or tile in pixels.
+
+    Raises: MediaError if it is missing, empty or no picture or video.
+    """
+    if isinstance(media, Picture):
+        return _picture(media.source, size)
+    if not 0 < media.fps < math.inf:
+        raise MediaError(f"a video of {media.fps} frames a second; fps must be more than 0")
+    if isinstance(media.source, str | Path):
+        return _video_file(media)
+    if isinstance(media.source, np.ndarray):
+        return _array(media.source, media.fps, size)
+    if isinstance(media.source, Iterable):
+        return _live(media.source, media.fps)
+    raise MediaError(
+        f"{type(media.source).__name__}: neither a path nor pictures; see vxl_jax.Video"
+    )
+
+
+def _picture(source: Any, size: int) -> Film:
+    name = "image"
+    if isinstance(source, str | Path):
+        name, source = str(source), load_image(source)
+    elif not isinstance(source, Image.Image):
+        source = Image.fromarray(_checked_pixels(np.asarray(source)[None])[0])
+    tiles = tile_image(source, grid_pinpoints(size), size)
+    seconds = np.zeros(len(tiles))
+
+    def chunks(size: int, count: int) -> Generator[Chunk, None, None]:
+        for i in range(0, len(tiles), count):
+            yield tiles[i : i + count], seconds[i : i + count]
+
+    return Film(name, False, seconds, chunks)
+
+
+def _array(pixels: np.ndarray, fps: float, size: int) -> Film:
+    name = f"{len(pixels)} frames"
+    _checked_pixels(pixels, size)
+    seconds = np.arange(len(pixels)) / fps
+
+    def chunks(size: int, count: int) -> Generator[Chunk, None, None]:
+        for i in range(0, len(pixels), count):
+            some = pixels[i : i + count]
+            if some.dtype == np.uint8:
+                some = np.stack([resize_and_crop(frame, size) for frame in some])
+            yield some, seconds[i : i + count]
+
+    return Film(name, True, seconds, chunks, 1 / fps)
+
+
+def _checked_pixels(pixels: np.ndarray, size: int | None = None) -> np.ndarray:
+    """Pictures [F, H, W, 3]; where a size is given, they may also be normalised floats."""
+    given = f"an array {pixels.dtype} {list(pixels.shape)}"
+    if pixels.ndim != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape:
+        raise MediaError(f"{given}: pictures are [height, width, 3], videos [F, H, W, 3]")
+    normalised = size and np.issubdtype(pixels.dtype, np.floating)
+    if normalised and pixels.shape[1:3] != (size, size):
+        raise MediaError(f"{given}: normalised frames must be {size} x {size}; or give uint8")
+    if not normalised and pixels.dtype != np.uint8:
+        raise MediaError(f"{given}: pixels must be uint8 RGB")
+    return pixels
+
+
+def _live(pictures: Iterable[Any], fps: float) -> Film:
+    def chunks(size: int, count: int) -> Generator[Chunk, None, None]:
+        some: list[np.ndarray] = []
+        done = 0
+        for picture in pictures:
+            if isinstance(picture, str | Path):
+                picture = load_image(picture)
+            elif not isinstance(picture, Image.Image):
+                picture = _checked_pixels(np.asarray(picture)[None])[0]
+            some.append(resize_and_crop(picture, size))
+            if len(some) == count:
+                yield np.stack(some), (done + np.arange(count)) / fps
+                some, done = [], done + count
+        if some:
+            yield np.stack(some), (done + np.arange(len(some))) / fps
+
+    return Film("frames", True, None, chunks, 1 / fps)
+
+
+def _video_file(media: Video) -> Film:
+    path = Path(media.source)
+    with _whole(path) as whole:
+        file = _open(path, whole, media.fps)
+    most = file.frames if media.frames is None else media.frames
+    if most < 1:
+        raise MediaError(f"{path}: {most} frames asked for; give at least one")
+    sampling: Sampling = "uniform" if media.sample_fps is None else "capped"
+    wanted = media.sample_fps or 1.0
+    try:
+        indices = choose_frames(
+            file.frames, file.fps, sampling, most, wanted, media.start, media.end
+        )
+    except ValueError as error:
+        raise MediaError(f"{path}: {error}") from error
+    return Film(str(path), True, np.array(indices) / file.fps, _decoder(path, media.fps, indices))
+
+
+def _decoder(
+    path: Path, fps: float, indices: Sequence[int]
+) -> Callable[[int, int], Generator[Chunk, None, None]]:
+    def chunks(size: int, count: int) -> Generator[Chunk, None, None]:
+        with _whole(path) as whole:
+            file = _open(path, whole, fps, THREADS)  # in the thread that reads it
+            done, stretch = 0, count
+            while done < len(indices):
+                some = indices[done : done + stretch]
+                error: MediaError | None = None
+                try:
+                    pixels = file.read(some, size)
+                except MediaError:
+                    file = _open(path, whole, fps)  # the one that has failed may be of no more use
+                    pixels, error = _before_damage(file, some, size)
+                for i in range(0, len(pixels), count):
+                    part = pixels[i : i + count]
+                    yield part, np.array(indices[done : done + len(part)]) / file.fps
+                    done += len(part)
+                if error is not None:
+                    raise error
+                # The first chunk comes soon, and later there are few seeks back to a key frame.
+                stretch = max(count, min(2 * stretch, AT_ONCE) // count * count)
+
+    return chunks
+
+
+def _open(path: Path, whole: Path, fps: float, threads: int = 1) -> FrameFolder | VideoFile:
+    """whole: where the video is read from; it has the name of `path` in messages."""
+    if path.is_dir():
+        return FrameFolder(path, fps)
+    try:
+        file = VideoFile(whole, threads)
+    except MediaError as error:
+        raise MediaError(str(error).replace(str(whole), str(path))) from error
+    file.path = path
+    return file
+
+
+def _before_damage(
+    file: FrameFolder | VideoFile, indices: Sequence[int], size: int
+) -> tuple[np.ndarray, MediaError | None]:
+    """Pixels of the frames before one that cannot be decoded, and the error."""
+    found = np.empty((len(indices), size, size, 3), np.uint8)
+    for i, index in enumerate(indices):
+        try:
+            file.read([index], size, out=found[i : i + 1])
+        except MediaError as error:
+            return found[:i], error
+    return found, None
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file that decord opens: of an MP4 that ends early, a copy with zeros for what is missing.
+
+    decord refuses such a file for its end; of the copy, it decodes all frames that are there.
+    """
+    missing = 0 if path.is_dir() else _missing_bytes(path)
+    if not missing:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="vxl-") as folder:
+        copy = Path(shutil.copyfile(path, Path(folder) / path.name))
+        os.truncate(copy, copy.stat().st_size + missing)
+        yield copy
+
+
+def _missing_bytes(path: Path) -> int:
+    """Bytes by which an MP4 is shorter than its boxes say; 0 if it is whole, or no MP4."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start, has_index = 0, False
+            while start + 16 <= size:
+                file.seek(start)
+                length, kind, large = struct.unpack(">I4sQ", file.read(16))
+                if start == 0 and kind != b"ftyp":
+                    return 0
+                has_index |= kind == b"moov"
+                end = start + (large if length == 1 else length)
+                if end > size:
+                    return end - size if has_index and kind == b"mdat" else 0
+                if end < start + 8:  # 0: to the end of the file
+                    return 0
+                start = end
+    except OSError:
+        return 0  # for the decoder to say
+    return 0
+
+
+def ahead(chunks: Generator[Any, None, None], depth: int = 1) -> Generator[Any, None, None]:
+    """The same items, made by a thread, up to `depth` of them before they are asked for.
+
+    An error of the thread is raised after the items before it.
+    """
+    made: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+    left = threading.Event()
+
+    def put(kind: str, item: Any = None) -> bool:
+        while not left.is_set():
+            try:
+                made.put((kind, item), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def make() -> None:
+        try:
+            with closing(chunks):
+                for item in chunks:
+                    if not put("item", item):
+                        return
+            put("end")
+        except BaseException as error:
+            put("error", error)
+
+    thread = threading.Thread(target=make, daemon=True)  # a camera may never give its next picture
+    thread.start()
+    try:
+        while True:
+            kind, item = made.get()
+            if kind == "error":
+                raise item
+            if kind == "end":
+                return
+            yield item
+    finally:
+        left.set()

@@ -1,0 +1,79 @@
+"""Weight-only int8 for the language model: half the bytes of bfloat16, for inference.
+
+Each column of a kernel is a scale times whole numbers from -127 to 127, rounded to the nearest
+(symmetric, per output channel; Dettmers et al. 2022, arXiv 2208.07339, section 2.1). Activations
+and products keep the compute dtype; embeddings, norms, biases, vision tower and projector theirs.
+"""
+
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from vxl_jax.config import LoRATarget
+from vxl_jax.model import VideoXL
+
+LINEARS = get_args(LoRATarget)
+"""Names of the linears of a layer of the language model."""
+
+
+class Int8Linear(nnx.Module):
+    """x kernel * scale + bias. kernel int8 [L, in, out], scale float32 [L, out]; without L inside a
+    layer.
+    """
+
+    def __init__(self, linear: nnx.Linear):
+        kernel, scale = quantize_kernel(linear.kernel[...])
+        self.kernel, self.scale = nnx.Param(kernel), nnx.Param(scale)
+        self.bias = linear.bias
+        self.dtype, self.out_features = linear.dtype, linear.out_features
+
+    def __call__(self, inputs: Array) -> Array:
+        """[..., in] -> [..., out]."""
+        kernel = self.kernel[...].astype(self.dtype)  # exact
+        last = (((inputs.ndim - 1,), (0,)), ((), ()))
+        x = inputs.astype(self.dtype)
+        y = lax.dot_general(x, kernel, last, preferred_element_type=jnp.float32) * self.scale[...]
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+def quantize(model: VideoXL) -> None:
+    """Make the language model's linears and its head int8, in place.
+
+    The model has weights, or is traced (jit, eval_shape).
+    """
+    language = model.language
+    for block in (language.layers.attention, language.layers.mlp, language):
+        for name in (*LINEARS, "head"):
+            linear = getattr(block, name, None)
+            if isinstance(linear, nnx.Linear):
+                setattr(block, name, Int8Linear(linear))
+
+
+def is_quantized(path: tuple[str, ...]) -> bool:
+    """Whether the parameter at a path is one that `quantize` makes int8."""
+    return path[0] == "language" and path[-1] == "kernel"
+
+
+@jax.jit
+def quantize_kernel(kernel: Array) -> tuple[Array, Array]:
+    """Kernel [..., in, out] -> int8 of its shape and float32 scale [..., out]."""
+
+    def one(kernel: Array) -> tuple[Array, Array]:
+        wide = kernel.astype(jnp.float32)
+        scale = jnp.maximum(jnp.abs(wide).max(0), jnp.finfo(jnp.float32).tiny) / 127
+        return jnp.round(wide / scale).astype(jnp.int8), scale
+
+    return one(kernel) if kernel.ndim == 2 else lax.map(one, kernel)
+
+
+def quantized(path: tuple[str, ...], array: Any) -> dict[tuple[str, ...], Any]:
+    """What a parameter becomes: itself, or its int8 kernel and scale, by path."""
+    if not is_quantized(path):
+        return {path: array}
+    kernel, scale = quantize_kernel(array)
+    return {path: kernel, (*path[:-1], "scale"): scale}

@@ -79,7 +79,7 @@ class Run(NamedTuple):
     def error(self) -> str:
         """The one error; there may be progress bars before it."""
         assert self.status == 2, self.err
-        assert "Traceback" not in self.err
+        assert "Traceback" not in self.err, self.err
         *before, last = self.err.strip().split("\n")
         assert last.startswith("error: "), self.err
         assert not any("error" in line for line in before), self.err

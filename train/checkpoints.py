@@ -4,6 +4,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -83,6 +84,8 @@ class Checkpoints:
         # Of several parts that cannot be written one is asked; asyncio prints those of the others.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        # And parts that were not begun are told when the process ends.
+        warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
         self._hook, sys.unraisablehook = sys.unraisablehook, _show_but_closed_loops
         with self._failing("opened"):
             self.manager = ocp.CheckpointManager(

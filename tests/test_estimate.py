@@ -9,7 +9,7 @@ from flax import nnx
 
 from vxl_jax import Model, VideoXL, VisualMemory
 from vxl_jax.config import demo, video_xl_7b
-from vxl_jax.estimate import TEXT, Estimator, bytes_of, entry_bytes, table, video_entries
+from vxl_jax.estimate import TEXT, Estimator, entry_bytes, table, tree_bytes, video_entries
 from vxl_jax.quantize import quantize
 
 
@@ -28,7 +28,7 @@ def test_bytes_are_those_of_a_model_and_its_memory(weights: str | None, dtype: s
     memory.extend(np.zeros((9, 56, 56, 3), np.uint8), ratio=8)
     assert memory.length == 3 + video_entries(config, 9, 8)
     held = memory.entries()
-    assert bytes_of((held.keys, held.values)) == held.capacity * entry_bytes(config)
+    assert tree_bytes((held.keys, held.values)) == held.capacity * entry_bytes(config)
 
 
 @pytest.mark.parametrize("ratio", [2, 16, None])

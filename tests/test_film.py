@@ -33,7 +33,7 @@ def test_all_frames_of_a_file_in_chunks(
     monkeypatch.setattr(film, "AT_ONCE", 20)
     opened = open_film(Video(video, frames), SIDE)
     expected = uniform_indices(90, min(frames or 90, 90))
-    chunks = list(opened.chunks(SIDE, count))
+    chunks = list(opened.chunks(count))
     assert max(len(pixels) for pixels, _ in chunks) <= count
     assert np.concatenate([s for _, s in chunks]).tolist() == [i / 10 for i in expected]
     assert opened.seconds is not None
@@ -52,7 +52,7 @@ def test_a_folder_of_pictures(tmp_path: Path):
     for i in range(12):
         Image.new("RGB", (40, 40), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
     opened = open_film(Video(tmp_path, fps=2), SIDE)
-    pixels, seconds = next(opened.chunks(SIDE, 99))
+    pixels, seconds = next(opened.chunks(99))
     assert pixels[:, 0, 0, 0].tolist() == [20 * i for i in range(12)]
     assert seconds.tolist() == [i / 2 for i in range(12)]
 
@@ -62,7 +62,7 @@ def test_frames_before_the_damage_come_first(video: Path, tmp_path: Path):
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole[: len(whole) * 2 // 3])
     found: list[np.ndarray] = []
-    chunks = open_film(Video(cut, None), SIDE).chunks(SIDE, 16)
+    chunks = open_film(Video(cut, None), SIDE).chunks(16)
     with pytest.raises(MediaError, match=r"cut\.mp4: video cannot be decoded"):
         found.extend(pixels for pixels, _ in chunks)
     pixels = np.concatenate(found)
@@ -81,7 +81,7 @@ def test_pictures_one_by_one_are_taken_when_they_are_needed():
 
     opened = open_film(Video(camera(), fps=4), SIDE)
     assert opened.seconds is None
-    chunks = opened.chunks(SIDE, 3)
+    chunks = opened.chunks(3)
     pixels, seconds = next(chunks)
     assert taken == [0, 1, 2]
     assert pixels[:, 0, 0, 0].tolist() == [0, 1, 2]
@@ -98,7 +98,9 @@ def test_what_is_a_picture_and_what_a_video():
         assert isinstance(as_media(picture), Picture)
     for video in ("a.mp4", "folder", np.zeros((1, 2, 2, 3), np.uint8), iter([])):
         assert as_media(video, frames=7) == Video(video, 7)
-    assert as_media(Video("a.mp4", 3), frames=7) == Video("a.mp4", 3)
+    assert as_media(Video("a.mp4", 3), frames=128) == Video("a.mp4", 3)
+    with pytest.raises(ValueError, match="frames, end: a Video has its own"):
+        as_media(Video("a.mp4", 3), frames=7, end=2.0)
 
 
 def test_items_are_made_ahead_but_not_far():

@@ -2,6 +2,8 @@
 
 import io
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +112,8 @@ def test_what_was_watched_before_ctrl_c_is_saved(
     def interrupted(self: Any, indices: Any, size: int, out: Any = None) -> np.ndarray:
         calls.append(len(indices))
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)  # heard by the main thread
+            time.sleep(0.5)
         return read(self, indices, size, out)
 
     for module in (film, visual_memory):
@@ -120,7 +123,36 @@ def test_what_was_watched_before_ctrl_c_is_saved(
     media = ["--video", str(folder / "film.mp4"), "--frames", "60"]
     assert run(folder, *media, "--prompt", "What?", "--save-memory", saved) == 130
     assert "interrupted" in capsys.readouterr().err
-    assert load_memory(saved).watched[0].frames == calls[0]
+    memory, model = load_memory(saved), load(folder / "hf")
+    frames = memory.watched[0].frames
+    assert calls[0] <= frames < 60
+    assert memory.length == model.watch(Video(folder / "film.mp4", frames)).length
+
+
+def test_a_memory_that_cannot_be_saved_is_answered(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(visual_memory, "write_tensors", full)
+    media = ["--video", str(folder / "film.mp4"), "--frames", "5"]
+    saved = str(tmp_path / "memory")
+    assert run(folder, *media, "--prompt", "What?", "--save-memory", saved) == 2
+    printed = capsys.readouterr()
+    assert "memory: cannot be saved ([Errno 28] No space left on device)" in printed.err
+    assert printed.out.strip()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_film_is_found_before_a_good_one_is_watched(
+    folder: Path, capsys: pytest.CaptureFixture
+):
+    media = ["--video", str(folder / "film.mp4"), "--video", "none.mp4", "--prompt", "What?"]
+    assert run(folder, *media) == 2
+    error = capsys.readouterr().err
+    assert "none.mp4: no such file" in error
+    assert "watching" not in error
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,10 @@ def tile_bytes() -> int:
     return 2**21 if (_backend.get() or jax.default_backend()) == "cpu" else 2**28
 
 
+KEY_BYTES = 2**28
+"""Most bytes of a tile's keys and values, of which a single query would otherwise see all."""
+
+
 def window_attention(
     q: Array,
     k: Array,
@@ -98,7 +102,8 @@ def window_attention(
     if tile is None:
         scores = tile_bytes() // (4 * -(-batch // sample_shards()) * heads)
         rows = max(1, min(tokens, math.isqrt(scores)))
-        tile = rows, max(1, scores // rows)
+        of_key = 2 * -(-batch // sample_shards()) * k.shape[2] * head_size * k.dtype.itemsize
+        tile = rows, max(1, min(scores // rows, KEY_BYTES // of_key))
     q = rearrange(q * head_size**-0.5, "B T (K G) H -> B K G T H", K=k.shape[2])
     own = rearrange(k, "B T K H -> 1 B K T H"), rearrange(v, "B T K H -> 1 B K T H")
     causal = jnp.broadcast_to(jnp.arange(1, tokens + 1), window_start.shape)

@@ -1,6 +1,6 @@
 """Decoding: from the logits after a prompt, one jitted step a token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from vxl_jax.memory import Memory
 from vxl_jax.model import VideoXL, decode_step, prefill
 from vxl_jax.sharding import everywhere
 from vxl_jax.stream import VISUAL, StreamBatch, round_up
@@ -80,42 +79,58 @@ def stream_tokens(
     graph, params = nnx.split(model)
     capacity = round_up(streams.memory + max_new_tokens, steps=4)
     logits, memory = prefill(graph, params, streams, pixels, capacity)
-    for tokens, _ in decode(graph, params, memory, logits, max_new_tokens, sampling):
-        yield tokens
+
+    def step(token: Array) -> Array:
+        nonlocal memory
+        logits, memory = decode_step(graph, params, memory, token)
+        return logits
+
+    yield from decode(step, logits, max_new_tokens, sampling)
 
 
 def decode(
-    graph: Any,
-    params: Any,
-    memory: Memory,
-    logits: Array,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    base: Memory | None = None,
-) -> Iterator[tuple[np.ndarray, Memory]]:
-    """Yield the next token of every sample, [B] int32, and the memory as it then is.
+    step: Callable[[Array], Array], logits: Array, max_new_tokens: int, sampling: Sampling = GREEDY
+) -> Iterator[np.ndarray]:
+    """Yield the next token of every sample, [B] int32, `max_new_tokens` times.
 
-    memory: has room for all tokens, and is given up (donated); logits [B, V]: after its last token.
-    base: see `decode_step`. The memory that is yielded may have the entry of the token already:
-    an accelerator works on the next token while the host looks at this one.
+    step: puts a token of every sample into a memory and returns the logits [B, V] after it. logits:
+    those before the first. An accelerator makes a step while the host looks at the token: it may be
+    one that is not needed.
     """
     ahead = jax.default_backend() != "cpu"
     key = jax.random.key(sampling.seed)
-    for step in range(max_new_tokens):
+    for i in range(max_new_tokens):
         token = choose(
             logits,
             sampling.temperature == 0,
-            jax.random.fold_in(key, step),
+            jax.random.fold_in(key, i),
             sampling.temperature,
             sampling.top_k,
             sampling.top_p,
         )
-        last = step + 1 == max_new_tokens
+        last = i + 1 == max_new_tokens
         if ahead and not last:
-            logits, memory = decode_step(graph, params, memory, token, base)
-        yield np.asarray(token), memory
+            logits = step(token)
+        yield np.asarray(token)
         if not (ahead or last):
-            logits, memory = decode_step(graph, params, memory, token, base)
+            logits = step(token)
+
+
+def until_stopped(
+    tokens: Iterator[np.ndarray], stop_ids: Collection[int], stopped: np.ndarray
+) -> list[list[int]]:
+    """The token ids of each sample, up to and without its first stop id; ends early when all have
+    stopped. stopped: bool [B], samples that have from the beginning.
+    """
+    answers: list[list[int]] = [[] for _ in stopped]
+    for column in tokens:
+        stopped = stopped | np.isin(column, list(stop_ids))
+        if stopped.all():
+            break
+        for answer, token, done in zip(answers, column, stopped, strict=True):
+            if not done:
+                answer.append(int(token))
+    return answers
 
 
 def check_pixels(model: VideoXL, streams: StreamBatch, pixels: Any | None) -> None:
@@ -144,15 +159,6 @@ def generate(
     Returns the new token ids of each sample, up to and without its first stop id. Ends early when
     all samples have stopped. See `stream_tokens`.
     """
-    answers: list[list[int]] = [[] for _ in range(len(streams.last))]
-    stopped = np.asarray(streams.length) == 0  # places that no sample has
-    for tokens in stream_tokens(
-        model, streams, pixels, max_new_tokens=max_new_tokens, sampling=sampling
-    ):
-        stopped |= np.isin(tokens, stop_ids)
-        if stopped.all():
-            break
-        for answer, token, done in zip(answers, tokens, stopped, strict=True):
-            if not done:
-                answer.append(int(token))
-    return answers
+    tokens = stream_tokens(model, streams, pixels, max_new_tokens=max_new_tokens, sampling=sampling)
+    empty = np.asarray(streams.length) == 0  # places that no sample has
+    return until_stopped(tokens, stop_ids, empty)

@@ -1,12 +1,12 @@
 """Will it fit? Bytes of watching and answering, compiled for the model's shapes; nothing allocated.
 
 Weights and memory entries are arithmetic, and exact. Activations are what XLA's CPU compiler
-allocates for the same programs: about what a GPU needs, as a rule more, since a CPU multiplies
-bfloat16 in float32.
+allocates for the same programs in float32: more than bfloat16 needs. (In bfloat16, a CPU would make
+float32 copies of the whole memory, which no accelerator does.)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -66,14 +66,15 @@ class Estimator:
         """weights: as for `load_network`."""
         self.config = config
 
-        def make() -> VideoXL:
+        def make(config: VideoXLConfig) -> VideoXL:
             model = VideoXL(config, rngs=nnx.Rngs(0))
             if weights == "int8":
                 quantize(model)
             return model
 
-        self.graph, self.params = nnx.split(nnx.eval_shape(make))
-        self.weights = bytes_of(self.params)
+        self.weights = tree_bytes(nnx.state(nnx.eval_shape(lambda: make(config))))
+        self.wide = replace(config, dtype="float32", param_dtype="float32")
+        self.graph, self.params = nnx.split(nnx.eval_shape(lambda: make(self.wide)))
         self.entry = entry_bytes(config)
         self.windows = max(1, STEP_TOKENS // config.window)
 
@@ -105,7 +106,7 @@ class Estimator:
 
     def activations(self, capacity: int, ratio: int | None) -> int:
         """Most bytes beside weights and a memory of some capacity, in any of the programs."""
-        c = self.config
+        c = self.wide
         tokens = self.windows * c.window
         frames = -(-tokens // c.tokens_per_frame)
         size = c.vision.image_size
@@ -117,7 +118,7 @@ class Estimator:
         token = jax.ShapeDtypeStruct((1,), np.int32)
         model = self.graph, self.params
         # Pixels and features of the next step stand while this one runs.
-        waiting = 2 * bytes_of((pixels, visual))
+        waiting = 2 * tree_bytes((pixels, visual))
         with attention.made_for("gpu"):
             lowered = (
                 encode.lower(*model, pixels),
@@ -129,7 +130,7 @@ class Estimator:
     def _memory(self, capacity: int) -> Memory:
         language = self.config.language
         shape = (language.layers, 1, language.kv_heads, capacity, language.head_size)
-        part: Any = jax.ShapeDtypeStruct(shape, DTYPES[self.config.dtype])
+        part: Any = jax.ShapeDtypeStruct(shape, DTYPES[self.wide.dtype])
         length: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
         return Memory(part, part, length)
 
@@ -141,7 +142,7 @@ def _extra_bytes(lowered: Any) -> int:
     return int(memory.temp_size_in_bytes + made)
 
 
-def bytes_of(tree: Any) -> int:
+def tree_bytes(tree: Any) -> int:
     """Bytes of all arrays or shapes of a tree."""
     return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 

@@ -86,8 +86,14 @@ pictures, everything else is a video."""
 
 
 def as_media(media: Media, **options: Any) -> Video | Picture:
-    """What it is, said. options: fields of a `Video` that is not one yet."""
+    """What it is, said. options: fields of a `Video` that is not one yet.
+
+    Raises: ValueError if they are given for one that is.
+    """
     if isinstance(media, Video | Picture):
+        given = [name for name, value in options.items() if value != getattr(Video, name)]
+        if given:
+            raise ValueError(f"{', '.join(given)}: a {type(media).__name__} has its own")
         return media
     is_picture = isinstance(media, Image.Image) or (
         isinstance(media, str | Path) and Path(media).suffix.lower() in PICTURE_SUFFIXES
@@ -100,16 +106,16 @@ class Film:
     """The frames of one visual block in order: of a video, or the tiles of an image.
 
     name: for messages. seconds: of each frame, None where their number is not known before they
-    come. chunks: a function from side in pixels and number of frames to chunks of at most so many
-    frames, in order. It raises MediaError where a frame cannot be decoded, after all before it.
-    step: seconds from a frame to the next where seconds count from the first of these frames, and
-    not from the beginning of a file; else None.
+    come. chunks: a function from a number of frames to chunks of at most so many, in order. It
+    raises MediaError where a frame cannot be decoded, after all before it. step: seconds from a
+    frame to the next where seconds count from the first of these frames, and not from the beginning
+    of a file; else None.
     """
 
     name: str
     is_video: bool
     seconds: np.ndarray | None
-    chunks: Callable[[int, int], Generator[Chunk, None, None]]
+    chunks: Callable[[int], Generator[Chunk, None, None]]
     step: float | None = None
 
 
@@ -125,11 +131,11 @@ def open_film(media: Video | Picture, size: int) -> Film:
     if not 0 < media.fps < math.inf:
         raise MediaError(f"a video of {media.fps} frames a second; fps must be more than 0")
     if isinstance(media.source, str | Path):
-        return _video_file(media)
+        return _video_file(media, size)
     if isinstance(media.source, np.ndarray):
         return _array(media.source, media.fps, size)
     if isinstance(media.source, Iterable):
-        return _live(media.source, media.fps)
+        return _live(media.source, media.fps, size)
     raise MediaError(
         f"{type(media.source).__name__}: neither a path nor pictures; see vxl_jax.Video"
     )
@@ -144,7 +150,7 @@ def _picture(source: Any, size: int) -> Film:
     tiles = tile_image(source, grid_pinpoints(size), size)
     seconds = np.zeros(len(tiles))
 
-    def chunks(size: int, count: int) -> Generator[Chunk, None, None]:
+    def chunks(count: int) -> Generator[Chunk, None, None]:
         for i in range(0, len(tiles), count):
             yield tiles[i : i + count], seconds[i : i + count]
 
@@ -156,7 +162,7 @@ def _array(pixels: np.ndarray, fps: float, size: int) -> Film:
     _checked_pixels(pixels, size)
     seconds = np.arange(len(pixels)) / fps
 
-    def chunks(size: int, count: int) -> Generator[Chunk, None, None]:
+    def chunks(count: int) -> Generator[Chunk, None, None]:
         for i in range(0, len(pixels), count):
             some = pixels[i : i + count]
             if some.dtype == np.uint8:
@@ -179,26 +185,33 @@ def _checked_pixels(pixels: np.ndarray, size: int | None = None) -> np.ndarray:
     return pixels
 
 
-def _live(pictures: Iterable[Any], fps: float) -> Film:
-    def chunks(size: int, count: int) -> Generator[Chunk, None, None]:
+def _live(pictures: Iterable[Any], fps: float, size: int) -> Film:
+    def resized(picture: Any) -> np.ndarray:
+        if isinstance(picture, str | Path):
+            picture = load_image(picture)
+        elif not isinstance(picture, Image.Image):
+            picture = _checked_pixels(np.asarray(picture)[None])[0]
+        return resize_and_crop(picture, size)
+
+    def chunks(count: int) -> Generator[Chunk, None, None]:
         some: list[np.ndarray] = []
-        done = 0
-        for picture in pictures:
-            if isinstance(picture, str | Path):
-                picture = load_image(picture)
-            elif not isinstance(picture, Image.Image):
-                picture = _checked_pixels(np.asarray(picture)[None])[0]
-            some.append(resize_and_crop(picture, size))
-            if len(some) == count:
-                yield np.stack(some), (done + np.arange(count)) / fps
-                some, done = [], done + count
-        if some:
-            yield np.stack(some), (done + np.arange(len(some))) / fps
+        done, failed = 0, None
+        each = iter(pictures)
+        while failed is None:
+            try:
+                some.append(resized(next(each)))
+            except Exception as error:  # those before it come first
+                failed = error
+            if some and (failed is not None or len(some) == count):
+                yield np.stack(some), (done + np.arange(len(some))) / fps
+                some, done = [], done + len(some)
+        if not isinstance(failed, StopIteration):
+            raise failed
 
     return Film("frames", True, None, chunks, 1 / fps)
 
 
-def _video_file(media: Video) -> Film:
+def _video_file(media: Video, size: int) -> Film:
     path = Path(media.source)
     with _whole(path) as whole:
         file = _open(path, whole, media.fps)
@@ -206,20 +219,22 @@ def _video_file(media: Video) -> Film:
     if most < 1:
         raise MediaError(f"{path}: {most} frames asked for; give at least one")
     sampling: Sampling = "uniform" if media.sample_fps is None else "capped"
-    wanted = media.sample_fps or 1.0
+    wanted = 1.0 if media.sample_fps is None else media.sample_fps
     try:
         indices = choose_frames(
             file.frames, file.fps, sampling, most, wanted, media.start, media.end
         )
     except ValueError as error:
         raise MediaError(f"{path}: {error}") from error
-    return Film(str(path), True, np.array(indices) / file.fps, _decoder(path, media.fps, indices))
+    return Film(
+        str(path), True, np.array(indices) / file.fps, _decoder(path, media.fps, indices, size)
+    )
 
 
 def _decoder(
-    path: Path, fps: float, indices: Sequence[int]
-) -> Callable[[int, int], Generator[Chunk, None, None]]:
-    def chunks(size: int, count: int) -> Generator[Chunk, None, None]:
+    path: Path, fps: float, indices: Sequence[int], size: int
+) -> Callable[[int], Generator[Chunk, None, None]]:
+    def chunks(count: int) -> Generator[Chunk, None, None]:
         with _whole(path) as whole:
             file = _open(path, whole, fps, THREADS)  # in the thread that reads it
             done, stretch = 0, count

@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = read_options(sys.argv[1:] if arguments is None else arguments)
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
         os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.95"  # of a GPU; JAX's own default is 0.75
+    from jax.errors import JaxRuntimeError
+
     from vxl_jax.chat import ConversationError
     from vxl_jax.media import MediaError
     from vxl_jax.tensors import CheckpointError
@@ -50,6 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except JaxRuntimeError as error:  # a device without room, as a rule
+        reason = str(error).partition("\n")[0]
+        print(f"error: the device gave up ({reason}); --plan tells what fits", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -150,9 +156,12 @@ def read_ratios(text: str) -> int | str | dict[float, int | None] | None:
 def run(options: argparse.Namespace) -> int:
     """Load, watch, save and answer; returns the exit status."""
     from vxl_jax.decode import Sampling
-    from vxl_jax.inference import load
-    from vxl_jax.visual_memory import check_free, load_memory
+    from vxl_jax.inference import check_question, load
+    from vxl_jax.visual_memory import check_free, check_room, load_memory
 
+    for prompt in options.prompt:
+        check_question(prompt)
+    films = open_films(options)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     if options.save_memory is not None:
         check_free(options.save_memory, options.overwrite)
@@ -164,13 +173,14 @@ def run(options: argparse.Namespace) -> int:
         changes["max_context"] = options.max_context
     model = load(options.model, vision=options.vision, **changes)
     memory = model.remember() if options.memory is None else load_memory(options.memory, model)
-    ended_early = False
+    ratios = model.checked_ratios(options.ratio)
+    check_room(memory.growing, films, ratios)
+    status = 0
     try:
-        ended_early = watch(memory, options)
+        status = watch(memory, films, ratios)
     finally:  # also of what was watched before Ctrl-C
         if options.save_memory is not None and memory.watched:
-            memory.save(options.save_memory, overwrite=options.overwrite)
-            print(f"saved {options.save_memory}: {memory!r}", file=sys.stderr)
+            status = max(status, save(memory, options))
     asked = {"max_new_tokens": options.max_new_tokens, "sampling": sampling}
     for prompt in options.prompt:
         if len(options.prompt) > 1:
@@ -179,26 +189,52 @@ def run(options: argparse.Namespace) -> int:
     if options.interactive:
         chat = model.chat(memory)
         converse(lambda question: print_pieces(chat.stream(question, **asked)))
-    return 3 if ended_early else 0
+    return status
 
 
-def watch(memory: Any, options: argparse.Namespace) -> bool:
-    """Watch what was given; returns whether some of it could not be."""
-    from vxl_jax.film import FRAMES, Picture, Video
-    from vxl_jax.visual_memory import PartlyWatched
+def open_films(options: argparse.Namespace) -> list[Any]:
+    """What is to be watched, opened, before the weights are loaded."""
+    from vxl_jax.film import FRAMES, Picture, Video, open_film
+    from vxl_jax.published import read_config
 
-    ended_early = False
+    size = read_config(Path(options.model), vision=options.vision).vision.image_size
+    frames = FRAMES if options.frames is None else options.frames
+    films = []
     for kind, path in options.media:
         media: Any = Picture(path)
         if kind == "video":
-            frames = FRAMES if options.frames is None else options.frames
             media = Video(path, frames, options.sample_fps, options.start, options.end)
+        films.append(open_film(media, size))
+    return films
+
+
+def watch(memory: Any, films: list[Any], ratios: Any) -> int:
+    """Watch films one after another; returns the exit status: 3 if one ended early."""
+    from vxl_jax.media import MediaError
+
+    status = 0
+    for film in films:
         try:
-            memory.extend(media, ratio=options.ratio, new_block=True, progress=True)
-        except PartlyWatched as error:
+            memory.watch(film, ratios, progress=True)
+        except MediaError as error:
+            if not memory.watched:
+                raise
             print(f"error: {error}", file=sys.stderr)
-            ended_early = True
-    return ended_early
+            status = 3
+    return status
+
+
+def save(memory: Any, options: argparse.Namespace) -> int:
+    """Keep the memory in a file; returns the exit status. It can be asked all the same."""
+    from vxl_jax.visual_memory import VisualMemoryError
+
+    try:
+        memory.save(options.save_memory, overwrite=options.overwrite)
+    except (OSError, VisualMemoryError) as error:
+        print(f"error: {options.save_memory}: cannot be saved ({error})", file=sys.stderr)
+        return 2
+    print(f"saved {options.save_memory}: {memory!r}", file=sys.stderr)
+    return 0
 
 
 def print_pieces(pieces: Iterator[str]) -> None:
@@ -224,6 +260,8 @@ def converse(answer: Callable[[str], None]) -> None:
             answer(line.strip())
         except ValueError as error:  # of this question; the conversation is as it was
             print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:  # of this answer
+            print(flush=True)
 
 
 def print_plan(options: argparse.Namespace) -> None:
@@ -248,8 +286,13 @@ def print_plan(options: argparse.Namespace) -> None:
     else:
         config = read_config(Path(options.model), vision=options.vision, **changes)
     weights = "int8" if options.weights == "int8" else None
-    given = options.ratio if isinstance(options.ratio, int) else None
-    ratios = (given,) if given else tuple(sorted(config.ratios)) or (None,)
+    if options.frames is not None and options.frames < 1:
+        raise ConfigError(f"--frames {options.frames}: give at least one")
+    if isinstance(options.ratio, dict) or options.ratio == 0:
+        raise ConfigError("--ratio: a plan is of one ratio, or of all that the model has learned")
+    ratios: tuple[int | None, ...] = (options.ratio,)
+    if options.ratio == "model":
+        ratios = tuple(sorted(config.ratios)) or (None,)
     estimator = Estimator(config, weights)
     estimates = []
     with progress_bar(total=len(ratios), desc="compiling", unit="ratio") as progress:

@@ -9,7 +9,7 @@ a small memory of their own, behind it.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -31,9 +31,9 @@ from vxl_jax.chat import (
 )
 from vxl_jax.checkpoint import load_network
 from vxl_jax.config import VideoXLConfig
-from vxl_jax.decode import GREEDY, Sampling
+from vxl_jax.decode import GREEDY, Sampling, until_stopped
 from vxl_jax.estimate import STEP_TOKENS
-from vxl_jax.film import FRAMES, Media, Picture, Video, as_media, open_film
+from vxl_jax.film import FRAMES, Film, Media, as_media, open_film
 from vxl_jax.model import VideoXL
 from vxl_jax.published import load_tokenizer, read_config, read_max_context
 from vxl_jax.visual_memory import (
@@ -42,7 +42,9 @@ from vxl_jax.visual_memory import (
     Ratios,
     VisualMemory,
     VisualMemoryError,
-    watch,
+    check_ratios,
+    check_room,
+    watch_film,
 )
 
 CPU_STEP_TOKENS = 2048
@@ -139,20 +141,25 @@ class Model:
             came before, if a video is damaged; VisualMemoryError if it is more than the context of
             the model or the memory of the device has room for, before anything is watched.
         """
-        ratios: Ratios = self.default_ratio if ratio == "model" else ratio  # type: ignore[assignment]
+        ratios = self.checked_ratios(ratio)
+        options: dict[str, Any] = {"frames": frames, "sample_fps": sample_fps}
+        options |= {"start": start, "end": end}
+        size = self.config.vision.image_size
+        films = [open_film(as_media(item, **options), size) for item in as_list(media)]
         memory = self.remember(system)
-        for item in media if isinstance(media, list | tuple) else [media]:
-            memory.extend(
-                item,
-                frames=frames,
-                ratio=ratios,
-                sample_fps=sample_fps,
-                start=start,
-                end=end,
-                new_block=True,
-                progress=progress,
-            )
+        check_room(memory.growing, films, ratios)
+        for film in films:
+            memory.watch(film, ratios, progress=progress)
         return memory
+
+    def checked_ratios(self, ratio: Ratios | Literal["model"]) -> Ratios:
+        """A ratio that windows can have; "model": the default.
+
+        Raises: ValueError if they cannot.
+        """
+        ratios: Any = self.default_ratio if isinstance(ratio, str) and ratio == "model" else ratio
+        check_ratios(ratios, self.config.window)
+        return ratios
 
     def remember(self, system: str = DEFAULT_SYSTEM) -> VisualMemory:
         """A memory that has watched nothing yet, for `VisualMemory.extend`."""
@@ -195,9 +202,13 @@ class Model:
             the memory, or the context has no room for question and answer.
         """
         questions = [question] if isinstance(question, str) else question
+        for text in questions:
+            check_question(text)
+            if IMAGE_MARK in text:
+                raise ValueError(f"{IMAGE_MARK} in a question: more media belong to a `chat`")
         new = self.ask_ids(
             memory,
-            [self._after(memory, text) for text in questions],
+            [self.first_turn(len(memory.watched), text) for text in questions],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
         )
@@ -228,22 +239,16 @@ class Model:
         prompts: token ids of what comes after the memory's last block, to where the answer begins.
         """
         memory.attach(self)
+        if not prompts:
+            return []
         entries = Growing(self, len(prompts), memory)
         streams = [entries.plan_text(ids, i) for i, ids in enumerate(prompts)]
         longest = max(stream.persistent for stream in streams) + _at_least_one(max_new_tokens)
         self.check_context(memory.length + longest, "the question")
         entries.reserve(longest)
         logits = entries.read(streams)
-        answers: list[list[int]] = [[] for _ in prompts]
-        going = np.ones(len(prompts), bool)
-        for tokens in entries.decode(logits, max_new_tokens, sampling):
-            going &= ~np.isin(tokens, self.stop_ids)
-            if not going.any():
-                break
-            for answer, token, goes_on in zip(answers, tokens, going, strict=True):
-                if goes_on:
-                    answer.append(int(token))
-        return answers
+        tokens = entries.decode(logits, max_new_tokens, sampling)
+        return until_stopped(tokens, self.stop_ids, np.zeros(len(prompts), bool))
 
     def chat(self, memory: VisualMemory | None = None, system: str = DEFAULT_SYSTEM) -> "Chat":
         """A conversation of several turns about a memory, which stays as it is, or about nothing
@@ -269,10 +274,8 @@ class Model:
                 "answer, or load the model with another max_context"
             )
 
-    def _after(self, memory: VisualMemory, question: str) -> np.ndarray:
-        """Ids of a first turn behind the blocks of a memory."""
-        blocks = len(memory.watched)
-        _check_question(question)
+    def first_turn(self, blocks: int, question: str) -> np.ndarray:
+        """Ids of a question behind a memory of so many blocks, to where its answer begins."""
         ids = encode_prompt(IMAGE_MARK * blocks + question, self.tokenizer)
         if blocks:
             return ids[int(np.flatnonzero(ids == IMAGE_TOKEN)[blocks - 1]) + 1 :]
@@ -294,13 +297,15 @@ class Chat:
         memory.attach(model)
         self.model, self.memory = model, memory
         self.turns: list[dict[str, str]] = []
+        self._blocks = len(memory.watched)
         self._entries = Growing(model, 1, memory)
+        self._answering: Generator[str, None, None] | None = None
         self._rest = np.empty(0, np.int32)  # ids that are not in the entries yet
 
     def ask(
         self,
         question: str,
-        media: Sequence[Media] = (),
+        media: Media | Sequence[Media] = (),
         *,
         ratio: Ratios | Literal["model"] = "model",
         frames: int | None = FRAMES,
@@ -320,17 +325,18 @@ class Chat:
     def stream(
         self,
         question: str,
-        media: Sequence[Media] = (),
+        media: Media | Sequence[Media] = (),
         *,
         ratio: Ratios | Literal["model"] = "model",
         frames: int | None = FRAMES,
         max_new_tokens: int = NEW_TOKENS,
         sampling: Sampling = GREEDY,
     ) -> Iterator[str]:
-        """As `ask`, giving the answer in pieces as they come. Stopped early, the conversation has
-        what was answered until then.
+        """As `ask`, giving the answer in pieces as they come. Stopped early, or followed by another
+        question, the conversation has what was answered until then.
         """
-        _check_question(question)
+        check_question(question)
+        media = as_list(media)
         if media and IMAGE_MARK not in question:
             question = IMAGE_MARK * len(media) + question
         if question.count(IMAGE_MARK) != len(media):
@@ -338,26 +344,30 @@ class Chat:
                 f"{question.count(IMAGE_MARK)} {IMAGE_MARK} marks in the question for {len(media)} "
                 "videos and images"
             )
-        if self.turns:
-            ids = np.append(self._rest, encode_follow_up(question, self.model.tokenizer))
-        else:
-            ids = self.model._after(self.memory, question)
-        ratios: Ratios = self.model.default_ratio if ratio == "model" else ratio  # type: ignore[assignment]
-        opened = [as_media(item, frames=frames) for item in media]
-        return self._answer(question, ids, opened, ratios, max_new_tokens, sampling)
+        ratios = self.model.checked_ratios(ratio)
+        size = self.model.config.vision.image_size
+        films = [open_film(as_media(item, frames=frames), size) for item in media]
+        _at_least_one(max_new_tokens)
+        if self._answering is not None:
+            self._answering.close()
+        self._answering = self._answer(question, films, ratios, max_new_tokens, sampling)
+        return self._answering
 
     def _answer(
         self,
         question: str,
-        ids: np.ndarray,
-        media: list[Video | Picture],
+        films: list[Film],
         ratios: Ratios,
         max_new_tokens: int,
         sampling: Sampling,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         entries, before = self._entries, self._entries.lengths.copy()
+        if self.turns:
+            ids = np.append(self._rest, encode_follow_up(question, self.model.tokenizer))
+        else:
+            ids = self.model.first_turn(self._blocks, question)
         try:
-            logits = self._read(ids, media, ratios, _at_least_one(max_new_tokens))
+            logits = self._read(ids, films, ratios, max_new_tokens)
         except BaseException:
             entries.lengths = before
             raise
@@ -385,24 +395,30 @@ class Chat:
         if text != shown:
             yield text[len(shown) :]
 
-    def _read(
-        self, ids: np.ndarray, media: Sequence[Video | Picture], ratios: Ratios, new: int
-    ) -> Array:
+    def _read(self, ids: np.ndarray, films: Sequence[Film], ratios: Ratios, new: int) -> Array:
         """Put a turn into the entries: text and media in their order; logits after it."""
         marks = np.flatnonzero(ids == IMAGE_TOKEN)
         pieces = np.split(ids[ids != IMAGE_TOKEN], marks - np.arange(len(marks)))
-        for text, item in zip(pieces, media, strict=False):
+        for text, film in zip(pieces, films, strict=False):
             if len(text):
                 self._entries.read_text(text)
-            size = self.model.config.vision.image_size
-            watch(Block(self._entries), open_film(item, size), ratios)
+            watch_film(Block(self._entries), film, ratios)
         used = self._entries.before + int(self._entries.lengths[0]) + len(pieces[-1]) + new
         self.model.check_context(used, "the conversation")
         self._entries.reserve(int(self._entries.lengths[0]) + len(pieces[-1]) + new)
         return self._entries.read_text(pieces[-1])
 
 
-def _check_question(question: Any) -> None:
+def as_list(media: Media | Sequence[Media]) -> list[Media]:
+    """One or several, as several."""
+    return list(media) if isinstance(media, list | tuple) else [media]
+
+
+def check_question(question: Any) -> None:
+    """Refuse what is no text.
+
+    Raises: ValueError.
+    """
     if not isinstance(question, str):
         raise ValueError(f"a question must be text, got {type(question).__name__}")
     if not question.replace(IMAGE_MARK, "").strip():

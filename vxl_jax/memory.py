@@ -14,12 +14,13 @@ from vxl_jax.config import DTYPES, VideoXLConfig
 class Memory:
     """Keys and values of the persistent tokens of B samples, in stream order.
 
-    keys:   [L, B, K, M, H] already rotated at the entry's rank, which is its slot
+    keys:   [L, B, K, M, H] already rotated at the entry's rank: its slot, after the entries of a
+            memory before it, if there is one
     values: [L, B, K, M, H]
     length: [B] int32, slots in use
 
     Writes past the capacity M are dropped by XLA without a word, so the host checks it first
-    (`stream.batch_streams`, `generate`).
+    (`stream.batch_streams`, `Growing.reserve`).
     """
 
     keys: Array

@@ -1,5 +1,6 @@
 """The memory of what was watched: made chunk by chunk, extended, saved, and loaded again."""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,9 +23,10 @@ from vxl_jax.config import DTYPES, VideoXLConfig
 from vxl_jax.decode import Sampling, decode
 from vxl_jax.estimate import entry_bytes
 from vxl_jax.film import AT_ONCE, FRAMES, Film, Media, ahead, as_media, open_film
+from vxl_jax.interrupts import held_interrupts
 from vxl_jax.media import MediaError
 from vxl_jax.memory import Memory, empty_memory
-from vxl_jax.model import encode, read
+from vxl_jax.model import decode_step, encode, read
 from vxl_jax.progress import progress_bar
 from vxl_jax.stream import Stream, StreamShape, batch_streams, plan_stream, round_up
 from vxl_jax.tensor_files import Piece, Planned, write_tensors
@@ -66,11 +69,17 @@ def check_ratios(ratios: Ratios, window: int) -> None:
     if not pairs or min(pairs) > 0:
         raise ValueError(f"ratio {ratios!r}: say which one holds from second 0 on")
     for ratio in pairs.values():
-        if ratio is not None and not (isinstance(ratio, int) and 1 <= ratio <= window):
+        whole = isinstance(ratio, Integral) and not isinstance(ratio, bool)
+        if ratio is not None and not (whole and 1 <= ratio <= window):
             raise ValueError(
                 f"ratio {ratio!r}: it must be a whole number from 1 to {window}, the visual tokens "
                 "of a window, or None for no compression"
             )
+
+
+OWN_SLOTS, OWN_SLOTS_OF_MANY, TEXT_STEP = 1024, 128, 64
+"""Least slots of what stands behind a base, where it is one sample and where it is several, and by
+how many tokens text grows: so that questions of other lengths compile nothing."""
 
 
 class Growing:
@@ -96,15 +105,20 @@ class Growing:
         return replace(self._base.entries(), length=length)
 
     def reserve(self, slots: int) -> None:
-        """Make room for so many entries of each sample. The capacity grows by a quarter at least,
-        to the next of few sizes, each of which is compiled for once.
+        """Make room for so many entries of each sample. The capacity is one of few sizes, each of
+        which is compiled for once: of a film, what it needs, or a quarter more than it had; of what
+        stands behind a base, `OWN_SLOTS` or a multiple.
 
         Raises: VisualMemoryError if the device has no room; all stays as it was.
         """
         capacity = 0 if self.memory is None else self.memory.capacity
         if slots <= capacity:
             return
-        wanted = round_up(max(slots, capacity * 5 // 4), 16)
+        if self._base is None:
+            wanted = round_up(max(slots, capacity * 5 // 4), 16)
+        else:
+            least = OWN_SLOTS if len(self.lengths) == 1 else OWN_SLOTS_OF_MANY
+            wanted = least * round_up(-(-slots // least), 1)
         config = self.model.config
         try:
             if self.memory is None:
@@ -128,16 +142,19 @@ class Growing:
         shape = StreamShape.of(streams[0])
         for stream in streams[1:]:
             shape = shape.union(StreamShape.of(stream))
-        self.reserve(int((self.lengths + [stream.persistent for stream in streams]).max()))
+        lengths = self.lengths + np.array([s.persistent for s in streams], np.int32)
+        self.reserve(max(1, int(lengths.max())))
         assert self.memory is not None
         memory = replace(self.memory, length=jnp.array(self.lengths))
-        batch = batch_streams(streams, shape.padded(8))
+        shape = shape.padded(8)
+        if visual is None:
+            shape = replace(shape, tokens=-(-shape.tokens // TEXT_STEP) * TEXT_STEP)
         # What it has room for is its own: the plan's must not be compiled for.
-        batch = replace(batch, memory=0)
-        logits, self.memory = read(
-            self.model.graph, self.model.params, memory, batch, visual, self.base
-        )
-        self.lengths = self.lengths + np.array([s.persistent for s in streams], np.int32)
+        batch = replace(batch_streams(streams, shape), memory=0)
+        model, base = self.model, self.base
+        with held_interrupts():
+            logits, self.memory = read(model.graph, model.params, memory, batch, visual, base)
+            self.lengths = lengths
         return logits
 
     def decode(
@@ -149,12 +166,19 @@ class Growing:
         were given have an entry.
         """
         assert self.memory is not None
-        model, memory = self.model, replace(self.memory, length=jnp.array(self.lengths))
-        steps = decode(
-            model.graph, model.params, memory, logits, max_new_tokens, sampling, self.base
-        )
-        for self.decoded, (tokens, self.memory) in enumerate(steps):
+        self.memory = replace(self.memory, length=jnp.array(self.lengths))
+        steps = decode(self._step, logits, max_new_tokens, sampling)
+        for before, tokens in enumerate(steps):
+            self.decoded = before
             yield tokens
+
+    def _step(self, token: Array) -> Array:
+        """Put a token of every sample into the memory; returns the logits after it."""
+        model, base = self.model, self.base
+        assert self.memory is not None
+        with held_interrupts():
+            logits, self.memory = decode_step(model.graph, model.params, self.memory, token, base)
+        return logits
 
     def read_text(self, ids: np.ndarray) -> Array:
         """Put text into the memory of the one sample; returns the logits [1, V] after it."""
@@ -219,14 +243,19 @@ class Block:
         # The device has one step to do while the host makes the next, and no more.
         while len(self._running) > 1:
             self._running.popleft().block_until_ready()
+        held = int(self.entries.lengths[0])
         self.entries.lengths[0] = self.start
-        self._running.append(self.entries.read([stream], visual[None]))
+        try:
+            self._running.append(self.entries.read([stream], visual[None]))
+        except BaseException:
+            self.entries.lengths[0] = held
+            raise
         windows = np.append(stream.window_memory, self.entries.before + self.entries.lengths[0])
         self.start = int(windows[full]) - self.entries.before
         self.features, self.ratios = self.features[full * window :], self.ratios[full:]
 
 
-def watch(
+def watch_film(
     block: Block,
     film: Film,
     ratios: Ratios,
@@ -234,7 +263,8 @@ def watch(
     taken: Callable[[np.ndarray], None] = lambda seconds: None,
     progress: bool = False,
 ) -> None:
-    """Put a film into a memory, chunk by chunk, while a thread decodes the next.
+    """Put a film into a memory, chunk by chunk, while a thread decodes the next. Ctrl-C is heard
+    after each chunk.
 
     shift: what is added to the film's seconds. taken: called with the seconds of frames that have
     been taken in.
@@ -248,20 +278,25 @@ def watch(
     if known is not None:
         needed = block.start + count_entries(config, known + shift, ratios, block)
         model.check_context(block.entries.before + needed, film.name)
-        block.entries.reserve(needed)
+        block.entries.reserve(max(1, needed))
     count = max(1, model.windows_at_once * config.window // config.tokens_per_frame)
-    chunks = film.chunks(config.vision.image_size, min(count, AT_ONCE))
+    chunks = film.chunks(min(count, AT_ONCE))
     total = None if known is None else len(known)
     bar = progress_bar(progress, total=total, desc="watching", unit="frame")
-    with bar, closing(ahead(chunks)) as decoded:
+    with bar, closing(ahead(chunks)) as decoded, held_interrupts() as let_go:
         try:
             for pixels, seconds in decoded:
                 if known is None:
                     more = count_entries(config, seconds + shift, ratios, block)
                     model.check_context(block.entries.before + block.start + more, film.name)
-                block.see(pixels, seconds + shift, ratios)
-                taken(seconds + shift)
+                before = block.tokens
+                try:
+                    block.see(pixels, seconds + shift, ratios)
+                finally:
+                    if block.tokens > before:
+                        taken(seconds + shift)
                 bar.update(len(pixels))
+                let_go()
         finally:
             block.finish()
 
@@ -270,6 +305,19 @@ def watch(
 def _grown(memory: Memory, capacity: int) -> Memory:
     room = [(0, 0)] * 3 + [(0, capacity - memory.capacity), (0, 0)]
     return replace(memory, keys=jnp.pad(memory.keys, room), values=jnp.pad(memory.values, room))
+
+
+def check_room(entries: Growing, films: Sequence[Film], ratios: Ratios) -> None:
+    """See that the context and the device have room for all of some films, and make it.
+
+    Raises: VisualMemoryError if they have not.
+    """
+    model, needed = entries.model, int(entries.lengths[0])
+    for film in films:
+        if film.seconds is not None:
+            needed += count_entries(model.config, film.seconds, ratios)
+            model.check_context(entries.before + needed, film.name)
+    entries.reserve(max(1, needed))
 
 
 def count_entries(
@@ -281,7 +329,7 @@ def count_entries(
     total, entries = waiting + len(seconds) * per_frame, 0
     for start in range(0, total, window):
         if begun is not None and start < waiting:
-            ratio = begun.ratios[0]
+            ratio = begun.ratios[start // window]
         else:
             ratio = ratio_at(ratios, seconds[(start - waiting) // per_frame])
         count = min(window, total - start)
@@ -359,12 +407,16 @@ class VisualMemory:
             VisualMemoryError if there is no room. What was watched before stays usable, as it does
             after Ctrl-C.
         """
-        model, entries = self.growing.model, self.growing
-        config = model.config
-        ratios: Ratios = model.default_ratio if ratio == "model" else ratio  # type: ignore
-        check_ratios(ratios, config.window)
+        model = self.growing.model
+        ratios = model.checked_ratios(ratio)
         media = as_media(media, frames=frames, sample_fps=sample_fps, start=start, end=end)
-        film = open_film(media, config.vision.image_size)
+        self.watch(open_film(media, model.config.vision.image_size), ratios, new_block, progress)
+
+    def watch(
+        self, film: Film, ratios: Ratios, new_block: bool = True, progress: bool = False
+    ) -> None:
+        """As `extend`, of a film that is open already."""
+        entries = self.growing
         goes_on = bool(self.watched) and self.watched[-1].is_video and film.is_video
         goes_on = goes_on and not new_block
         block = self._block if goes_on and self._block is not None else Block(entries)
@@ -374,14 +426,14 @@ class VisualMemory:
             self._note(film, block, seconds)
 
         try:
-            watch(block, film, ratios, shift, taken, progress)
+            watch_film(block, film, ratios, shift, taken, progress)
         except MediaError as error:
-            if self._block is not block:  # nothing of it was watched
+            if not self.watched:
                 raise
             last = self.watched[-1]
             raise PartlyWatched(
-                f"{error}; what was watched can be used: {last.frames:,} frames, up to second "
-                f"{last.last:.1f}",
+                f"{error}; what was watched can be used, of {last.name} {last.frames:,} frames, up "
+                f"to second {last.last:.1f}",
                 self,
             ) from error
 
@@ -453,21 +505,17 @@ class VisualMemory:
         }
         layers, _, heads, _, size = memory.keys.shape
 
-        def layer(x: Array, index: int) -> np.ndarray:
-            return np.ascontiguousarray(np.asarray(_layer(x, index))[:, :length])
+        def rows(x: Array, layer: int, head: int) -> np.ndarray:
+            return np.asarray(_part(x, layer, head))[:length]
 
         dtype = np.dtype(memory.keys.dtype)
         stored, shape = STORED_NAME[dtype.name], (layers, heads, length, size)
-        each = heads * length * size * dtype.itemsize
-        planned = [
-            Planned(
-                name,
-                stored,
-                shape,
-                [Piece(each, partial(layer, x, index)) for index in range(layers)],
-            )
-            for name, x in (("keys", memory.keys), ("values", memory.values))
-        ]
+        each = length * size * dtype.itemsize
+        planned = []
+        for name, x in (("keys", memory.keys), ("values", memory.values)):
+            places = itertools.product(range(layers), range(heads))
+            pieces = [Piece(each, partial(rows, x, *place)) for place in places]
+            planned.append(Planned(name, stored, shape, pieces))
         rest = np.asarray(features.astype(dtype))
         planned.append(Planned("features", stored, rest.shape, [Piece(rest.nbytes, lambda: rest)]))
         needed = sum(tensor.bytes for tensor in planned)
@@ -517,8 +565,9 @@ def check_free(path: Path, overwrite: bool) -> None:
 
 
 @jax.jit
-def _layer(x: Array, index: Any) -> Array:
-    return lax.dynamic_index_in_dim(x, index, keepdims=False)[0]
+def _part(x: Array, layer: Any, head: Any) -> Array:
+    start = (layer, 0, head, 0, 0)
+    return lax.dynamic_slice(x, start, (1, 1, 1, *x.shape[3:]))[0, 0, 0]
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -25,6 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, demo_data: Path) -> Path:
     shutil.copytree(MICRO / "hf", path / "hf")
     shutil.copytree(MICRO / "clip-vision", path / "clip-vision")
     shutil.copytree(demo_data / "tokenizer", path / "hf", dirs_exist_ok=True)
+    (path / "run" / "checkpoints").mkdir(parents=True)
+    (path / "run" / "config.json").write_text("{}")
     write_video(path / "film.mp4", 60, fps=10)
     whole = (path / "film.mp4").read_bytes()
     (path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
@@ -95,7 +97,7 @@ def test_a_damaged_film_is_answered_as_far_as_it_goes(
     watched = memory.watched[0]
     assert 5 < watched.frames < 60
     assert watched.last == pytest.approx((watched.frames - 1) / 10)
-    assert "cut.mp4: video cannot be decoded" in printed.err
+    assert "cut.mp4: ends early, " in printed.err
     assert f"{watched.frames} frames, up to second {watched.last:.1f}" in printed.err
     model = load(folder / "hf")
     whole = model.watch(Video(folder / "film.mp4", 60, end=watched.last + 0.1))
@@ -159,6 +161,7 @@ def test_a_bad_film_is_found_before_a_good_one_is_watched(
     ("options", "reason"),
     [
         (["--model", "none", "--video", "x.mp4", "--prompt", "a"], "none/config.json: cannot be"),
+        (["--model", "run", "--video", "x.mp4", "--prompt", "a"], "run: is a training run; pyth"),
         (["--video", "none.mp4", "--prompt", "a"], "none.mp4: no such file"),
         (["--video", "image.png", "--prompt", "a"], "image.png: not a readable video"),
         (["--image", "film.mp4", "--prompt", "a"], "film.mp4: not a readable image"),

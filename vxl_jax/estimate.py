@@ -37,6 +37,10 @@ STEP_TOKENS = 8192
 """Visual tokens that are put into a memory at once on an accelerator."""
 
 
+MOST_FRAMES = 2**24
+"""Frames up to which it is looked for what fits."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes of a model that watches a film and is asked.
@@ -97,7 +101,7 @@ class Estimator:
         theirs, which do not depend on the frames.
         """
         room = (memory - like.weights - like.activations) // self.entry
-        low, high = 0, 2**24
+        low, high = 0, MOST_FRAMES
         while low < high:
             middle = (low + high + 1) // 2
             needed = TEXT + video_entries(self.config, middle, like.ratio)

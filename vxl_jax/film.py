@@ -4,14 +4,10 @@ No more than a few chunks stand in memory, whatever the length of the film.
 """
 
 import math
-import os
 import queue
-import shutil
-import struct
-import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,7 @@ from vxl_jax.media import (
     resize_and_crop,
     tile_image,
 )
+from vxl_jax.mp4 import readable
 
 Chunk = tuple[np.ndarray, np.ndarray]
 """Pixels [F, S, S, 3] (uint8, or floats that are normalised) and the second of each frame [F]."""
@@ -213,17 +210,16 @@ def _live(pictures: Iterable[Any], fps: float, size: int) -> Film:
 
 def _video_file(media: Video, size: int) -> Film:
     path = Path(media.source)
-    with _whole(path) as whole:
+    with readable(path) as (whole, promised):
         file = _open(path, whole, media.fps)
-    most = file.frames if media.frames is None else media.frames
+    total = promised or file.frames
+    most = total if media.frames is None else media.frames
     if most < 1:
         raise MediaError(f"{path}: {most} frames asked for; give at least one")
     sampling: Sampling = "uniform" if media.sample_fps is None else "capped"
     wanted = 1.0 if media.sample_fps is None else media.sample_fps
     try:
-        indices = choose_frames(
-            file.frames, file.fps, sampling, most, wanted, media.start, media.end
-        )
+        indices = choose_frames(total, file.fps, sampling, most, wanted, media.start, media.end)
     except ValueError as error:
         raise MediaError(f"{path}: {error}") from error
     return Film(
@@ -235,25 +231,30 @@ def _decoder(
     path: Path, fps: float, indices: Sequence[int], size: int
 ) -> Callable[[int], Generator[Chunk, None, None]]:
     def chunks(count: int) -> Generator[Chunk, None, None]:
-        with _whole(path) as whole:
+        with readable(path) as (whole, promised):
             file = _open(path, whole, fps, THREADS)  # in the thread that reads it
+            there = [index for index in indices if index < file.frames]
             done, stretch = 0, count
-            while done < len(indices):
-                some = indices[done : done + stretch]
+            while done < len(there):
+                some = there[done : done + stretch]
                 error: MediaError | None = None
                 try:
                     pixels = file.read(some, size)
                 except MediaError:
-                    file = _open(path, whole, fps)  # the one that has failed may be of no more use
-                    pixels, error = _before_damage(file, some, size)
+                    pixels, error = _before_damage(path, whole, fps, some, size)
                 for i in range(0, len(pixels), count):
                     part = pixels[i : i + count]
-                    yield part, np.array(indices[done : done + len(part)]) / file.fps
+                    yield part, np.array(there[done : done + len(part)]) / file.fps
                     done += len(part)
                 if error is not None:
                     raise error
                 # The first chunk comes soon, and later there are few seeks back to a key frame.
                 stretch = max(count, min(2 * stretch, AT_ONCE) // count * count)
+            if len(there) < len(indices):
+                raise MediaError(
+                    f"{path}: ends early, {file.frames} of its {promised} frames are there; "
+                    "fetch it again"
+                )
 
     return chunks
 
@@ -271,55 +272,20 @@ def _open(path: Path, whole: Path, fps: float, threads: int = 1) -> FrameFolder 
 
 
 def _before_damage(
-    file: FrameFolder | VideoFile, indices: Sequence[int], size: int
+    path: Path, whole: Path, fps: float, indices: Sequence[int], size: int
 ) -> tuple[np.ndarray, MediaError | None]:
-    """Pixels of the frames before one that cannot be decoded, and the error."""
+    """Pixels of the frames before one that cannot be decoded, and the error.
+
+    decord's thread reads ahead, and fails for frames that stand well before the damage: each is
+    tried by a reader of its own, which does not help those that stand close to it.
+    """
     found = np.empty((len(indices), size, size, 3), np.uint8)
     for i, index in enumerate(indices):
         try:
-            file.read([index], size, out=found[i : i + 1])
+            _open(path, whole, fps).read([index], size, out=found[i : i + 1])
         except MediaError as error:
             return found[:i], error
     return found, None
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file that decord opens: of an MP4 that ends early, a copy with zeros for what is missing.
-
-    decord refuses such a file for its end; of the copy, it decodes all frames that are there.
-    """
-    missing = 0 if path.is_dir() else _missing_bytes(path)
-    if not missing:
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="vxl-") as folder:
-        copy = Path(shutil.copyfile(path, Path(folder) / path.name))
-        os.truncate(copy, copy.stat().st_size + missing)
-        yield copy
-
-
-def _missing_bytes(path: Path) -> int:
-    """Bytes by which an MP4 is shorter than its boxes say; 0 if it is whole, or no MP4."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start, has_index = 0, False
-            while start + 16 <= size:
-                file.seek(start)
-                length, kind, large = struct.unpack(">I4sQ", file.read(16))
-                if start == 0 and kind != b"ftyp":
-                    return 0
-                has_index |= kind == b"moov"
-                end = start + (large if length == 1 else length)
-                if end > size:
-                    return end - size if has_index and kind == b"mdat" else 0
-                if end < start + 8:  # 0: to the end of the file
-                    return 0
-                start = end
-    except OSError:
-        return 0  # for the decoder to say
-    return 0
 
 
 def ahead(chunks: Generator[Any, None, None], depth: int = 1) -> Generator[Any, None, None]:

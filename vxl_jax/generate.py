@@ -272,7 +272,7 @@ def print_plan(options: argparse.Namespace) -> None:
     import jax
 
     from vxl_jax.cards import find_card
-    from vxl_jax.estimate import USABLE, Estimator, table
+    from vxl_jax.estimate import MOST_FRAMES, USABLE, Estimator, table
     from vxl_jax.progress import progress_bar
     from vxl_jax.published import read_config
 
@@ -304,7 +304,8 @@ def print_plan(options: argparse.Namespace) -> None:
     print(f"{table(estimates)}\n")
     for e in estimates:
         most = estimator.most_frames(e, memory)
-        print(f"most frames at ratio {e.ratio or '-'}: {most:,} in {memory / 1e9:.1f} GB")
+        more = " or more" if most == MOST_FRAMES else ""
+        print(f"most frames at ratio {e.ratio or '-'}: {most:,}{more} in {memory / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,11 @@ def read_config(
     """
     path = directory / "config.json"
     values = Fields(read_json(path), path)
+    if "model_type" not in values.values and (directory / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{directory}: is a training run; python -m convert.to_hf {directory} DIR makes a "
+            "checkpoint of it"
+        )
     values.require(REQUIRED_MODEL)
     if sorted(values.items("beacon_param", str, ["q", "k", "v"])) != ["k", "q", "v"]:
         raise CheckpointError(f"{path}: beacon_param must be q, k and v")

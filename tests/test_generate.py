@@ -106,6 +106,7 @@ def test_a_damaged_film_is_answered_as_far_as_it_goes(
     assert printed.out == answer + "\n"
 
 
+@pytest.mark.usefixtures("heard_interrupts")
 def test_what_was_watched_before_ctrl_c_is_saved(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

@@ -457,6 +457,7 @@ def test_a_file_goes_on_where_it_was_left(model: Model, tmp_path: Path):
     assert_same(memory, model.watch(path, frames=None, ratio={0: 4, 2: 8}))
 
 
+@pytest.mark.usefixtures("heard_interrupts")
 @pytest.mark.parametrize("name", ["read", "decode_step"])
 def test_ctrl_c_between_a_step_and_its_result(
     model: Model, name: str, monkeypatch: pytest.MonkeyPatch

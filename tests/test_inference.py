@@ -455,6 +455,13 @@ def test_a_file_goes_on_where_it_was_left(model: Model, tmp_path: Path):
     memory.extend(path, frames=None, start=1.5, ratio={0: 4, 2: 8})
     assert memory.watched == [Watched(str(path), True, 40, 0.0, 3.9)]
     assert_same(memory, model.watch(path, frames=None, ratio={0: 4, 2: 8}))
+    other = write_video(tmp_path / "other.mp4", 5, fps=10)
+    memory.extend(other, ratio=4)
+    assert [block.frames for block in memory.watched] == [40, 5]
+    memory.extend(path, ratio=4, frames=3, new_block=False)
+    assert [block.frames for block in memory.watched] == [40, 8]
+    memory.extend(frames(2), new_block=True)
+    assert [block.frames for block in memory.watched] == [40, 8, 2]
 
 
 @pytest.mark.usefixtures("heard_interrupts")
@@ -521,6 +528,16 @@ def test_questions_of_other_lengths_compile_nothing(model: Model):
     assert programs == [
         step._cache_size() for step in (visual_memory.read, visual_memory.decode_step)
     ]
+
+
+def test_a_camera_compiles_for_few_sizes(model: Model):
+    """One frame after another: a program for each room that is made, and not for each frame."""
+    memory = model.watch(frames(1), ratio=4)
+    before = visual_memory.read._cache_size()
+    for frame in frames(60):
+        memory.extend(frame[None], ratio=4)
+    assert memory.length > 60
+    assert visual_memory.read._cache_size() - before <= 4
 
 
 def test_questions_and_ratios_that_cannot_be(model: Model):

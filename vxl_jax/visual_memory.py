@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -106,8 +106,8 @@ class Growing:
 
     def reserve(self, slots: int) -> None:
         """Make room for so many entries of each sample. The capacity is one of few sizes, each of
-        which is compiled for once: of a film, what it needs, or a quarter more than it had; of what
-        stands behind a base, `OWN_SLOTS` or a multiple.
+        which is compiled for once: of a film, what it needs, or half as much again as it had; of
+        what stands behind a base, `OWN_SLOTS` or a multiple.
 
         Raises: VisualMemoryError if the device has no room; all stays as it was.
         """
@@ -115,7 +115,7 @@ class Growing:
         if slots <= capacity:
             return
         if self._base is None:
-            wanted = round_up(max(slots, capacity * 5 // 4), 16)
+            wanted = round_up(max(slots, capacity * 3 // 2), 16)
         else:
             least = OWN_SLOTS if len(self.lengths) == 1 else OWN_SLOTS_OF_MANY
             wanted = least * round_up(-(-slots // least), 1)
@@ -134,22 +134,23 @@ class Growing:
                 "a higher ratio, or int8 weights"
             ) from error
 
-    def read(self, streams: Sequence[Stream], visual: Array | None = None) -> Array:
+    def read(
+        self, streams: Sequence[Stream], visual: Array | None = None, tokens: int = 0
+    ) -> Array:
         """Put what follows into the memory; returns the logits [B, V] after it.
 
-        streams: one for each sample, planned after `before` and its length.
+        streams: one for each sample, planned after `before` and its length. visual: features
+        [1, V, D] of a stream with a visual block. tokens: to which they are padded; by default to
+        the next multiple of `TEXT_STEP`.
         """
-        shape = StreamShape.of(streams[0])
-        for stream in streams[1:]:
-            shape = shape.union(StreamShape.of(stream))
+        shape = reduce(StreamShape.union, map(StreamShape.of, streams))
+        tokens = tokens or -(-shape.tokens // TEXT_STEP) * TEXT_STEP
+        # What there is room for is the memory's own: the plan's must not be compiled for.
+        shape = replace(shape, tokens=tokens, memory=tokens)
         lengths = self.lengths + np.array([s.persistent for s in streams], np.int32)
         self.reserve(max(1, int(lengths.max())))
         assert self.memory is not None
         memory = replace(self.memory, length=jnp.array(self.lengths))
-        shape = shape.padded(8)
-        if visual is None:
-            shape = replace(shape, tokens=-(-shape.tokens // TEXT_STEP) * TEXT_STEP)
-        # What it has room for is its own: the plan's must not be compiled for.
         batch = replace(batch_streams(streams, shape), memory=0)
         model, base = self.model, self.base
         with held_interrupts():
@@ -239,19 +240,23 @@ class Block:
             before=self.entries.before + self.start,
         )
         full = count // window
-        visual = jnp.pad(self.features[:count], ((0, round_up(count, 8) - count), (0, 0)))
+        # One program for one window, one for several: what is not full is padded.
+        windows = 1 if count <= window else self.entries.model.windows_at_once
+        finest = min((ratio for ratio in ratios if ratio is not None), default=0)
+        tokens = windows * (window + (window // finest if finest else 0))
+        visual = jnp.pad(self.features[:count], ((0, windows * window - count), (0, 0)))
         # The device has one step to do while the host makes the next, and no more.
         while len(self._running) > 1:
             self._running.popleft().block_until_ready()
         held = int(self.entries.lengths[0])
         self.entries.lengths[0] = self.start
         try:
-            self._running.append(self.entries.read([stream], visual[None]))
+            self._running.append(self.entries.read([stream], visual[None], tokens))
         except BaseException:
             self.entries.lengths[0] = held
             raise
-        windows = np.append(stream.window_memory, self.entries.before + self.entries.lengths[0])
-        self.start = int(windows[full]) - self.entries.before
+        kept = np.append(stream.window_memory, self.entries.before + self.entries.lengths[0])
+        self.start = int(kept[full]) - self.entries.before
         self.features, self.ratios = self.features[full * window :], self.ratios[full:]
 
 
@@ -385,7 +390,7 @@ class VisualMemory:
         sample_fps: float | None = None,
         start: float | None = None,
         end: float | None = None,
-        new_block: bool = False,
+        new_block: bool | None = None,
         progress: bool = False,
     ) -> None:
         """Watch more: the video that was watched last goes on, or something new begins.
@@ -400,7 +405,9 @@ class VisualMemory:
             sample_fps: frames a second of a file.
             start: first second of a file.
             end: last second of a file.
-            new_block: another video begins. After an image, and for an image, it always does.
+            new_block: whether another video begins. By default, a file does unless it is the one
+                that was watched last, and what is no file goes on. After an image, and for one, it
+                always does.
             progress: show a bar.
 
         Raises: MediaError if it cannot be opened; PartlyWatched if it ends early;
@@ -413,12 +420,15 @@ class VisualMemory:
         self.watch(open_film(media, model.config.vision.image_size), ratios, new_block, progress)
 
     def watch(
-        self, film: Film, ratios: Ratios, new_block: bool = True, progress: bool = False
+        self, film: Film, ratios: Ratios, new_block: bool | None = True, progress: bool = False
     ) -> None:
         """As `extend`, of a film that is open already."""
         entries = self.growing
         goes_on = bool(self.watched) and self.watched[-1].is_video and film.is_video
-        goes_on = goes_on and not new_block
+        if goes_on and new_block is None:
+            goes_on = film.step is not None or film.name == self.watched[-1].name
+        elif goes_on:
+            goes_on = not new_block
         block = self._block if goes_on and self._block is not None else Block(entries)
         shift = self._shift(film, goes_on)
 

@@ -142,7 +142,7 @@ def loaded(directory: str, shape: list[int]) -> dict[str, Any]:
 
     checkpoint.read_part = watched_read_part
     placement = param_placement(make_mesh(*shape), read_config(Path(directory)))
-    params = nnx.to_pure_dict(nnx.state(checkpoint.load(directory, placement=placement)))
+    params = nnx.to_pure_dict(nnx.state(checkpoint.load_network(directory, placement=placement)))
     return {"where": where(params), "fingerprint": fingerprint(params), "most": most}
 
 

@@ -71,7 +71,7 @@ def add_lora(
     whatever the other targets and the placement are; lora_b starts as zeros, so that the model
     computes what it did. Both are float32. The model has weights, or is traced (jit, eval_shape).
 
-    placement: as for `checkpoint.load`.
+    placement: as for `load_network`.
 
     Raises: ValueError if a target has an update already.
     """

@@ -87,6 +87,40 @@ def test_of_a_file_that_ends_early_all_frames_that_are_there(
     assert all(same[:-4])
 
 
+def test_sound_is_left_out_of_what_is_cut(tmp_path: Path):
+    """FFmpeg finds PCM by another table, past the end of the file."""
+    whole, cut = tmp_path / "whole.mov", tmp_path / "cut.mov"
+    with av.open(str(whole), "w", options={"movflags": "faststart"}) as container:
+        picture = container.add_stream("mpeg4", rate=10, options={"g": "5"})
+        picture.width = picture.height = 64
+        picture.pix_fmt = "yuv420p"
+        sound = container.add_stream("pcm_s16le", rate=8000)
+        sound.layout = "mono"
+        for i in range(50):
+            grey = np.full((64, 64, 3), 4 * i, np.uint8)
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+            quiet = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+            quiet.rate = 8000
+            container.mux(sound.encode(quiet))
+        for stream in (picture, sound):
+            container.mux(stream.encode(None))
+    data = whole.read_bytes()
+    cut.write_bytes(data[: len(data) * 2 // 3])
+    with av.open(str(whole)) as container:
+        packets = [p for p in container.demux(video=0) if p.size]
+    there = sum(packet.pos + packet.size <= len(data) * 2 // 3 for packet in packets)
+    with readable(cut) as (path, promised):
+        assert promised == 50
+        with av.open(str(path)) as container:
+            assert [stream.type for stream in container.streams] == ["video"]
+            assert len([p for p in container.demux() if p.size]) == there
+    found: list[np.ndarray] = []
+    chunks = open_film(Video(cut, None), SIDE).chunks(16)
+    with pytest.raises(MediaError, match=rf"{there} of its 50 frames are there"):
+        found.extend(pixels for pixels, _ in chunks)
+    assert len(np.concatenate(found)) == there
+
+
 def test_a_whole_file_is_not_copied(video: Path):
     with readable(video) as (path, promised):
         assert (path, promised) == (video, None)

@@ -27,6 +27,7 @@ from vxl_jax.chat import IMAGE_TOKEN, encode_follow_up, encode_prompt
 from vxl_jax.config import demo
 from vxl_jax.decode import Sampling, generate
 from vxl_jax.film import open_film
+from vxl_jax.interrupts import held_interrupts
 from vxl_jax.media import MediaError
 from vxl_jax.model import VideoXL
 from vxl_jax.stream import batch_streams, plan_stream
@@ -153,7 +154,7 @@ def test_several_videos_and_images_are_blocks_of_one_memory(model: Model):
 
 def test_a_saved_memory_gives_the_same_answers_and_goes_on(model: Model, tmp_path: Path):
     pixels = frames(14)
-    memory = model.watch(pixels[:9], ratio=4)
+    memory = model.watch(pixels[:9], ratio=np.int64(4))
     memory.save(tmp_path / "film.safetensors")
     for loaded in (
         load_memory(tmp_path / "film.safetensors", model),
@@ -175,6 +176,8 @@ def test_a_file_is_not_replaced_unless_told(model: Model, tmp_path: Path):
     with pytest.raises(VisualMemoryError, match="film: exists already"):
         memory.save(tmp_path / "film")
     memory.save(tmp_path / "film", overwrite=True)
+    with pytest.raises(VisualMemoryError, match="is a name for pickles"):
+        memory.save(tmp_path / "film.pt")
     with pytest.raises(VisualMemoryError, match="no name of a file"):
         memory.save(tmp_path / "none" / "film")
 
@@ -528,6 +531,59 @@ def test_questions_of_other_lengths_compile_nothing(model: Model):
     assert programs == [
         step._cache_size() for step in (visual_memory.read, visual_memory.decode_step)
     ]
+
+
+def test_what_gives_no_frame_is_refused(model: Model):
+    with pytest.raises(MediaError, match="frames: gave no frame"):
+        model.watch(iter([]))
+    chat = model.chat()
+    with pytest.raises(MediaError, match="frames: gave no frame"):
+        chat.ask("What?", iter([]))
+    assert chat.turns == []
+    memory = model.watch(frames(2), ratio=4)
+    memory.extend(iter([]))
+    assert memory.watched[0].frames == 2
+
+
+def test_a_step_for_which_there_is_no_room(model: Model, monkeypatch: pytest.MonkeyPatch):
+    """What was watched before stays, and is watched on when there is."""
+    pixels = frames(24)
+    memory = model.watch(pixels[:5], ratio=4)
+    before = memory.length
+
+    def full(self: Any, slots: int) -> None:
+        raise VisualMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(visual_memory.Growing, "reserve", full)
+        with pytest.raises(VisualMemoryError, match="no room"):
+            memory.extend(iter(pixels[5:]), ratio=4)
+    assert (memory.length, memory.watched[0].frames) == (before, 5)
+    memory.extend(pixels[5:], ratio=4)
+    assert_same(memory, model.watch(pixels, ratio=4))
+
+
+@pytest.mark.usefixtures("heard_interrupts")
+def test_ctrl_c_is_heard_after_another_error():
+    def fails() -> None:
+        with held_interrupts():
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError
+
+    with pytest.raises(KeyboardInterrupt):
+        fails()
+
+
+@pytest.mark.usefixtures("heard_interrupts")
+def test_ctrl_c_waits_once():
+    with held_interrupts() as let_go:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        let_go()  # it was heard
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            let_go()
 
 
 def test_a_camera_compiles_for_few_sizes(model: Model):

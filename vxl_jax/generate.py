@@ -160,7 +160,9 @@ def run(options: argparse.Namespace) -> int:
     from vxl_jax.visual_memory import check_free, check_room, load_memory
 
     for prompt in options.prompt:
-        check_question(prompt)
+        check_question(prompt, media=False)
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens {options.max_new_tokens}: give at least one")
     films = open_films(options)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     if options.save_memory is not None:
@@ -174,13 +176,15 @@ def run(options: argparse.Namespace) -> int:
     model = load(options.model, vision=options.vision, **changes)
     memory = model.remember() if options.memory is None else load_memory(options.memory, model)
     ratios = model.checked_ratios(options.ratio)
-    check_room(memory.growing, films, ratios)
+    blocks = len(memory.watched) + len(films)
+    longest = max((len(model.first_turn(blocks, text)) for text in options.prompt), default=0)
+    check_room(memory.growing, films, ratios, longest + options.max_new_tokens)
     status = 0
     try:
         status = watch(memory, films, ratios)
     finally:  # also of what was watched before Ctrl-C
         if options.save_memory is not None and memory.watched:
-            status = max(status, save(memory, options))
+            status = save(memory, options) or status
     asked = {"max_new_tokens": options.max_new_tokens, "sampling": sampling}
     for prompt in options.prompt:
         if len(options.prompt) > 1:
@@ -196,8 +200,12 @@ def open_films(options: argparse.Namespace) -> list[Any]:
     """What is to be watched, opened, before the weights are loaded."""
     from vxl_jax.film import FRAMES, Picture, Video, open_film
     from vxl_jax.published import read_config
+    from vxl_jax.visual_memory import check_ratios
 
-    size = read_config(Path(options.model), vision=options.vision).vision.image_size
+    config = read_config(Path(options.model), vision=options.vision)
+    if options.ratio != "model":
+        check_ratios(options.ratio, config.window)
+    size = config.vision.image_size
     frames = FRAMES if options.frames is None else options.frames
     films = []
     for kind, path in options.media:

@@ -203,9 +203,7 @@ class Model:
         """
         questions = [question] if isinstance(question, str) else question
         for text in questions:
-            check_question(text)
-            if IMAGE_MARK in text:
-                raise ValueError(f"{IMAGE_MARK} in a question: more media belong to a `chat`")
+            check_question(text, media=False)
         new = self.ask_ids(
             memory,
             [self.first_turn(len(memory.watched), text) for text in questions],
@@ -414,8 +412,8 @@ def as_list(media: Media | Sequence[Media]) -> list[Media]:
     return list(media) if isinstance(media, list | tuple) else [media]
 
 
-def check_question(question: Any) -> None:
-    """Refuse what is no text.
+def check_question(question: Any, media: bool = True) -> None:
+    """Refuse what is no text, and marks for media where there are none.
 
     Raises: ValueError.
     """
@@ -423,6 +421,12 @@ def check_question(question: Any) -> None:
         raise ValueError(f"a question must be text, got {type(question).__name__}")
     if not question.replace(IMAGE_MARK, "").strip():
         raise ValueError("the question has no text")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:  # of a terminal with another encoding
+        raise ValueError(f"the question is not valid Unicode ({error})") from None
+    if IMAGE_MARK in question and not media:
+        raise ValueError(f"{IMAGE_MARK} in a question: more media belong to a `chat`")
 
 
 def _at_least_one(max_new_tokens: int) -> int:

@@ -20,9 +20,10 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
     held: list[tuple[Any, Any]] = []
 
     def hold(number: Any, frame: Any) -> None:
-        held.append((number, frame))
-        if len(held) > 1:
+        if held:
+            held.clear()
             before(number, frame)
+        held.append((number, frame))
 
     def let_go() -> None:
         if held:
@@ -31,6 +32,9 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
     signal.signal(signal.SIGINT, hold)
     try:
         yield let_go
+    except KeyboardInterrupt:
+        held.clear()
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
-    let_go()
+        let_go()  # also after another error

@@ -61,7 +61,7 @@ def logical_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
 
 
 def param_placement(mesh: Mesh, config: VideoXLConfig) -> Placement:
-    """How the parameters of a model are cut over a mesh: for `checkpoint.load_network` and for training.
+    """How the parameters of a model are cut over a mesh: for `load_network` and for training.
 
     An axis that the mesh does not divide stays whole, and a head is never cut. The optimizer's
     arrays are placed by the path of the parameter that they belong to; those of another rank are

@@ -53,6 +53,10 @@ NO_PICKLE = (
 )
 
 
+PICKLES = (".bin", ".pt", ".pth")
+"""Suffixes of files that are refused without a look."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message names file and tensors and what to do."""
 
@@ -198,7 +202,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
     Raises: CheckpointError if it cannot be opened.
     """
-    if path.suffix in (".bin", ".pt", ".pth"):
+    if path.suffix in PICKLES:
         raise CheckpointError(f"{path}: {NO_PICKLE}")
     try:
         with safe_open(path, framework="numpy"):  # checks the header and the file's length

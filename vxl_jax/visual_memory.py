@@ -30,7 +30,7 @@ from vxl_jax.model import decode_step, encode, read
 from vxl_jax.progress import progress_bar
 from vxl_jax.stream import Stream, StreamShape, batch_streams, plan_stream, round_up
 from vxl_jax.tensor_files import Piece, Planned, write_tensors
-from vxl_jax.tensors import STORED_NAME, CheckpointError, Tensor, metadata_of, tensors_of
+from vxl_jax.tensors import PICKLES, STORED_NAME, CheckpointError, Tensor, metadata_of, tensors_of
 
 if TYPE_CHECKING:
     from vxl_jax.inference import Model
@@ -55,9 +55,9 @@ class PartlyWatched(MediaError):
 
 def ratio_at(ratios: Ratios, second: float) -> int | None:
     """The ratio of a window whose first frame is at a second."""
-    if not isinstance(ratios, Mapping):
-        return ratios
-    return ratios[max(start for start in ratios if start <= second)]
+    if isinstance(ratios, Mapping):
+        ratios = ratios[max(start for start in ratios if start <= second)]
+    return None if ratios is None else int(ratios)
 
 
 def check_ratios(ratios: Ratios, window: int) -> None:
@@ -217,13 +217,24 @@ class Block:
         padded = np.pad(pixels, ((0, round_up(len(pixels), 4) - len(pixels)), *[(0, 0)] * 3))
         visual = encode(model.graph, model.params, padded[None])[0]
         features = jnp.concatenate([self.features, visual[:count]])
+        before = self.start, self.features, self.ratios, self.tokens
         self.features, self.ratios = features, self.ratios + of_windows
         self.tokens += count
-        while len(self.features) >= model.windows_at_once * window:
-            self._absorb(model.windows_at_once * window)
+        try:
+            self._absorb_full()
+        except BaseException:
+            if self.start == before[0]:  # nothing of it is in the memory
+                _, self.features, self.ratios, self.tokens = before
+            raise
+
+    def _absorb_full(self) -> None:
+        step = self.entries.model.windows_at_once * self.config.window
+        while len(self.features) >= step:
+            self._absorb(step)
 
     def finish(self) -> None:
         """Put what is left into the memory, also a window that is not full."""
+        self._absorb_full()
         if len(self.features):
             self._absorb(len(self.features))
         jax.block_until_ready(self.entries.memory)
@@ -304,6 +315,8 @@ def watch_film(
                 let_go()
         finally:
             block.finish()
+    if not block.tokens:
+        raise MediaError(f"{film.name}: gave no frame")
 
 
 @partial(jax.jit, static_argnums=1)
@@ -312,8 +325,10 @@ def _grown(memory: Memory, capacity: int) -> Memory:
     return replace(memory, keys=jnp.pad(memory.keys, room), values=jnp.pad(memory.values, room))
 
 
-def check_room(entries: Growing, films: Sequence[Film], ratios: Ratios) -> None:
+def check_room(entries: Growing, films: Sequence[Film], ratios: Ratios, text: int = 0) -> None:
     """See that the context and the device have room for all of some films, and make it.
+
+    text: tokens of a question and its answer, for which the context has to have room as well.
 
     Raises: VisualMemoryError if they have not.
     """
@@ -322,6 +337,7 @@ def check_room(entries: Growing, films: Sequence[Film], ratios: Ratios) -> None:
         if film.seconds is not None:
             needed += count_entries(model.config, film.seconds, ratios)
             model.check_context(entries.before + needed, film.name)
+    model.check_context(entries.before + needed + text, "the question")
     entries.reserve(max(1, needed))
 
 
@@ -568,6 +584,8 @@ def check_free(path: Path, overwrite: bool) -> None:
 
     Raises: VisualMemoryError if there is a file already, or no directory.
     """
+    if path.suffix in PICKLES:
+        raise VisualMemoryError(f"{path}: {path.suffix} is a name for pickles; use another")
     if path.exists() and not overwrite:
         raise VisualMemoryError(f"{path}: exists already; choose another name, or overwrite it")
     if not path.absolute().parent.is_dir() or path.is_dir():

@@ -57,16 +57,10 @@ def make_model(size: str, weights: str | None = None) -> Any:
     import jax
     from flax import nnx
 
-    from vxl_jax import Model, VideoXL
-    from vxl_jax.quantize import quantize
+    from vxl_jax import Model
+    from vxl_jax.quantize import new_network
 
-    def make() -> Any:
-        model = VideoXL(config_of(size), rngs=nnx.Rngs(0))
-        if weights == "int8":
-            quantize(model)
-        return model
-
-    model = Model(nnx.jit(make)(), tokenizer=None)
+    model = Model(nnx.jit(lambda: new_network(config_of(size), weights))(), tokenizer=None)
     model.__dict__["stop_ids"] = []
     jax.block_until_ready(model.params)
     return model

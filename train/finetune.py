@@ -9,7 +9,6 @@ machines.
 """
 
 import json
-import os
 import signal
 import sys
 import time
@@ -81,6 +80,7 @@ from train.setup import (
 from train.signals import stop_request, sure_interrupt
 from train.step import add_batch, empty_sums, fingerprint, split_parts, update
 from train.workers import WorkerError
+from vxl_jax.cards import claim_memory
 from vxl_jax.config import ConfigError, VideoXLConfig
 from vxl_jax.model import parameter_count
 from vxl_jax.sharding import param_placement, sample_shards
@@ -91,8 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 also after SIGTERM, when all is saved."""
     options, rest = read_options(sys.argv[1:] if arguments is None else arguments)
     config, prepare = load_config(rest)
-    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
-        os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.95"  # of a GPU; JAX's own default is 0.75
+    claim_memory()
     status = run(options, config, prepare)
     if status and jax.distributed.is_initialized():
         leave(status)

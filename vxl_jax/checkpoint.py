@@ -25,7 +25,7 @@ from vxl_jax.config import DTYPES, ConfigError, VideoXLConfig
 from vxl_jax.model import VideoXL
 from vxl_jax.names import Row, table
 from vxl_jax.published import read_config
-from vxl_jax.quantize import quantize, quantized
+from vxl_jax.quantize import new_network, quantized
 from vxl_jax.tensors import (
     CheckpointError,
     Index,
@@ -90,16 +90,8 @@ def load_network(
     kept: Params = {}
     for path, array in arrays:
         kept |= quantized(path, array)
-    return nnx.merge(_quantized_graph(config), unflatten_dict(kept))
-
-
-def _quantized_graph(config: VideoXLConfig) -> Any:
-    def make() -> VideoXL:
-        model = VideoXL(config, rngs=nnx.Rngs(0))
-        quantize(model)
-        return model
-
-    return nnx.graphdef(nnx.eval_shape(make))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: new_network(config, weights)))
+    return nnx.merge(graph, unflatten_dict(kept))
 
 
 def abstract_params(config: VideoXLConfig) -> tuple[Any, Shapes]:

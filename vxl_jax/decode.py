@@ -59,6 +59,15 @@ def choose(
     return everywhere(jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32))
 
 
+def check_new_tokens(max_new_tokens: int) -> None:
+    """Refuse answers without a token.
+
+    Raises: ValueError.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+
+
 def stream_tokens(
     model: VideoXL,
     streams: StreamBatch,
@@ -73,8 +82,7 @@ def stream_tokens(
     `VideoXL.encode`. Nothing is recompiled from token to token, nor between calls whose shapes are
     on the same steps of the ladder.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    check_new_tokens(max_new_tokens)
     check_pixels(model, streams, pixels)
     graph, params = nnx.split(model)
     capacity = round_up(streams.memory + max_new_tokens, steps=4)

@@ -18,8 +18,8 @@ from vxl_jax import attention
 from vxl_jax.chat import IMAGE_TOKEN
 from vxl_jax.config import DTYPES, VideoXLConfig
 from vxl_jax.memory import Memory
-from vxl_jax.model import VideoXL, decode_step, encode, read
-from vxl_jax.quantize import quantize
+from vxl_jax.model import decode_step, encode, read
+from vxl_jax.quantize import new_network
 from vxl_jax.stream import StreamShape, batch_streams, plan_stream, round_up
 
 USABLE = 0.92
@@ -69,16 +69,9 @@ class Estimator:
     def __init__(self, config: VideoXLConfig, weights: str | None = None):
         """weights: as for `load_network`."""
         self.config = config
-
-        def make(config: VideoXLConfig) -> VideoXL:
-            model = VideoXL(config, rngs=nnx.Rngs(0))
-            if weights == "int8":
-                quantize(model)
-            return model
-
-        self.weights = tree_bytes(nnx.state(nnx.eval_shape(lambda: make(config))))
+        self.weights = tree_bytes(nnx.state(nnx.eval_shape(lambda: new_network(config, weights))))
         self.wide = replace(config, dtype="float32", param_dtype="float32")
-        self.graph, self.params = nnx.split(nnx.eval_shape(lambda: make(self.wide)))
+        self.graph, self.params = nnx.split(nnx.eval_shape(lambda: new_network(self.wide, weights)))
         self.entry = entry_bytes(config)
         self.windows = max(1, STEP_TOKENS // config.window)
 

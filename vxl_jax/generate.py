@@ -10,12 +10,12 @@ a video ended early, after answers about what came before; 130 after Ctrl-C.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vxl_jax.cards import claim_memory
 from vxl_jax.config import PRESETS, ConfigError
 
 NAMES = {"bfloat16": "bfloat16", "float32": "float32", "int8": "bfloat16"}
@@ -25,29 +25,15 @@ NAMES = {"bfloat16": "bfloat16", "float32": "float32", "int8": "bfloat16"}
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = read_options(sys.argv[1:] if arguments is None else arguments)
-    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
-        os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.95"  # of a GPU; JAX's own default is 0.75
+    claim_memory()
     from jax.errors import JaxRuntimeError
-
-    from vxl_jax.chat import ConversationError
-    from vxl_jax.media import MediaError
-    from vxl_jax.tensors import CheckpointError
-    from vxl_jax.visual_memory import VisualMemoryError
 
     try:
         if options.plan:
             print_plan(options)
             return 0
         return run(options)
-    except (
-        CheckpointError,
-        ConfigError,
-        ConversationError,
-        ImportError,  # a decoder that is not there for this platform
-        MediaError,
-        VisualMemoryError,
-        ValueError,
-    ) as error:
+    except (ImportError, ValueError) as error:  # a decoder that is not there; all of our own errors
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

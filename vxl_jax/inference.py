@@ -31,7 +31,7 @@ from vxl_jax.chat import (
 )
 from vxl_jax.checkpoint import load_network
 from vxl_jax.config import VideoXLConfig
-from vxl_jax.decode import GREEDY, Sampling, until_stopped
+from vxl_jax.decode import GREEDY, Sampling, check_new_tokens, until_stopped
 from vxl_jax.estimate import STEP_TOKENS
 from vxl_jax.film import FRAMES, Film, Media, as_media, open_film
 from vxl_jax.model import VideoXL
@@ -163,8 +163,7 @@ class Model:
 
     def remember(self, system: str = DEFAULT_SYSTEM) -> VisualMemory:
         """A memory that has watched nothing yet, for `VisualMemory.extend`."""
-        memory = VisualMemory(encode_prompt(IMAGE_MARK, self.tokenizer, system))
-        memory.ids = memory.ids[: int(np.flatnonzero(memory.ids == IMAGE_TOKEN)[0])]
+        memory = VisualMemory(self._head(system))
         memory.attach(self)
         return memory
 
@@ -236,12 +235,13 @@ class Model:
 
         prompts: token ids of what comes after the memory's last block, to where the answer begins.
         """
+        check_new_tokens(max_new_tokens)
         memory.attach(self)
         if not prompts:
             return []
         entries = Growing(self, len(prompts), memory)
         streams = [entries.plan_text(ids, i) for i, ids in enumerate(prompts)]
-        longest = max(stream.persistent for stream in streams) + _at_least_one(max_new_tokens)
+        longest = max(stream.persistent for stream in streams) + max_new_tokens
         self.check_context(memory.length + longest, "the question")
         entries.reserve(longest)
         logits = entries.read(streams)
@@ -275,10 +275,12 @@ class Model:
     def first_turn(self, blocks: int, question: str) -> np.ndarray:
         """Ids of a question behind a memory of so many blocks, to where its answer begins."""
         ids = encode_prompt(IMAGE_MARK * blocks + question, self.tokenizer)
-        if blocks:
-            return ids[int(np.flatnonzero(ids == IMAGE_TOKEN)[blocks - 1]) + 1 :]
-        head = encode_prompt(IMAGE_MARK, self.tokenizer)
-        return ids[int(np.flatnonzero(head == IMAGE_TOKEN)[0]) :]
+        return ids[len(self._head()) + blocks :]
+
+    def _head(self, system: str = DEFAULT_SYSTEM) -> np.ndarray:
+        """Ids of a conversation before its first block, or its first question without one."""
+        ids = encode_prompt(IMAGE_MARK, self.tokenizer, system)
+        return ids[: int(np.flatnonzero(ids == IMAGE_TOKEN)[0])]
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
@@ -345,7 +347,7 @@ class Chat:
         ratios = self.model.checked_ratios(ratio)
         size = self.model.config.vision.image_size
         films = [open_film(as_media(item, frames=frames), size) for item in media]
-        _at_least_one(max_new_tokens)
+        check_new_tokens(max_new_tokens)
         if self._answering is not None:
             self._answering.close()
         self._answering = self._answer(question, films, ratios, max_new_tokens, sampling)
@@ -427,12 +429,6 @@ def check_question(question: Any, media: bool = True) -> None:
         raise ValueError(f"the question is not valid Unicode ({error})") from None
     if IMAGE_MARK in question and not media:
         raise ValueError(f"{IMAGE_MARK} in a question: more media belong to a `chat`")
-
-
-def _at_least_one(max_new_tokens: int) -> int:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    return max_new_tokens
 
 
 def _of_memory(config: VideoXLConfig) -> dict[str, Any]:

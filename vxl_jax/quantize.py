@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from vxl_jax.config import LoRATarget
+from vxl_jax.config import LoRATarget, VideoXLConfig
 from vxl_jax.model import VideoXL
 
 LINEARS = get_args(LoRATarget)
@@ -52,6 +52,16 @@ def quantize(model: VideoXL) -> None:
             linear = getattr(block, name, None)
             if isinstance(linear, nnx.Linear):
                 setattr(block, name, Int8Linear(linear))
+
+
+def new_network(config: VideoXLConfig, weights: str | None = None) -> VideoXL:
+    """A network with random weights, or its shapes under `nnx.eval_shape`; weights: as for
+    `load_network`.
+    """
+    model = VideoXL(config, rngs=nnx.Rngs(0))
+    if weights == "int8":
+        quantize(model)
+    return model
 
 
 def is_quantized(path: tuple[str, ...]) -> bool:

@@ -17,7 +17,7 @@ from tests.data import write_video
 from vxl_jax import film
 from vxl_jax.film import Picture, Video, ahead, as_media, open_film
 from vxl_jax.media import MediaError, load_video_frames, uniform_indices
-from vxl_jax.mp4 import readable
+from vxl_jax.media.truncated_mp4 import readable
 
 SIDE = 32
 

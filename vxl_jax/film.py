@@ -26,7 +26,7 @@ from vxl_jax.media import (
     resize_and_crop,
     tile_image,
 )
-from vxl_jax.mp4 import readable
+from vxl_jax.media.truncated_mp4 import readable
 
 Chunk = tuple[np.ndarray, np.ndarray]
 """Pixels [F, S, S, 3] (uint8, or floats that are normalised) and the second of each frame [F]."""

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from vxl_jax.media import MediaError
+from vxl_jax.errors import MediaError
 
 _AROUND = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
 _TABLES = (b"hdlr", b"stsz", b"stsc", b"stco", b"co64")

@@ -1,0 +1,26 @@
+"""How pixels are decoded, where there is a choice."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MediaOptions:
+    """Choices for pixels that differ from the published pipeline; all are off by default.
+
+    decoder: `pyav`, or `decord`, which the published code uses: it gives the same pixels for plain
+        H.264, and refuses here what it is known to get wrong.
+    square_pixels: stretch frames whose pixels are not square (DVD, some phones) to their shape on a
+        screen. Off: as stored.
+    tone_map: map HDR video (PQ and HLG) to the range of ordinary video. Off: as stored, which looks
+        grey.
+    color_profile: convert images with an ICC profile to sRGB. Off: the profile is ignored.
+    """
+
+    decoder: Literal["pyav", "decord"] = "pyav"
+    square_pixels: bool = False
+    tone_map: bool = False
+    color_profile: bool = False
+
+
+DEFAULT_OPTIONS = MediaOptions()

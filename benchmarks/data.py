@@ -8,6 +8,7 @@
   of as many processes, which throws its pixels away; videos (`get_batch` of decord, and
   `load_video_frames`) and images (Pillow and `tile_image`). Rounds alternate, the best of each
   counts; everything is measured and started before the clock.
+- Films: see `benchmarks.films`.
 - First batch: from `open_dataset` on, without and with a cache.
 - Memory: of a process and of one of its workers, at many records beside ten records, each in
   processes of their own: one that measures, and one that finds the cache.
@@ -39,18 +40,20 @@ from typing import Any
 import numpy as np
 
 from benchmarks.core import machine, write_results
+from benchmarks.films import films, show_films
 from train.batches import Loader
 from train.config import DataSection
 from train.dataset import Dataset, Lengths, count_beacons, open_dataset
 from train.plan import Epochs, Share, make_buckets, padded_share, plan_run
 from vxl_jax.config import VideoXLConfig, video_xl_7b
 from vxl_jax.media import (
-    VideoFile,
-    choose_frames,
+    FrameChoice,
     grid_pinpoints,
     load_image,
     load_video_frames,
+    open_video,
     resize_and_crop,
+    select_frames,
     tile_image,
 )
 
@@ -59,6 +62,8 @@ FPS = 25
 WORDS = ("the", "a", "of", "picture", "video", "shows", "man", "red", "car", "near", "what", "is")
 
 RATIO_GOAL, PADDED_GOAL, MEMORY_GOAL = 0.9, 0.15, 150e6
+
+PARTS = ("throughput", "films", "memory", "padding")
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,11 @@ class Sizes:
     records: tuple[int, ...]
     samples: int
     rounds: int
+    minutes: int
 
 
-FULL = Sizes(24, (20, 30, 40, 60), 400, (10**4, 10**5, 10**6), 20_000, 3)
-QUICK = Sizes(4, (4, 6), 24, (10**3, 10**4), 2_000, 2)
+FULL = Sizes(24, (20, 30, 40, 60), 400, (10**4, 10**5, 10**6), 20_000, 3, 60)
+QUICK = Sizes(4, (4, 6), 24, (10**3, 10**4), 2_000, 2, 1)
 
 
 # Files.
@@ -319,7 +325,7 @@ def child_of(parent: int) -> int:
             fields = path.read_text().rpartition(")")[2].split()
             if (
                 int(fields[1]) == parent
-                and b"train.workers" in (path.parent / "cmdline").read_bytes()
+                and b"vxl_jax.media.process" in (path.parent / "cmdline").read_bytes()
             ):
                 return int(path.parent.name)
         except OSError:  # it has ended
@@ -457,11 +463,8 @@ def video_tasks(files: Sequence[Path], data: DataSection) -> list[tuple[str, lis
     """The frames that the loader takes of each file."""
     tasks = []
     for path in files:
-        file = VideoFile(path)
-        indices = choose_frames(
-            file.frames, file.fps, data.frame_sampling, data.max_frames, data.video_fps
-        )
-        tasks.append((str(path), indices))
+        choice = FrameChoice(data.frame_sampling, data.max_frames, data.video_fps)
+        tasks.append((str(path), select_frames(open_video(path), choice).indices))
     return tasks
 
 
@@ -530,7 +533,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         nargs="*",
-        choices=("throughput", "memory", "padding"),
+        choices=PARTS,
         help="these alone, and nothing is written",
     )
     parser.add_argument("--quick", action="store_true", help="small, and nothing is written")
@@ -545,13 +548,23 @@ def main() -> None:
         sizes = replace(sizes, rounds=options.rounds)
     if options.records is not None:
         sizes = replace(sizes, records=tuple(options.records))
-    wanted = options.only or ("throughput", "memory", "padding")
+    wanted = options.only or PARTS
     results: dict[str, Any] = {"throughput": {}, "first_batch": {}, "memory": [], "padding": []}
+    results["films"] = {}
     with work_folder(options.directory) as folder:
         tokenizer = load_tokenizer(folder / "tokenizer")
+        media = folder / "media"
+        media.mkdir()
+        videos = []
+        if options.videos is None and {"throughput", "films"} & {*wanted}:
+            videos = make_videos(media, sizes)
+        for path in sorted(options.videos.glob("*.mp4")) if options.videos else ():
+            videos.append(media / path.name)
+            videos[-1].symlink_to(path.resolve())
+        if "films" in wanted:
+            clips = videos[: len(sizes.seconds)]
+            results["films"] = films(folder, clips, sizes.minutes, sizes.rounds)
         if "throughput" in wanted:
-            media = folder / "media"
-            media.mkdir()
             data = DataSection(
                 train_json=("x",),
                 media_root=str(media),
@@ -560,10 +573,6 @@ def main() -> None:
                 workers=options.workers,
                 batch_size=4,
             )
-            videos = make_videos(media, sizes) if options.videos is None else []
-            for path in sorted(options.videos.glob("*.mp4")) if options.videos else ():
-                videos.append(media / path.name)
-                videos[-1].symlink_to(path.resolve())
             images = make_images(media, sizes.images)
             tasks = video_tasks(videos, data)
             plain = {"decord": (decode_plainly, tasks), "ours": (decode_ours, tasks)}
@@ -579,7 +588,8 @@ def main() -> None:
             results["memory"] = memory(folder, sizes.records, folder / "tokenizer")
         if "padding" in wanted:
             results["padding"] = padding(sizes.samples)
-    tables = {"throughput": show_throughput, "memory": show_memory, "padding": show_padding}
+    tables = {"throughput": show_throughput, "films": show_films}
+    tables |= {"memory": show_memory, "padding": show_padding}
     for name in wanted:
         tables[name](results)
     if options.quick or options.only:

@@ -1,4 +1,4 @@
-"""Work for data workers that goes wrong as it is told. Workers import this module: little else."""
+"""Work for child processes that fails as it is told. They import this module and little else."""
 
 import os
 import signal
@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 
 from train.workers import Work
+from vxl_jax.errors import MediaError
+from vxl_jax.media.decoding import Handler
+from vxl_jax.media.heartbeat import beat
 
 SIDE = 4
 """Side of the frames here."""
@@ -20,7 +23,7 @@ SIDE = 4
 
 @dataclass
 class FakeReader:
-    """As much of a reader as a pool asks for, and what is to happen on which record."""
+    """The part of a reader that a pool uses, and the action of each record."""
 
     actions: dict[int, str]
     folder: Path
@@ -41,11 +44,103 @@ class FakeReader:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a record, and in which process."""
+    """A record, and the process that read it."""
 
     record: int
     process: int
     seed: Any = None
+
+
+def burn(seconds: float, every: float = float("inf")) -> None:
+    """Use CPU time, with a beat every `every` seconds of it."""
+    began, beats = time.process_time(), 0
+    while (used := time.process_time() - began) < seconds:
+        if used // every > beats:
+            beats += 1
+            beat()
+
+
+def answer(request: tuple[Any, ...], out: np.ndarray | None) -> Any:
+    """Handler of a `MediaProcess`: calls the function of that name below."""
+    name, *arguments = request
+    return REQUESTS[name](out, *arguments)
+
+
+def _fill(out: np.ndarray, value: int) -> tuple[int, ...]:
+    out[...] = value
+    return out.shape
+
+
+def _raise(out: None, error: str) -> None:
+    raise {
+        "media": MediaError("a.mp4: is damaged; replace it"),
+        "unpicklable": ValueError(Unpicklable()),
+        "unreadable": Unreadable("one", "two"),
+        "speechless": Speechless(),
+    }[error]
+
+
+def _nap(out: None, times: int, seconds: float) -> str:
+    for _ in range(times):
+        time.sleep(seconds)
+        beat()
+    return "slept"
+
+
+def _begin(out: np.ndarray | None, path: Path, seconds: float) -> str:
+    if out is not None:
+        out[...] = 7
+    path.write_text(str(os.getpid()))
+    time.sleep(seconds)
+    return "done"
+
+
+def _state(out: None) -> dict[str, Any]:
+    return {
+        "session": os.getsid(0),
+        "environment": dict(os.environ),
+        "input": os.readlink("/proc/self/fd/0"),
+        "modules": sorted(sys.modules),
+        "sigterm": signal.getsignal(signal.SIGTERM),
+    }
+
+
+REQUESTS: dict[str, Any] = {
+    "process": lambda out: os.getpid(),
+    "echo": lambda out, value: value,
+    "none": lambda out: out is None,
+    "fill": _fill,
+    "raise": _raise,
+    "allocate": lambda out, size: len(bytearray(size)),
+    "function": lambda out: lambda: None,  # does not pickle
+    "burn": lambda out, *arguments: burn(*arguments),
+    "nap": _nap,
+    "begin": _begin,
+    "kill": lambda out: os.kill(os.getpid(), signal.SIGSEGV),
+    "exit": lambda out, code: os._exit(code),
+    "state": _state,
+}
+
+
+class Unreadable(Exception):
+    """Pickles, and cannot be unpickled."""
+
+    def __init__(self, one: str, two: str):
+        super().__init__(one)
+
+
+class Speechless(Exception):
+    """Has no text."""
+
+    def __str__(self) -> str:
+        raise ValueError
+
+
+class HandlerThatCannotBeRead:
+    """Ends the process that reads it."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (7,)
 
 
 class Unpicklable:
@@ -62,7 +157,11 @@ class FaultyWork(Work):
 
     def measure(self, source: int, records: Sequence[int]) -> list[Any]:
         """Answers for records."""
-        return [self.do(record) for record in records]
+        answers = []
+        for record in records:
+            beat()  # as in Work.measure
+            answers.append(self.do(record))
+        return answers
 
     def load(self, source: int, record: int, seed: Any, out: np.ndarray) -> Any:
         """An answer; its pixels are the record's number and the place."""
@@ -72,7 +171,7 @@ class FaultyWork(Work):
         return self.do(record, seed)
 
     def do(self, record: int, seed: Any = None) -> Any:
-        """Whatever is to happen."""
+        """Do the action of a record."""
         action = self.reader.actions.get(record, "")
         if action.startswith("once "):
             action = action.removeprefix("once ")
@@ -82,34 +181,39 @@ class FaultyWork(Work):
                 action = ""
         if action:
             (self.reader.folder / f"started-{record}").write_text(str(os.getpid()))
-        self.act(action)
+        perform(action)
         return Answer(record, os.getpid(), seed)
 
-    def act(self, action: str) -> None:
-        """One action."""
-        if action.startswith("SIG"):
-            os.kill(os.getpid(), signal.Signals[action])
-            time.sleep(60)
-        elif action == "exit":
-            os._exit(7)
-        elif action == "interrupt":
-            raise KeyboardInterrupt
-        elif action == "leave":
-            sys.exit(3)
-        elif action.startswith("sleep "):
-            time.sleep(float(action.removeprefix("sleep ")))
-        elif action == "memory":
-            raise MemoryError
-        elif action == "deep":
-            self.act(action)
-        elif action == "missing":
-            raise KeyError("x")
-        elif action == "unpicklable":
-            raise ValueError(Unpicklable())
-        elif action == "system":
-            raise OSError(5, "Input/output error")
-        elif action:
-            raise ValueError(action)
+
+def perform(action: str) -> None:
+    """One action."""
+    if action.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[action])
+        time.sleep(60)
+    elif action == "exit":
+        os._exit(7)
+    elif action == "interrupt":
+        raise KeyboardInterrupt
+    elif action == "leave":
+        sys.exit(3)
+    elif action.startswith("sleep "):
+        time.sleep(float(action.removeprefix("sleep ")))
+    elif action.startswith("burn "):
+        burn(float(action.removeprefix("burn ")))
+    elif action == "spin":
+        burn(float("inf"))
+    elif action == "memory":
+        raise MemoryError
+    elif action == "deep":
+        perform(action)
+    elif action == "missing":
+        raise KeyError("x")
+    elif action == "unpicklable":
+        raise ValueError(Unpicklable())
+    elif action == "system":
+        raise OSError(5, "Input/output error")
+    elif action:
+        raise ValueError(action)
 
 
 class WorkThatCannotBeRead(FaultyWork):
@@ -127,3 +231,20 @@ class WorkThatTells(Work):
         if list(records) == [-1]:
             return sorted(sys.modules)
         return super().measure(source, records)
+
+
+class FaultyHandler(Handler):
+    """Reads films; on its second read of frames, or at once, it does something else."""
+
+    def __init__(self, action: str):
+        super().__init__()
+        self.action, self.reads = action, 0
+
+    def __call__(self, request: Any, out: np.ndarray | None) -> Any:
+        """As `Handler`."""
+        self.reads += out is not None
+        if self.action.endswith(" at once"):
+            perform(self.action.removesuffix(" at once"))
+        if self.reads == 2:
+            perform(self.action)
+        return super().__call__(request, out)

@@ -14,10 +14,8 @@ import pytest
 from PIL import Image
 
 from tests.data import write_video
-from vxl_jax import film
 from vxl_jax.film import Picture, Video, ahead, as_media, open_film
 from vxl_jax.media import MediaError, load_video_frames, uniform_indices
-from vxl_jax.media.truncated_mp4 import readable
 
 SIDE = 32
 
@@ -29,10 +27,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("count", [1, 7, 16, 500])
 @pytest.mark.parametrize("frames", [1, 33, 90, 128, None])
-def test_all_frames_of_a_file_in_chunks(
-    video: Path, count: int, frames: int | None, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(film, "AT_ONCE", 20)
+def test_all_frames_of_a_file_in_chunks(video: Path, count: int, frames: int | None):
     opened = open_film(Video(video, frames), SIDE)
     expected = uniform_indices(90, min(frames or 90, 90))
     chunks = list(opened.chunks(count))
@@ -109,11 +104,6 @@ def test_sound_is_left_out_of_what_is_cut(tmp_path: Path):
     with av.open(str(whole)) as container:
         packets = [p for p in container.demux(video=0) if p.size]
     there = sum(packet.pos + packet.size <= len(data) * 2 // 3 for packet in packets)
-    with readable(cut) as (path, promised):
-        assert promised == 50
-        with av.open(str(path)) as container:
-            assert [stream.type for stream in container.streams] == ["video"]
-            assert len([p for p in container.demux() if p.size]) == there
     found: list[np.ndarray] = []
     chunks = open_film(Video(cut, None), SIDE).chunks(16)
     with pytest.raises(MediaError, match=rf"{there} of its 50 frames are there"):
@@ -121,35 +111,29 @@ def test_sound_is_left_out_of_what_is_cut(tmp_path: Path):
     assert len(np.concatenate(found)) == there
 
 
-def test_a_whole_file_is_not_copied(video: Path):
-    with readable(video) as (path, promised):
-        assert (path, promised) == (video, None)
-    for other in (b"", b"text", b"\0\0\0\x10ftypisom\0\0\0\0", bytes(100)):
-        path = video.with_name("other")
-        path.write_bytes(other)
-        with readable(path) as found:
-            assert found == (path, None)
-
-
-def test_frames_well_before_the_damage_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A stretch that fails is tried frame by frame; what comes before it is there in any case."""
+def test_frames_before_the_damage_come_first(tmp_path: Path):
+    """A chunk that fails is read frame by frame; what comes before the damage is there."""
     path = moving_picture(tmp_path / "film.mp4", "libx264", 400)
-    expected = load_video_frames(path, range(32), SIDE)
+    expected = load_video_frames(path, range(400), SIDE)
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
     data = bytearray(path.read_bytes())
     begin, end = len(data) * 7 // 10, len(data) * 9 // 10
     data[begin:end] = bytes(end - begin)
     path.write_bytes(data)
-    monkeypatch.setattr(film, "AT_ONCE", 32)
+    sound = sorted(p.pts for p in packets if p.pos + p.size <= begin)
     found: list[np.ndarray] = []
     seconds: list[float] = []
-    with pytest.raises(MediaError, match=r"film\.mp4: video cannot be decoded"):  # noqa: PT012
+    message = (
+        r"film\.mp4: video cannot be decoded at frame \d+ \(\d+\.\d\d s\), it is damaged there"
+    )
+    with pytest.raises(MediaError, match=message):  # noqa: PT012
         for pixels, at in open_film(Video(path, None), SIDE).chunks(32):
             found.append(pixels)
             seconds += at.tolist()
     assert seconds == [i / 10 for i in range(len(seconds))]
-    assert len(seconds) < 300
-    some = np.concatenate(found) if found else expected[:0]
-    assert np.array_equal(some[:32], expected[: len(some)])
+    assert len(sound) - 4 <= len(seconds) <= len(sound) + 1
+    assert np.array_equal(np.concatenate(found)[:-4], expected[: len(seconds) - 4])
 
 
 def moving_picture(path: Path, codec: str, frames: int) -> Path:
@@ -249,9 +233,7 @@ print(memory.watched[0].frames, resource.getrusage(resource.RUSAGE_SELF).ru_maxr
 
 
 def test_host_memory_does_not_grow_with_the_film(tmp_path: Path):
-    """4096 frames of 320 x 320 are 1.3 GB. Of those, a stretch or two and what decord reads ahead
-    stand: from 100 to 400 MB more than with 256 frames, whether there are 1024 or 4096.
-    """
+    """4096 frames of 320 x 320 are 1.3 GB; a few chunks of them are in memory."""
     path = write_video(tmp_path / "long.mp4", 4096, fps=10, size=320)
     peaks = []
     for frames in (256, 4096):

@@ -1,23 +1,20 @@
-"""Which frames of a video are taken, how they move in time, and folders of frames."""
-
-from pathlib import Path
-from typing import Any
+"""Which frames of a video are taken, and how they move in time."""
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from tests.data import frame_numbers
 from vxl_jax.media import (
-    PICTURES,
-    FrameFolder,
     MediaError,
     Sampling,
+    Timeline,
     choose_frames,
     frame_indices,
     jitter_indices,
     uniform_indices,
 )
+
+TENTHS = Timeline.of_rate(50, 10.0)
+"""Fifty frames, ten a second."""
 
 SAMPLINGS: tuple[Sampling, ...] = ("capped", "uniform", "fps")
 
@@ -43,7 +40,7 @@ SAMPLINGS: tuple[Sampling, ...] = ("capped", "uniform", "fps")
 )
 def test_literal_choices(sampling: Sampling, most: int, fps: float, expected: list[int]):
     """Of 32 frames at 10 a second."""
-    assert choose_frames(32, 10.0, sampling, most, fps) == expected
+    assert choose_frames(Timeline.of_rate(32, 10.0), sampling, most, fps) == expected
 
 
 def test_more_frames_a_second_than_are_allowed():
@@ -51,16 +48,16 @@ def test_more_frames_a_second_than_are_allowed():
         MediaError,
         match=r"^3 frames at 1 a second are over max_frames 2; use a clip of it, or another sampl",
     ):
-        choose_frames(32, 10.0, "fps", 2)
+        choose_frames(Timeline.of_rate(32, 10.0), "fps", 2)
 
 
 def test_a_whole_video_is_chosen_as_published():
     for frames in (1, 2, 7, 99, 1000):
         for fps in (0.5, 1.0, 23.976, 30.0):
             for most in (1, 2, 8, 64):
-                capped = choose_frames(frames, fps, "capped", most, 1.0)
+                capped = choose_frames(Timeline.of_rate(frames, fps), "capped", most, 1.0)
                 assert capped == frame_indices(frames, fps, most, 1.0)
-                uniform = choose_frames(frames, fps, "uniform", most)
+                uniform = choose_frames(Timeline.of_rate(frames, fps), "uniform", most)
                 assert uniform == uniform_indices(frames, min(frames, most))
 
 
@@ -84,25 +81,25 @@ def test_a_whole_video_is_chosen_as_published():
 def test_clips(start: float | None, end: float | None, expected: range):
     """Of 50 frames at 10 a second: the frames that the clip covers, one at least."""
     for sampling in SAMPLINGS:
-        assert choose_frames(50, 10.0, sampling, 50, 10.0, start, end) == [*expected]
-    assert choose_frames(50, 10.0, "uniform", 1, 1.0, start, end) == [expected[0]]
+        assert choose_frames(TENTHS, sampling, 50, 10.0, start, end) == [*expected]
+    assert choose_frames(TENTHS, "uniform", 1, 1.0, start, end) == [expected[0]]
 
 
 @pytest.mark.parametrize(
     ("start", "end", "message"),
     [
-        (2, 1, "a clip from 2 s to 1 s has no frames; mend start and end"),
-        (1, 1, "a clip from 1 s to 1 s has no frames; mend start and end"),
-        (None, 0, "a clip from 0 s to 0 s has no frames; mend start and end"),
-        (-1, 1, "a clip from -1 s to 1 s has no frames; mend start and end"),
-        (float("nan"), None, "has no frames; mend start and end"),
-        (None, float("nan"), "has no frames; mend start and end"),
-        (5, 6, "a clip from 5 s on, but the video has 5.00 s; mend start and end"),
+        (2, 1, "the clip from 2 s to 1 s has no frames; fix start and end"),
+        (1, 1, "the clip from 1 s to 1 s has no frames; fix start and end"),
+        (None, 0, "the clip from 0 s to 0 s has no frames; fix start and end"),
+        (-1, 1, "the clip from -1 s to 1 s has no frames; fix start and end"),
+        (float("nan"), None, "has no frames; fix start and end"),
+        (None, float("nan"), "has no frames; fix start and end"),
+        (5, 6, "the clip starts at 5 s but the video is 5.00 s long; fix start and end"),
     ],
 )
 def test_clips_without_frames(start: float | None, end: float | None, message: str):
     with pytest.raises(MediaError) as caught:
-        choose_frames(50, 10.0, "capped", 8, 1.0, start, end)
+        choose_frames(TENTHS, "capped", 8, 1.0, start, end)
     assert message in str(caught.value)
 
 
@@ -117,7 +114,7 @@ def test_any_choice_rises_within_its_clip():
         sampling = SAMPLINGS[int(rng.integers(3))]
         if sampling == "fps":
             most = frames
-        chosen = choose_frames(frames, fps, sampling, most, wanted, start, end)
+        chosen = choose_frames(Timeline.of_rate(frames, fps), sampling, most, wanted, start, end)
         case = (frames, fps, sampling, most, wanted, start, end, chosen)
         assert 1 <= len(chosen) <= most, case
         assert sorted({*chosen}) == chosen, case  # all of them differ
@@ -172,111 +169,10 @@ def test_moves_follow_from_the_seed():
     assert moved(0) == moved(0) != moved(1)
 
 
-# Folders of frames.
-
-
-def write_frames(folder: Path, names: list[str]) -> FrameFolder:
-    """A folder whose picture i is grey 10 * i."""
-    folder.mkdir()
-    for i, name in enumerate(names):
-        Image.new("RGB", (60, 90), (10 * i,) * 3).save(folder / name)
-    return FrameFolder(folder, 2.0)
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        [f"{i}.png" for i in range(12)],
-        [f"{i:05}.jpg" for i in range(12)],
-        ["f1.png", "f2.jpeg", "f9.PNG", "f10.webp", "f10a.bmp", "f11.Jpg"],
-        ["1.png", "1.5.png", "1.10.png", "2.png", "a.png", "b.png", "b2.png"],
-        ["scene 2 - 1.png", "scene 2 - 10.png", "scene 10 - 2.png"],
-    ],
-)
-def test_frames_stand_in_the_order_of_their_names(names: list[str], tmp_path: Path):
-    video = write_frames(tmp_path / "frames", names)
-    assert (video.frames, video.fps) == (len(names), 2.0)
-    pixels = video.read(range(len(names)), 56)
-    assert pixels.shape == (len(names), 56, 56, 3)
-    assert pixels.dtype == np.uint8
-    assert frame_numbers(pixels) == [*range(len(names))]
-    out = np.zeros((3, 56, 56, 3), np.uint8)
-    assert video.read([2, 0, 2], 56, out) is out
-    assert frame_numbers(out) == [2, 0, 2]
-
-
-def test_names_that_differ_in_zeros_alone_have_an_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Whatever the order in which the file system lists them."""
-    import os
-
-    write_frames(tmp_path / "frames", ["1.png", "01.png", "001.png"])
-    scan, orders = os.scandir, []
-    for backwards in (False, True):
-        monkeypatch.setattr(
-            os,
-            "scandir",
-            lambda path, backwards=backwards: sorted(
-                scan(path), key=lambda entry: entry.name, reverse=backwards
-            ),
-        )
-        orders.append(FrameFolder(tmp_path / "frames", 1.0)._names)
-    assert orders[0] == orders[1]
-
-
-def test_only_pictures_of_the_folder_itself_are_frames(tmp_path: Path):
-    video = write_frames(tmp_path / "frames", ["1.png", "2.png"])
-    (video.path / "notes.txt").write_text("no frame")
-    (video.path / "0").write_text("no frame")
-    (video.path / "3.png").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
-    (video.path / "4.png").symlink_to(tmp_path / "outside.png")
-    (video.path / "5.png").symlink_to(video.path / "1.png")
-    assert FrameFolder(video.path, 1.0).frames == 2
-
-
-@pytest.mark.parametrize("content", [None, "notes.txt", "link.png"])
-def test_a_folder_without_pictures(content: str | None, tmp_path: Path):
-    folder = tmp_path / "frames"
-    folder.mkdir()
-    if content == "link.png":
-        (folder / content).symlink_to("/etc/passwd")
-    elif content:
-        (folder / content).touch()
-    expected = f"{folder}: a folder without pictures ({', '.join(PICTURES)}; links are not"
-    with pytest.raises(MediaError) as caught:
-        FrameFolder(folder, 1.0)
-    assert str(caught.value).startswith(expected)
-
-
-def test_a_folder_that_is_not_there(tmp_path: Path):
-    with pytest.raises(MediaError, match=r"gone: cannot be read \(No such file or directory\)"):
-        FrameFolder(tmp_path / "gone", 1.0)
-
-
-def test_a_damaged_frame_is_named(tmp_path: Path):
-    video = write_frames(tmp_path / "frames", ["1.png", "2.png", "3.png"])
-    (video.path / "2.png").write_text("no picture")
-    assert len(video.read([0, 2], 56)) == 2
-    with pytest.raises(MediaError, match=r"frames/2\.png: not a readable image"):
-        video.read([0, 1, 2], 56)
-    (video.path / "3.png").unlink()
-    with pytest.raises(MediaError, match=r"frames/3\.png: no such file"):
-        video.read([0, 2], 56)
-
-
-def test_frames_of_other_sizes_become_squares(tmp_path: Path):
-    sizes: list[Any] = [(56, 56), (200, 40), (1, 9)]
-    for i, size in enumerate(sizes):
-        Image.new("RGB", size, (10 * i,) * 3).save(tmp_path / f"{i}.png")
-    assert frame_numbers(FrameFolder(tmp_path, 1.0).read([0, 1, 2], 56)) == [0, 1, 2]
-
-
 @pytest.mark.parametrize(("fps", "wanted"), [(24, 10), (30, 20), (25, 4), (29.97, 3), (10, 25)])
 def test_fixed_sampling_keeps_its_rate(fps: float, wanted: float):
     """Not only where the rates divide each other."""
-    chosen = choose_frames(round(60 * fps), fps, "fps", 10_000, wanted)
+    chosen = choose_frames(Timeline.of_rate(round(60 * fps), fps), "fps", 10_000, wanted)
     assert len(chosen) == pytest.approx(60 * min(fps, wanted), abs=1)
     assert sorted({*chosen}) == chosen
     seconds = np.array(chosen) / fps

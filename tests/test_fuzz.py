@@ -315,7 +315,7 @@ class MemoryWatch:
                     status = path.read_text()
                     ours = int(status.split("PPid:")[1].split()[0]) == os.getpid()
                     # Before it becomes a worker, a process shows the memory of this one.
-                    if ours and b"train.workers" in path.with_name("cmdline").read_bytes():
+                    if ours and b"vxl_jax.media.process" in path.with_name("cmdline").read_bytes():
                         peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
                         self.most = max(self.most, peak)
 

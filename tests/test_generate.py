@@ -3,7 +3,7 @@
 import io
 import shutil
 import signal
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from tests.data import write_video
-from vxl_jax import Picture, Video, film, load, load_memory, visual_memory
+from vxl_jax import Picture, Video, load, load_memory, visual_memory
 from vxl_jax.generate import main, read_ratios
+from vxl_jax.media.decoding import Decoder
+from vxl_jax.visual_memory import Block
 
 MICRO = Path(__file__).parent / "golden" / "micro"
 
@@ -110,18 +112,22 @@ def test_a_damaged_film_is_answered_as_far_as_it_goes(
 def test_what_was_watched_before_ctrl_c_is_saved(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    read, calls = film.VideoFile.read, []
+    read, see, calls, seen = Decoder.read_frames, Block.see, [], threading.Event()
 
-    def interrupted(self: Any, indices: Any, size: int, out: Any = None) -> np.ndarray:
+    def watched_one(self: Any, *arguments: Any) -> None:
+        see(self, *arguments)
+        seen.set()
+
+    def interrupted(self: Any, request: Any, indices: list[int], *rest: Any) -> Any:
         calls.append(len(indices))
         if len(calls) == 2:
+            seen.wait(60)
             signal.raise_signal(signal.SIGINT)  # heard by the main thread
-            time.sleep(0.5)
-        return read(self, indices, size, out)
+        return read(self, request, indices, *rest)
 
-    for module in (film, visual_memory):
-        monkeypatch.setattr(module, "AT_ONCE", 16)
-    monkeypatch.setattr(film.VideoFile, "read", interrupted)
+    monkeypatch.setattr(visual_memory, "AT_ONCE", 16)
+    monkeypatch.setattr(Block, "see", watched_one)
+    monkeypatch.setattr(Decoder, "read_frames", interrupted)
     saved = str(tmp_path / "memory")
     media = ["--video", str(folder / "film.mp4"), "--frames", "60"]
     assert run(folder, *media, "--prompt", "What?", "--save-memory", saved) == 130
@@ -164,13 +170,13 @@ def test_a_bad_film_is_found_before_a_good_one_is_watched(
         (["--model", "none", "--video", "x.mp4", "--prompt", "a"], "none/config.json: cannot be"),
         (["--model", "run", "--video", "x.mp4", "--prompt", "a"], "run: is a training run; pyth"),
         (["--video", "none.mp4", "--prompt", "a"], "none.mp4: no such file"),
-        (["--video", "image.png", "--prompt", "a"], "image.png: not a readable video"),
+        (["--video", "image.png", "--prompt", "a"], "image.png: is a picture (PNG), not a video"),
         (["--image", "film.mp4", "--prompt", "a"], "film.mp4: not a readable image"),
         (["--video", "film.mp4", "--prompt", " "], "the question has no text"),
         (["--video", "film.mp4", "--prompt", "a", "--ratio", "0"], "ratio 0: it must be a whole"),
         (["--video", "film.mp4", "--prompt", "a", "--ratio", "5:4"], "which one holds from second"),
         (["--video", "film.mp4", "--prompt", "a", "--frames", "0"], "0 frames asked for"),
-        (["--video", "film.mp4", "--prompt", "a", "--start", "9"], "a clip from 9 s on, but"),
+        (["--video", "film.mp4", "--prompt", "a", "--start", "9"], "the clip starts at 9 s but"),
         (["--video", "film.mp4", "--prompt", "a", "--max-context", "9"], "has learned 9"),
         (["--video", "film.mp4", "--prompt", "a", "--max-context", "99"], "the question: makes"),
         (["--video", "film.mp4", "--prompt", "<image>a"], "more media belong to a `chat`"),

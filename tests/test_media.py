@@ -1,13 +1,9 @@
 """Pixels, tiles and frame choice: literal cases, the published code's numbers, bad files."""
 
-import io
 import json
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
-from typing import Any
 
 import av
 import decord
@@ -249,12 +245,15 @@ def no_frames(path: Path, video: Path) -> None:
     ("write", "message"),
     [
         (lambda path, video: None, "no such file"),
-        (lambda path, video: path.mkdir(), "is not a file"),
-        (lambda path, video: path.write_bytes(b""), "not a readable video"),
-        (lambda path, video: path.write_bytes(b"text" * 99), "not a readable video"),
-        (lambda path, video: path.write_bytes(video.read_bytes()[:500]), "not a readable video"),
-        (lambda path, video: path.write_bytes(video.read_bytes()[:-300]), "truncated or damaged"),
-        (no_frames, "not a readable video"),
+        (lambda path, video: path.mkdir(), "a folder without pictures"),
+        (lambda path, video: path.write_bytes(b""), "is empty; fetch it again"),
+        (lambda path, video: path.write_bytes(b"text" * 99), "begins with the text 'texttext"),
+        (lambda path, video: path.write_bytes(video.read_bytes()[:500]), r"no index \(moov box\)"),
+        (
+            lambda path, video: path.write_bytes(video.read_bytes()[:-300]),
+            r"ends early, 1\d of its",
+        ),
+        (no_frames, "has no video, and nothing else"),
     ],
     ids=["missing", "folder", "empty", "text", "header cut", "end cut", "no frames"],
 )
@@ -267,118 +266,7 @@ def test_bad_videos(tmp_path, video, write, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("frames", "fps", "message"),
-    [(0, 25.0, "without frames"), (3, 0.0, "frame rate of 0.0"), (3, float("nan"), "rate of nan")],
-)
-def test_videos_that_decord_opens_without_content(video, monkeypatch, frames, fps, message):
-    class Reader:
-        def __init__(self, path, num_threads):
-            pass
-
-        def __len__(self):
-            return frames
-
-        def get_avg_fps(self):
-            return fps
-
-    monkeypatch.setattr(decord, "VideoReader", Reader)
-    with pytest.raises(MediaError, match=message):
-        media.probe_video(video)
-
-
-# --- Images ----------------------------------------------------------------------------------
-
-
-def encoded(image: Image.Image, form: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form)
-    return buffer.getvalue()
-
-
-def test_load_image_is_rgb_and_ignores_orientation(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90 degrees
-    path = tmp_path / "a.png"
-    random_image(5, 3).save(path, exif=exif)
-    image = media.load_image(path)
-    assert (image.mode, image.size) == ("RGB", (5, 3)) == ("RGB", media.image_size(path))
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(random_image(5, 3)))
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
-def test_load_image_converts_other_modes(tmp_path, mode):
-    path = tmp_path / "a.tiff"
-    Image.new(mode, (4, 2)).save(path)
-    image = media.load_image(path)
-    assert (image.mode, image.size) == ("RGB", (4, 2))
-
-
-def zero_sized_png() -> bytes:
-    data = bytearray(encoded(random_image(4, 4), "PNG"))
-    data[16:24] = bytes(8)  # width and height
-    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
-    return bytes(data)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (None, "no such file"),
-        (b"", "not a readable image"),
-        (b"text" * 99, "not a readable image"),
-        (zero_sized_png(), "not a readable image"),
-        (encoded(random_image(64, 64), "PNG")[:-500], "image cannot be decoded"),
-        (encoded(random_image(64, 64), "JPEG")[:-500], "image cannot be decoded .*truncated"),
-    ],
-    ids=["missing", "empty", "text", "no pixels", "png cut", "jpeg cut"],
-)
-def test_bad_images(tmp_path, data, message):
-    path = tmp_path / "bad.png"
-    if data is not None:
-        path.write_bytes(data)
-    with pytest.raises(MediaError, match=message) as caught:
-        media.load_image(path)
-    assert str(path) in str(caught.value)
-
-
-def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
-    path = tmp_path / "bomb.png"
-    random_image(64, 64).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    for read in (media.load_image, media.image_size):
-        with pytest.raises(MediaError, match=r"bomb\.png: .*exceeds limit.*reduce the image"):
-            read(path)
-
-
-# --- Paths -----------------------------------------------------------------------------------
-
-
-def test_resolve_media_stays_in_the_folder(tmp_path):
-    root, inside = tmp_path / "root", tmp_path / "root" / "a" / "b.jpg"
-    inside.parent.mkdir(parents=True)
-    (root / "link").symlink_to(inside.parent)
-    (root / "out").symlink_to(tmp_path)
-    (root / "circle").symlink_to(root / "circle")
-    (tmp_path / "other root").symlink_to(root)
-
-    assert media.resolve_media(root, "a/b.jpg") == inside.resolve()
-    assert media.resolve_media(str(root), "link/b.jpg") == inside.resolve()
-    assert media.resolve_media(tmp_path / "other root", "a/b.jpg") == inside.resolve()
-    refused: dict[Any, str] = {
-        "../secret": "leaves the media folder",
-        "a/../../secret": "leaves the media folder",
-        "/etc/passwd": "leaves the media folder",
-        "out/secret": "a link leads out of",
-        "": "not a file name",
-        "a\0b": "not a file name",
-        None: "not a file name",
-    }
-    for relative, message in refused.items():
-        with pytest.raises(MediaError, match=message):
-            media.resolve_media(root, relative)
-    with pytest.raises(MediaError):  # refused at once or, from Python 3.13, when it is opened
-        media.load_image(media.resolve_media(root, "circle"))
+# --- Imports --------------------------------------------------------------------------------
 
 
 def test_data_workers_import_neither_torch_nor_transformers():

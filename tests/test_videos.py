@@ -156,7 +156,7 @@ def test_frames_of_a_clip_are_sampled_from_it_alone(root: Path, demo_tokenizer: 
     assert taken(record, root, demo_tokenizer, video_fps=4, max_frames=2) == [4, 11]
 
 
-NO_FRAMES = "{root}/a.mp4: a clip from %s s to %s s has no frames; mend start and end"
+NO_FRAMES = "{root}/a.mp4: the clip from %s s to %s s has no frames; fix start and end"
 REFUSED: list[tuple[Record, str]] = [
     ({"start": "1"}, "start is '1'; it must be a number, or one for each video"),
     ({"end": True}, "end is True; it must be a number, or one for each video"),
@@ -174,7 +174,7 @@ REFUSED: list[tuple[Record, str]] = [
     ({"end": 0}, NO_FRAMES % (0, 0)),
     (
         {"start": 7, "end": 9},
-        "{root}/a.mp4: a clip from 7 s on, but the video has 6.00 s; mend start and end",
+        "{root}/a.mp4: the clip starts at 7 s but the video is 6.00 s long; fix start and end",
     ),
 ]
 

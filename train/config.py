@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 import tyro
 
 from vxl_jax.config import PRESETS, ConfigError, LoRAConfig, Remat
-from vxl_jax.media import Sampling
+from vxl_jax.media import MediaOptions, Sampling
 
 Part = Literal["vision", "projector", "language", "beacon", "lora"]
 """A part of the model whose parameters are trained or frozen together; lora: the low-rank updates
@@ -137,6 +137,14 @@ class DataSection:
     """Frames of training are moved later at random, by up to this share of the way to the next."""
     time_prompt: bool = False
     """Tell the model when the frames of a record's video were, in the words of LLaVA-Video."""
+    decoder: Literal["pyav", "decord"] = "pyav"
+    """Decoder of video files; decord is the one of the published code, which refuses some kinds."""
+    square_pixels: bool = False
+    """Stretch videos whose pixels are not square to their shape on a screen."""
+    tone_map: bool = False
+    """Map HDR videos (PQ, HLG) to the range of ordinary video."""
+    color_profile: bool = False
+    """Convert images with an ICC profile to sRGB."""
     max_length: int = 32768
     """Tokens of a sample at most, its visual tokens included; a longer one is skipped as bad."""
     batch_size: int = 1
@@ -152,7 +160,9 @@ class DataSection:
     """Processes that read and prepare samples; 0: the training process itself, where a damaged file
     that stops a decoder stops the run."""
     sample_seconds: float = 60.0
-    """Most time for a worker to prepare one sample; then it is killed and the sample is bad."""
+    """CPU seconds without progress (no packet or frame decoded) after which a worker is ended. It is
+    also ended after ten times as many seconds on the clock. The record is tried once more; then it
+    is bad. The load of the machine does not count. Not enforced with workers 0."""
     buffer_mb: int = 1024
     """Pixels of batches that are prepared ahead at most, in MB; one batch in any case."""
     cache_mb: int = 0
@@ -189,6 +199,11 @@ class DataSection:
         _check(0 <= self.frame_jitter <= 1, "data.frame_jitter", self.frame_jitter, "in [0, 1]")
         _check(self.video_fps > 0, "data.video_fps", self.video_fps, "more than 0")
         _check(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "in [0, 1]")
+
+    @property
+    def media_options(self) -> MediaOptions:
+        """How pixels are decoded."""
+        return MediaOptions(self.decoder, self.square_pixels, self.tone_map, self.color_profile)
 
 
 @dataclass(frozen=True)

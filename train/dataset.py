@@ -23,6 +23,7 @@ from train.records import BadSample, FastTokenizer, Preparer, Reader, Sample
 from train.sources import Source, find_sources, select
 from train.workers import Measured, Work, WorkerPool
 from vxl_jax.config import VideoXLConfig
+from vxl_jax.media import MEDIA_VERSION
 from vxl_jax.progress import progress_bar
 
 PART = 2**14
@@ -233,12 +234,13 @@ class _Measures:
         model = self.reader.preparer.model
         names = (
             "template image_mode min_tiles max_tiles max_frames frame_sampling video_fps "
-            "time_prompt max_length"
+            "time_prompt max_length decoder"
         )
         tokenizer = self.reader.tokenizer
         assert isinstance(tokenizer, FastTokenizer)
         return {
             "columns": COLUMNS,
+            "media": MEDIA_VERSION,
             **{name: getattr(data, name) for name in names.split()},
             "media_root": str(self.source.media_root.resolve()),
             "allow_outside": self.source.allow_outside,

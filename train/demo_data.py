@@ -125,7 +125,7 @@ def make_demo_data(
             "another directory"
         )
     if importlib.util.find_spec("av") is None:
-        raise ModuleNotFoundError("the demo data's videos need PyAV: pip install 'vxl-jax[demo]'")
+        raise ModuleNotFoundError("the demo data's videos need PyAV: pip install av")
     part = directory.with_name(directory.name + ".part")
     if part.exists():
         shutil.rmtree(part)

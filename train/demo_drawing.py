@@ -90,7 +90,7 @@ def write_mp4(path: Path, frames: list[np.ndarray]) -> None:
 
     Raises: ModuleNotFoundError if PyAV is not installed.
     """
-    import av  # only the demo writes videos: the extra `demo` installs it
+    import av
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=1, options=VIDEO_OPTIONS)

@@ -9,7 +9,6 @@ This module runs in data workers, which do not import JAX.
 """
 
 import copy
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,16 +34,16 @@ from vxl_jax.chat import (
 )
 from vxl_jax.config import VideoXLConfig
 from vxl_jax.media import (
-    FrameFolder,
+    FrameChoice,
     MediaError,
-    VideoFile,
-    choose_frames,
     grid_pinpoints,
     image_size,
     jitter_indices,
     load_image,
+    open_video,
     resize_and_crop,
     resolve_media,
+    select_frames,
     tile_grid,
     tile_image,
 )
@@ -122,9 +121,9 @@ class Preparer:
         """An image of which only the header is read. Raises: MediaError."""
         return Picture(self, path)
 
-    def video(self, path: Path, clip: "Clip") -> "Film":
+    def video(self, path: Path, clip: "Clip", follow_links: bool) -> "Film":
         """A video file or folder of frames of which no frame is decoded. Raises: MediaError."""
-        return Film(self, path, clip)
+        return Film(self, path, clip, follow_links)
 
 
 class Picture:
@@ -141,7 +140,7 @@ class Picture:
 
     def read(self, out: np.ndarray, rng: np.random.Generator | None) -> None:
         """Put the tiles into uint8 [F, S, S, 3]. Raises: MediaError."""
-        image = load_image(self.path)
+        image = load_image(self.path, self.preparer.data.media_options)
         if self.preparer.data.image_mode == "square":
             out[0] = resize_and_crop(image, self.preparer.size)
             return
@@ -166,48 +165,38 @@ class Clip:
 class Film:
     """A video, open until its frames are read."""
 
-    def __init__(self, preparer: Preparer, path: Path, clip: Clip):
+    def __init__(self, preparer: Preparer, path: Path, clip: Clip, follow_links: bool):
+        data = preparer.data
         self.preparer, self.path = preparer, path
-        if os.path.isdir(path):  # Path.is_dir would raise for a name that is too long
-            self.file: VideoFile | FrameFolder = FrameFolder(path, clip.fps or 1.0)
-        else:
-            self.file = VideoFile(path)
-        data, frames, fps = preparer.data, self.file.frames, self.file.fps
-        try:
-            self.indices = choose_frames(
-                frames,
-                fps,
-                data.frame_sampling,
-                data.max_frames,
-                data.video_fps,
-                clip.start,
-                clip.end,
-            )
-        except MediaError as error:
-            raise MediaError(f"{path}: {error}") from None
-        self.block = Block(path, len(self.indices), is_video=True)
-        first = self.indices[0] if clip.start is not None else 0
-        end = frames if clip.end is None else round(clip.end * fps)
-        self.end = min(frames, max(first + 1, end))
-        self.seconds = (self.end - first) / fps
-        self.times = [(index - first) / fps for index in self.indices]
+        options = data.media_options
+        self.video = open_video(path, clip.fps or 1.0, options=options, follow_links=follow_links)
+        choice = FrameChoice(
+            data.frame_sampling, data.max_frames, data.video_fps, clip.start, clip.end
+        )
+        self.selection = select_frames(self.video, choice)
+        if self.selection.missing:
+            raise MediaError(f"{path}: {self.selection.missing}; fetch it again")
+        self.block = Block(path, len(self.selection.indices), is_video=True)
 
     def read(self, out: np.ndarray, rng: np.random.Generator | None) -> None:
         """Put the frames into uint8 [F, S, S, 3], moved in time if there is `rng`.
 
         Raises: MediaError.
         """
-        indices = self.indices
+        indices = self.selection.indices
         if rng is not None:
-            indices = jitter_indices(indices, self.end, self.preparer.data.frame_jitter, rng)
-        self.file.read(indices, self.preparer.size, out)
+            jitter = self.preparer.data.frame_jitter
+            indices = jitter_indices(indices, self.selection.after, jitter, rng)
+        self.video.read(indices, self.preparer.size, out)
 
     def time_prompt(self) -> str:
         """Where the frames lie, in the words of LLaVA-Video."""
-        times = ",".join(f"{time:.2f}s" for time in self.times)
+        begin = self.selection.begin
+        times = self.selection.seconds - begin
+        shown = ",".join(f"{time:.2f}s" for time in times)
         return (
-            f"The video lasts for {self.seconds:.2f} seconds, and {len(self.times)} frames are "
-            f"uniformly sampled from it. These frames are located at {times}. "
+            f"The video lasts for {self.selection.end - begin:.2f} seconds, and {len(times)} "
+            f"frames are uniformly sampled from it. These frames are located at {shown}. "
             "Please answer the following questions related to this video."
         )
 
@@ -292,10 +281,10 @@ class Reader:
         media: list[Medium] = []
         for file, clip in zip(files, clips, strict=True):
             path = resolve_media(source.media_root, file, source.allow_outside)
-            prepared = (
-                self.preparer.image(path) if clip is None else self.preparer.video(path, clip)
-            )
-            media.append(prepared)
+            if clip is None:
+                media.append(self.preparer.image(path))
+            else:
+                media.append(self.preparer.video(path, clip, source.allow_outside))
         return media
 
     def _encode(self, conversations: Any, files: int) -> tuple[np.ndarray, np.ndarray]:

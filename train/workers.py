@@ -1,45 +1,29 @@
-"""Processes that read and decode samples, each watched: one that dies or hangs costs one sample.
+"""Processes that read and decode samples: one that dies or hangs costs one sample at most.
 
-    python -m train.workers SOCKET MEMORY        # started by WorkerPool, never by hand
-
-A worker answers one request at a time over a socket, and leaves pixels in memory that it shares
-with the training process. It imports neither JAX nor transformers. Media decoders are C code that
-can crash or loop for ever on a damaged file; the training process then ends the worker, starts
-another, and goes on.
+Each worker is a `MediaProcess` that does `Work`. It imports neither JAX nor transformers.
 """
 
 import contextlib
-import mmap
-import os
 import pickle
 import queue
-import resource
-import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
 from train.records import BAD, BadSample, Reader, Sample
 from vxl_jax.media import MediaError
+from vxl_jax.media.heartbeat import beat
+from vxl_jax.media.process import (
+    CannotStart,
+    HandlerError,
+    Hung,
+    MediaProcess,
+    ProcessDied,
+    Stopped,
+)
 from vxl_jax.stream import Ratio, Stream, draw_ratio
-
-START_SECONDS = 120.0
-"""Most time for a worker to start."""
-STARTS = 3
-"""Starts of a worker that may fail in a row."""
-MEMORY_BYTES = 2**32
-"""Most memory of a worker's own: a small file can ask a video decoder for any amount."""
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**27)}
-"""Lets glibc keep the memory of one image for the next: fetching it anew from the system took a
-third of the time."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +47,7 @@ class Loaded:
 
 
 class MediaChanged(MediaError):
-    """Media that are not what they were when their data file was measured."""
+    """Media that changed since their data file was measured."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +57,18 @@ class Work:
     reader: Reader
     ratios: tuple[int, ...]
 
+    def __call__(self, request: tuple[Any, ...], out: np.ndarray | None) -> Any:
+        """Answer a request of WorkerPool, in a worker."""
+        if out is None:
+            return self.measure(*request)
+        source, record, seed = request
+        return self.load(source, record, seed, out)
+
     def measure(self, source: int, records: Sequence[int]) -> list[Measured | BadSample]:
         """Lengths of records, from their text and the headers of their media."""
         found: list[Measured | BadSample] = []
         for record in records:
+            beat()  # the limit is that of one record
             try:
                 sample, _ = self.reader.open(source, record)
             except Exception as error:  # a decoder may raise anything, and memory may run out
@@ -114,6 +106,7 @@ class Work:
             for medium in media:
                 medium.read(out[start : start + medium.block.frames], jitter)
                 start += medium.block.frames
+                beat()
         except Exception as error:  # as in `measure`
             return self._bad(source, record, error)
         return Loaded(sample, stream)
@@ -138,35 +131,38 @@ def lowest(ratios: Sequence[int]) -> Ratio:
 
 
 class WorkerError(RuntimeError):
-    """Data processes cannot be started; the message says what to do."""
+    """Data processes cannot be started, or were ended; the message says what to do."""
 
 
 class WorkerPool:
-    """Does `Work` in processes of its own, for any number of calling threads.
+    """Does `Work` in processes, for any number of calling threads.
 
-    A call waits for an idle worker and for its answer, `seconds` at most; a worker that takes
-    longer is killed and its record bad. One that dies is replaced, and its record tried once more,
-    since it may not have been the record's fault.
+    A call waits for an idle worker and for its answer. A worker that dies or hangs is replaced and
+    its record tried once more, since the record may not be the cause; then the record is bad.
     """
 
     def __init__(self, work: Work, count: int, seconds: float):
-        """count: processes; 0: everything in this process, unwatched."""
+        """Prepare workers; each starts with its first request.
+
+        Args:
+          work: what they do; it must pickle.
+          count: number of processes; 0 does everything in this process, without a limit.
+          seconds: CPU time without progress that one record may take; see `MediaProcess.ask`.
+        """
         self.work, self.count, self.seconds = work, count, seconds
         self.closed = False
         self._stops = 0
-        self._idle: queue.Queue[_Worker] = queue.Queue()
-        setup = pickle.dumps(work, protocol=5)
-        self._workers = [_Worker(setup) for _ in range(count)]
+        self._idle: queue.Queue[MediaProcess] = queue.Queue()
+        handler = pickle.dumps(work, protocol=5)
+        self._workers = [MediaProcess(handler, "data process") for _ in range(count)]
         for worker in self._workers:
-            self._idle.put(worker)  # its process starts with its first request
-        if count:
-            threading.Thread(target=self._watch, daemon=True, name="data watchdog").start()
+            self._idle.put(worker)
 
     def measure(self, source: int, records: Sequence[int]) -> list[Measured | BadSample]:
         """As `Work.measure`."""
         if not self.count:
             return self.work.measure(source, records)
-        answer = self._ask(("measure", source, list(records)), tries=2 if len(records) == 1 else 1)
+        answer = self._ask((source, list(records)), tries=2 if len(records) == 1 else 1)
         if isinstance(answer, list):
             return answer
         if len(records) == 1:
@@ -183,8 +179,7 @@ class WorkerPool:
         """As `Work.load`."""
         if not self.count:
             return self.work.load(source, record, seed, out)
-        request = "load", source, record, seed, len(out)
-        answer = self._ask(request, tries=2, out=out)
+        answer = self._ask((source, record, seed), tries=2, out=out)
         return self._bad(source, record, answer) if isinstance(answer, str) else answer
 
     def _bad(self, source: int, record: int, reason: str) -> BadSample:
@@ -194,30 +189,25 @@ class WorkerPool:
     def rest(self) -> None:
         """End the processes until they are needed again; no other thread may be asking."""
         for worker in self._workers:
-            if worker.process is not None:
-                worker.end()
+            worker.end()
 
     def stop(self) -> None:
-        """Give up what is being read: its callers get WorkerError. The pool can be used on."""
-        self._stops += 1
-        for worker in self._workers:
-            with worker.lock:
-                if worker.deadline < float("inf"):
-                    worker.kill()
+        """Give up what is being read: its callers get WorkerError. The pool can be used again."""
+        self._stops += 1  # threads that wait for an answer look at it
 
     def close(self) -> None:
-        """End all workers, whatever they are doing."""
+        """End all workers, also those that are busy; their callers get WorkerError."""
         self.closed = True
-        for worker in self._workers:
-            worker.ended = True
-            worker.kill()
-        for _ in self._workers:
-            worker = self._idle.get()  # once its caller is done
-            try:
-                if worker.process is not None:
-                    worker.end()
-            finally:
-                self._idle.put(worker)  # for callers that wait, and see that the pool is closed
+        held: list[MediaProcess] = []
+        try:
+            while len(held) < self.count:
+                held.append(self._idle.get())  # the thread that uses it gives up
+                held[-1].kill()
+            for worker in held:
+                worker.end()
+        finally:
+            for worker in held:
+                self._idle.put(worker)  # for threads that wait, and see that the pool is closed
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -228,222 +218,37 @@ class WorkerPool:
     def _ask(self, request: tuple[Any, ...], tries: int, out: np.ndarray | None = None) -> Any:
         """The answer to a request, or text that says why there is none."""
         reason, stops = "", self._stops
-        while tries:
-            with self._worker() as worker:
-                try:
-                    return worker.ask(
-                        request, self.seconds, out, stopped=lambda: stops != self._stops
-                    )
-                except (EOFError, OSError) as error:
-                    hung, begun, how = worker.hung, worker.begun, worker.end()
-                    if self.closed or stops != self._stops:
-                        raise WorkerError("the data processes were ended") from error
-                    if not begun:  # it never got as far as the request
-                        continue
-                    if hung:
-                        return f"reading it took more than data.sample_seconds ({self.seconds:g} s)"
-                    reason = f"the process that read it died ({how})"
-                    tries -= 1
+
+        def stopped() -> bool:
+            return self.closed or stops != self._stops
+
+        for _ in range(tries):
+            try:
+                with self._worker() as worker:
+                    return worker.ask(request, self.seconds, out, stopped)
+            except HandlerError as error:
+                return str(error)
+            except ProcessDied as error:
+                reason = f"the process that read it died ({error})"
+            except Hung as error:
+                reason = (
+                    f"the process that read it {error}; the file may make its decoder loop, or its "
+                    f"disk may not answer: check both, or raise data.sample_seconds "
+                    f"({self.seconds:g})"
+                )
+            except Stopped as error:
+                raise WorkerError("the data processes were ended") from error
+            except CannotStart as error:
+                raise WorkerError(
+                    f"{error}; see its error above, lower data.workers (0 starts none), or raise "
+                    "the limits of processes and open files"
+                ) from error
         return reason
 
     @contextlib.contextmanager
-    def _worker(self) -> Iterator["_Worker"]:
+    def _worker(self) -> Iterator[MediaProcess]:
         worker = self._idle.get()
         try:
-            if self.closed:
-                raise WorkerError("the data processes were ended")
             yield worker
         finally:
             self._idle.put(worker)
-
-    def _watch(self) -> None:
-        while not self.closed:
-            now = time.monotonic()
-            for worker in self._workers:
-                with worker.lock:
-                    if worker.deadline < now:
-                        worker.hung = True
-                        worker.kill()
-            time.sleep(0.1)
-
-
-class _Worker:
-    """The training process's end of one worker; used by one thread at a time."""
-
-    def __init__(self, setup: bytes):
-        self.setup = setup
-        self.lock = threading.Lock()  # of the deadline, so that nobody is killed who was in time
-        self.deadline = float("inf")
-        self.hung = self.ended = self.killed = self.ready = self.begun = False
-        self.failed_starts = 0
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start the process; it is ready when it first answers.
-
-        Raises: WorkerError if it cannot be started.
-        """
-        command = [sys.executable, "-m", "train.workers"]
-        environment = {
-            **os.environ,
-            **KEEP_MEMORY,
-            "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
-        }
-        try:
-            ours, theirs = socket.socketpair()
-            with ours, theirs:
-                self.memory_file = os.memfd_create("vxl-pixels")
-                passed = theirs.fileno(), self.memory_file
-                self.process = subprocess.Popen(
-                    [*command, *map(str, passed)],
-                    pass_fds=passed,
-                    stdin=subprocess.DEVNULL,
-                    env=environment,
-                    start_new_session=True,  # Ctrl-C is for the training process alone
-                )
-                ours = ours.dup()
-        except OSError as error:
-            raise WorkerError(
-                f"a data process cannot be started ({error}); lower data.workers, or raise the "
-                "limits of processes and open files"
-            ) from error
-        self.memory: mmap.mmap | None = None
-        self.connection, self.ready = Connection(ours.detach()), False
-        if self.ended:  # meanwhile
-            self.process.kill()
-
-    def ask(
-        self,
-        request: tuple[Any, ...],
-        seconds: float,
-        out: np.ndarray | None,
-        stopped: Callable[[], bool],
-    ) -> Any:
-        """The answer to a request; pixels go to `out`. stopped: whether it is no longer wanted.
-
-        Raises: EOFError or OSError if the process is dead, or killed for taking longer (`hung`).
-        """
-        self.begun = False
-        try:
-            if self.process is not None and (self.killed or self.process.poll() is not None):
-                self.end()  # it died while it had nothing to do
-            if self.process is None:
-                self.start()
-            if not self.ready:
-                self._set_up()
-            if out is not None:
-                self._grow(out.nbytes)
-            self._allow(seconds)
-            if stopped():
-                raise OSError("given up")
-            self.connection.send(request)
-            self.connection.recv()
-            self.begun = True
-            answer = self.connection.recv()
-        finally:
-            self._allow(float("inf"))
-        if out is not None and out.size and self.memory is not None:
-            out.reshape(-1)[...] = np.frombuffer(self.memory, np.uint8, out.nbytes)
-        return answer
-
-    def _allow(self, seconds: float) -> None:
-        with self.lock:
-            self.deadline = time.monotonic() + seconds
-
-    def _set_up(self) -> None:
-        self._allow(START_SECONDS)
-        self.failed_starts += 1
-        try:
-            self.connection.send_bytes(self.setup)
-            self.connection.recv()
-        except (EOFError, OSError) as error:
-            if self.failed_starts < STARTS or self.ended:
-                raise
-            raise WorkerError(
-                f"a data process ended {STARTS} times as it started ({self.end()}); its error is "
-                "above, and data.workers 0 does without"
-            ) from error
-        self.ready, self.failed_starts = True, 0
-
-    def _grow(self, size: int) -> None:
-        if size and (self.memory is None or len(self.memory) < size):
-            os.ftruncate(self.memory_file, size)
-            self.memory = mmap.mmap(self.memory_file, size)
-
-    def kill(self) -> None:
-        """End the process; whoever waits for its answer sees that it is gone."""
-        process = self.process  # another thread may clear it away
-        if process is not None:
-            self.killed = True
-            process.kill()
-
-    def end(self) -> str:
-        """Clear away the process, and say how it ended; the next request starts another."""
-        assert self.process is not None
-        self.connection.close()
-        try:
-            code = self.process.wait(1.0)  # it may be about to end by itself, with a status to tell
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = self.process.wait()
-        self.process, self.hung, self.killed, self.memory = None, False, False, None
-        os.close(self.memory_file)
-        if code >= 0:
-            return f"exit status {code}"
-        names = {int(number): number.name for number in signal.Signals}
-        return f"signal {names.get(-code, -code)}"
-
-
-# The worker's side.
-
-
-def main(arguments: list[str]) -> None:
-    """Answer requests until the training process is gone."""
-    # A scheduler sends it to all processes: the run finishes its step, and needs its samples.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    connection, memory_file = Connection(int(arguments[0])), int(arguments[1])
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(MEMORY_BYTES, most)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
-    with contextlib.suppress(ImportError):  # hundreds of lines for a damaged file, which is named
-        from decord import logging
-
-        logging.set_level(logging.QUIET)
-    threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
-    with contextlib.suppress(EOFError, ConnectionError):  # the training process is gone
-        _answer(connection, memory_file)
-
-
-def _answer(connection: Connection, memory_file: int) -> None:
-    work: Work = pickle.loads(connection.recv_bytes())
-    connection.send("ready")
-    size = work.reader.preparer.size
-    memory: mmap.mmap | None = None
-    while True:
-        name, *rest = connection.recv()
-        connection.send("begun")
-        try:
-            if name == "measure":
-                answer: Any = work.measure(*rest)
-            else:
-                source, record, seed, frames = rest
-                need = frames * size * size * 3
-                if need and (memory is None or len(memory) < need):
-                    memory = mmap.mmap(memory_file, os.fstat(memory_file).st_size)
-                out = np.broadcast_to(np.uint8(0), (frames, size, size, 3))  # takes no memory
-                if need and memory is not None:
-                    out = np.frombuffer(memory, np.uint8, need).reshape(out.shape)
-                answer = work.load(source, record, seed, out)
-        except Exception as error:  # memory may run out
-            answer = f"{type(error).__name__} ({error})"
-        connection.send(answer)
-
-
-def _follow_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vxl_jax.film import Picture, Video
     from vxl_jax.inference import Chat, Model, load
     from vxl_jax.lora import add_lora, merge_lora
+    from vxl_jax.media import MediaError, MediaOptions
     from vxl_jax.memory import Memory, empty_memory
     from vxl_jax.model import VideoXL, decode_step, loss_and_metrics, prefill
     from vxl_jax.stream import (
@@ -38,6 +39,8 @@ __all__ = [
     "ConfigError",
     "LanguageConfig",
     "LoRAConfig",
+    "MediaError",
+    "MediaOptions",
     "Memory",
     "Model",
     "PartlyWatched",
@@ -74,6 +77,8 @@ _MODULES = {
     "ConfigError": "vxl_jax.config",
     "LanguageConfig": "vxl_jax.config",
     "LoRAConfig": "vxl_jax.config",
+    "MediaError": "vxl_jax.media",
+    "MediaOptions": "vxl_jax.media",
     "Memory": "vxl_jax.memory",
     "Model": "vxl_jax.inference",
     "PartlyWatched": "vxl_jax.visual_memory",

@@ -1,50 +1,55 @@
-"""What is watched, as chunks of pixels: a thread decodes the next while the device works on one.
+"""What is watched, as chunks of pixels: the next is decoded while the device works on one.
 
-No more than a few chunks stand in memory, whatever the length of the film.
+Files are decoded in a child process, which is ended if it hangs. No more than a few chunks are in
+memory, whatever the length of the film.
 """
 
 import math
+import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from vxl_jax.media import (
-    FrameFolder,
+    DEFAULT_OPTIONS,
+    PICTURES,
+    FrameChoice,
     MediaError,
-    Sampling,
-    VideoFile,
-    choose_frames,
+    MediaOptions,
+    Selection,
     grid_pinpoints,
+    image_format,
+    is_animation,
     load_image,
     resize_and_crop,
     tile_image,
 )
-from vxl_jax.media.truncated_mp4 import readable
+from vxl_jax.media.decoding import (
+    ImageRequest,
+    VideoRequest,
+    absolute,
+    borrowed_decoder,
+)
 
 Chunk = tuple[np.ndarray, np.ndarray]
 """Pixels [F, S, S, 3] (uint8, or floats that are normalised) and the second of each frame [F]."""
-
-PICTURE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm"),
-)
-"""Suffixes of files that are one picture; all other files are videos."""
 
 FRAMES = 128
 """Frames of a video file, unless told: what the published evaluations take."""
 
 AT_ONCE = 256
-"""Most frames that are decoded at a stretch. Each stretch begins at a key frame."""
+"""Most frames that are decoded at once."""
 
-THREADS = 16
-"""Most threads that decode and resize one video."""
+THREADS = min(16, os.cpu_count() or 1)
+"""Threads that decode and resize one video."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,9 @@ class Video:
         if None. What is neither is taken whole.
     sample_fps: frames a second that are taken of a file, where these are fewer than `frames`.
     start, end: seconds of the file between which frames are taken.
-    fps: frames a second of what is no video file, 1 if it is not known. Ratios and messages go by
-        seconds.
+    fps: frame rate of arrays, folders and live sources, 1 if it is not known. Ratios and messages
+        go by seconds.
+    options: how the pixels of files are decoded.
     """
 
     source: Any
@@ -68,18 +74,23 @@ class Video:
     start: float | None = None
     end: float | None = None
     fps: float = 1.0
+    options: MediaOptions = DEFAULT_OPTIONS
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image, cut into tiles: a path, a Pillow image, or pixels [H, W, 3] uint8."""
+    """An image, cut into tiles: a path, a Pillow image, or pixels [H, W, 3] uint8.
+
+    options: how the pixels of a file are decoded.
+    """
 
     source: Any
+    options: MediaOptions = DEFAULT_OPTIONS
 
 
 Media = Any
-"""`Video`, `Picture`, or the source of one: paths of `PICTURE_SUFFIXES` and Pillow images are
-pictures, everything else is a video."""
+"""`Video`, `Picture`, or the source of one: image files, by their content, and Pillow images are
+pictures; everything else is a video, animated images too."""
 
 
 def as_media(media: Media, **options: Any) -> Video | Picture:
@@ -92,10 +103,33 @@ def as_media(media: Media, **options: Any) -> Video | Picture:
         if given:
             raise ValueError(f"{', '.join(given)}: a {type(media).__name__} has its own")
         return media
-    is_picture = isinstance(media, Image.Image) or (
-        isinstance(media, str | Path) and Path(media).suffix.lower() in PICTURE_SUFFIXES
-    )
-    return Picture(media) if is_picture else Video(media, **options)
+    if _is_picture(media):
+        return Picture(media, options.get("options", DEFAULT_OPTIONS))
+    return Video(media, **options)
+
+
+def _is_picture(source: Any) -> bool:
+    if not isinstance(source, str | Path):
+        return isinstance(source, Image.Image)
+    if not os.path.isfile(source):  # opening it tells what is wrong
+        return Path(source).suffix.lower() in PICTURES
+    return image_format(source) is not None and not is_animation(source)
+
+
+class Chunks(Protocol):
+    """An iterator of `Chunk` that can be closed: a generator, for example."""
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Itself."""
+        ...
+
+    def __next__(self) -> Chunk:
+        """The next chunk."""
+        ...
+
+    def close(self) -> None:
+        """Leave it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -112,7 +146,7 @@ class Film:
     name: str
     is_video: bool
     seconds: np.ndarray | None
-    chunks: Callable[[int], Generator[Chunk, None, None]]
+    chunks: Callable[[int], "Chunks"]
     step: float | None = None
 
 
@@ -124,7 +158,7 @@ def open_film(media: Video | Picture, size: int) -> Film:
     Raises: MediaError if it is missing, empty or no picture or video.
     """
     if isinstance(media, Picture):
-        return _picture(media.source, size)
+        return _picture(media, size)
     if not 0 < media.fps < math.inf:
         raise MediaError(f"a video of {media.fps} frames a second; fps must be more than 0")
     if isinstance(media.source, str | Path):
@@ -138,13 +172,23 @@ def open_film(media: Video | Picture, size: int) -> Film:
     )
 
 
-def _picture(source: Any, size: int) -> Film:
-    name = "image"
+def _picture(media: Picture, size: int) -> Film:
+    source = media.source
     if isinstance(source, str | Path):
-        name, source = str(source), load_image(source)
-    elif not isinstance(source, Image.Image):
+        return _picture_file(media, size)
+    if not isinstance(source, Image.Image):
         source = Image.fromarray(_checked_pixels(np.asarray(source)[None])[0])
-    tiles = tile_image(source, grid_pinpoints(size), size)
+    return _of_tiles("image", tile_image(source, grid_pinpoints(size), size))
+
+
+def _picture_file(media: Picture, size: int) -> Film:
+    request = ImageRequest(absolute(media.source), size, media.options)
+    with borrowed_decoder() as decoder:
+        tiles = decoder.read_tiles(request, decoder.count_tiles(request))
+    return _of_tiles(str(media.source), tiles)
+
+
+def _of_tiles(name: str, tiles: np.ndarray) -> Film:
     seconds = np.zeros(len(tiles))
 
     def chunks(count: int) -> Generator[Chunk, None, None]:
@@ -209,89 +253,64 @@ def _live(pictures: Iterable[Any], fps: float, size: int) -> Film:
 
 
 def _video_file(media: Video, size: int) -> Film:
-    path = Path(media.source)
-    with readable(path) as (whole, promised):
-        file = _open(path, whole, media.fps)
-    total = promised or file.frames
-    most = total if media.frames is None else media.frames
-    if most < 1:
-        raise MediaError(f"{path}: {most} frames asked for; give at least one")
-    sampling: Sampling = "uniform" if media.sample_fps is None else "capped"
-    wanted = 1.0 if media.sample_fps is None else media.sample_fps
-    try:
-        indices = choose_frames(total, file.fps, sampling, most, wanted, media.start, media.end)
-    except ValueError as error:
-        raise MediaError(f"{path}: {error}") from error
-    return Film(
-        str(path), True, np.array(indices) / file.fps, _decoder(path, media.fps, indices, size)
+    if media.frames is not None and media.frames < 1:
+        raise MediaError(f"{media.source}: {media.frames} frames asked for; give at least one")
+    choice = FrameChoice(
+        "uniform" if media.sample_fps is None else "capped",
+        media.frames,
+        1.0 if media.sample_fps is None else media.sample_fps,
+        media.start,
+        media.end,
     )
+    request = VideoRequest(absolute(media.source), choice, media.fps, THREADS, media.options)
+    with borrowed_decoder() as decoder:
+        selection = decoder.open_video(request)
+    name = str(media.source)
+    return Film(name, True, selection.seconds, partial(_FileChunks, request, selection, size))
 
 
-def _decoder(
-    path: Path, fps: float, indices: Sequence[int], size: int
-) -> Callable[[int], Generator[Chunk, None, None]]:
-    def chunks(count: int) -> Generator[Chunk, None, None]:
-        with readable(path) as (whole, promised):
-            file = _open(path, whole, fps, THREADS)  # in the thread that reads it
-            there = [index for index in indices if index < file.frames]
-            done, stretch = 0, count
-            while done < len(there):
-                some = there[done : done + stretch]
-                error: MediaError | None = None
-                try:
-                    pixels = file.read(some, size)
-                except MediaError:
-                    pixels, error = _before_damage(path, whole, fps, some, size)
-                for i in range(0, len(pixels), count):
-                    part = pixels[i : i + count]
-                    yield part, np.array(there[done : done + len(part)]) / file.fps
-                    done += len(part)
+class _FileChunks:
+    """Chunks of a video file, decoded in a child process."""
+
+    def __init__(self, request: VideoRequest, selection: Selection, size: int, count: int):
+        self._stopped = threading.Event()
+        self._chunks = self._decode(request, selection, size, count)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def stop(self) -> None:
+        """Give up what is being decoded; for any thread."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Leave it, in the thread that has used it."""
+        self._chunks.close()
+
+    def _decode(
+        self, request: VideoRequest, selection: Selection, size: int, count: int
+    ) -> Generator[Chunk, None, None]:
+        there = [index for index in selection.indices if index < selection.there]
+        with borrowed_decoder() as decoder:
+            for start in range(0, len(there), count):
+                some = there[start : start + count]
+                pixels, error = decoder.read_frames(request, some, size, self._stopped.is_set)
+                if len(pixels):
+                    yield pixels, selection.seconds[start : start + len(pixels)]
                 if error is not None:
                     raise error
-                # The first chunk comes soon, and later there are few seeks back to a key frame.
-                stretch = max(count, min(2 * stretch, AT_ONCE) // count * count)
-            if len(there) < len(indices):
-                raise MediaError(
-                    f"{path}: ends early, {file.frames} of its {promised} frames are there; "
-                    "fetch it again"
-                )
-
-    return chunks
+        if selection.missing is not None:
+            raise MediaError(f"{request.path}: {selection.missing}; fetch it again")
 
 
-def _open(path: Path, whole: Path, fps: float, threads: int = 1) -> FrameFolder | VideoFile:
-    """whole: where the video is read from; it has the name of `path` in messages."""
-    if path.is_dir():
-        return FrameFolder(path, fps)
-    try:
-        file = VideoFile(whole, threads)
-    except MediaError as error:
-        raise MediaError(str(error).replace(str(whole), str(path))) from error
-    file.path = path
-    return file
-
-
-def _before_damage(
-    path: Path, whole: Path, fps: float, indices: Sequence[int], size: int
-) -> tuple[np.ndarray, MediaError | None]:
-    """Pixels of the frames before one that cannot be decoded, and the error.
-
-    decord's thread reads ahead, and fails for frames that stand well before the damage: each is
-    tried by a reader of its own, which does not help those that stand close to it.
-    """
-    found = np.empty((len(indices), size, size, 3), np.uint8)
-    for i, index in enumerate(indices):
-        try:
-            _open(path, whole, fps).read([index], size, out=found[i : i + 1])
-        except MediaError as error:
-            return found[:i], error
-    return found, None
-
-
-def ahead(chunks: Generator[Any, None, None], depth: int = 1) -> Generator[Any, None, None]:
+def ahead(chunks: Any, depth: int = 1) -> Generator[Any, None, None]:
     """The same items, made by a thread, up to `depth` of them before they are asked for.
 
-    An error of the thread is raised after the items before it.
+    An error of the thread is raised after the items before it. chunks: an iterator with `close`;
+    where it has `stop`, that is called if nobody wants the rest.
     """
     made: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     left = threading.Event()
@@ -327,3 +346,4 @@ def ahead(chunks: Generator[Any, None, None], depth: int = 1) -> Generator[Any, 
             yield item
     finally:
         left.set()
+        getattr(chunks, "stop", lambda: None)()

@@ -21,6 +21,13 @@ from vxl_jax.config import PRESETS, ConfigError
 NAMES = {"bfloat16": "bfloat16", "float32": "float32", "int8": "bfloat16"}
 """Dtypes of activations by `--weights`."""
 
+PIXELS = {
+    "square_pixels": "stretch videos whose pixels are not square to their shape on a screen",
+    "tone_map": "map HDR videos to the range of ordinary video",
+    "color_profile": "convert images with an ICC profile to sRGB",
+}
+"""Switches of `MediaOptions`."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
@@ -77,6 +84,10 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     media.add_argument("--sample-fps", type=float, help="take so many frames a second, up to N")
     media.add_argument("--start", type=float, metavar="S", help="second where frames begin")
     media.add_argument("--end", type=float, metavar="S", help="second where frames end")
+    decoders = ("pyav", "decord")
+    media.add_argument("--decoder", choices=decoders, default="pyav", help="of video files")
+    for name, what in PIXELS.items():
+        media.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=what)
     media.add_argument("--memory", type=Path, metavar="F", help="go on with a saved memory")
     media.add_argument("--save-memory", type=Path, metavar="F", help="keep the memory in a file")
     media.add_argument("--overwrite", action="store_true", help="replace the file of --save-memory")
@@ -185,6 +196,7 @@ def run(options: argparse.Namespace) -> int:
 def open_films(options: argparse.Namespace) -> list[Any]:
     """What is to be watched, opened, before the weights are loaded."""
     from vxl_jax.film import FRAMES, Picture, Video, open_film
+    from vxl_jax.media import MediaOptions
     from vxl_jax.published import read_config
     from vxl_jax.visual_memory import check_ratios
 
@@ -193,11 +205,13 @@ def open_films(options: argparse.Namespace) -> list[Any]:
         check_ratios(options.ratio, config.window)
     size = config.vision.image_size
     frames = FRAMES if options.frames is None else options.frames
+    pixels = MediaOptions(options.decoder, **{name: getattr(options, name) for name in PIXELS})
     films = []
     for kind, path in options.media:
-        media: Any = Picture(path)
+        media: Any = Picture(path, pixels)
         if kind == "video":
-            media = Video(path, frames, options.sample_fps, options.start, options.end)
+            clip = options.sample_fps, options.start, options.end
+            media = Video(path, frames, *clip, options=pixels)
         films.append(open_film(media, size))
     return films
 

@@ -34,6 +34,7 @@ from vxl_jax.config import VideoXLConfig
 from vxl_jax.decode import GREEDY, Sampling, check_new_tokens, until_stopped
 from vxl_jax.estimate import STEP_TOKENS
 from vxl_jax.film import FRAMES, Film, Media, as_media, open_film
+from vxl_jax.media import DEFAULT_OPTIONS, MediaOptions
 from vxl_jax.model import VideoXL
 from vxl_jax.published import load_tokenizer, read_config, read_max_context
 from vxl_jax.visual_memory import (
@@ -120,6 +121,7 @@ class Model:
         sample_fps: float | None = None,
         start: float | None = None,
         end: float | None = None,
+        options: MediaOptions = DEFAULT_OPTIONS,
         system: str = DEFAULT_SYSTEM,
         progress: bool = False,
     ) -> VisualMemory:
@@ -127,13 +129,14 @@ class Model:
 
         Args:
             media: one or a list, each a path, a Pillow image, pixels, or a `Video` or `Picture`.
-                Paths of picture files are images; all else are videos, see `Video`.
+                Image files, by their content, are images; all else are videos, see `Video`.
             frames: of each video file, evenly from its first to its last; all if None. What is no
                 file is taken whole.
             ratio: see `Ratios`; by default the largest that the model has learned.
             sample_fps: take so many frames a second instead, where these are fewer than `frames`.
             start: second of each video file where frames are taken from; its beginning if None.
             end: second where that ends; the file's end if None.
+            options: how the pixels of files are decoded.
             system: the system turn of conversations about the memory.
             progress: show bars.
 
@@ -142,10 +145,10 @@ class Model:
             the model or the memory of the device has room for, before anything is watched.
         """
         ratios = self.checked_ratios(ratio)
-        options: dict[str, Any] = {"frames": frames, "sample_fps": sample_fps}
-        options |= {"start": start, "end": end}
+        fields: dict[str, Any] = {"frames": frames, "sample_fps": sample_fps}
+        fields |= {"start": start, "end": end, "options": options}
         size = self.config.vision.image_size
-        films = [open_film(as_media(item, **options), size) for item in as_list(media)]
+        films = [open_film(as_media(item, **fields), size) for item in as_list(media)]
         memory = self.remember(system)
         check_room(memory.growing, films, ratios)
         for film in films:

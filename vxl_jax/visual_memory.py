@@ -24,7 +24,7 @@ from vxl_jax.decode import Sampling, decode
 from vxl_jax.estimate import entry_bytes
 from vxl_jax.film import AT_ONCE, FRAMES, Film, Media, ahead, as_media, open_film
 from vxl_jax.interrupts import held_interrupts
-from vxl_jax.media import MediaError
+from vxl_jax.media import DEFAULT_OPTIONS, MediaError, MediaOptions
 from vxl_jax.memory import Memory, empty_memory
 from vxl_jax.model import decode_step, encode, read
 from vxl_jax.progress import progress_bar
@@ -299,22 +299,24 @@ def watch_film(
     chunks = film.chunks(min(count, AT_ONCE))
     total = None if known is None else len(known)
     bar = progress_bar(progress, total=total, desc="watching", unit="frame")
-    with bar, closing(ahead(chunks)) as decoded, held_interrupts() as let_go:
+    with bar, closing(ahead(chunks)) as decoded:
         try:
-            for pixels, seconds in decoded:
-                if known is None:
-                    more = count_entries(config, seconds + shift, ratios, block)
-                    model.check_context(block.entries.before + block.start + more, film.name)
-                before = block.tokens
-                try:
-                    block.see(pixels, seconds + shift, ratios)
-                finally:
-                    if block.tokens > before:
-                        taken(seconds + shift)
-                bar.update(len(pixels))
-                let_go()
+            while (chunk := next(decoded, None)) is not None:  # Ctrl-C is heard while it waits
+                pixels, seconds = chunk
+                with held_interrupts():
+                    if known is None:
+                        more = count_entries(config, seconds + shift, ratios, block)
+                        model.check_context(block.entries.before + block.start + more, film.name)
+                    before = block.tokens
+                    try:
+                        block.see(pixels, seconds + shift, ratios)
+                    finally:
+                        if block.tokens > before:
+                            taken(seconds + shift)
+                    bar.update(len(pixels))
         finally:
-            block.finish()
+            with held_interrupts():
+                block.finish()
     if not block.tokens:
         raise MediaError(f"{film.name}: gave no frame")
 
@@ -406,6 +408,7 @@ class VisualMemory:
         sample_fps: float | None = None,
         start: float | None = None,
         end: float | None = None,
+        options: MediaOptions = DEFAULT_OPTIONS,
         new_block: bool | None = None,
         progress: bool = False,
     ) -> None:
@@ -421,6 +424,7 @@ class VisualMemory:
             sample_fps: frames a second of a file.
             start: first second of a file.
             end: last second of a file.
+            options: how the pixels of a file are decoded.
             new_block: whether another video begins. By default, a file does unless it is the one
                 that was watched last, and what is no file goes on. After an image, and for one, it
                 always does.
@@ -432,7 +436,9 @@ class VisualMemory:
         """
         model = self.growing.model
         ratios = model.checked_ratios(ratio)
-        media = as_media(media, frames=frames, sample_fps=sample_fps, start=start, end=end)
+        media = as_media(
+            media, frames=frames, sample_fps=sample_fps, start=start, end=end, options=options
+        )
         self.watch(open_film(media, model.config.vision.image_size), ratios, new_block, progress)
 
     def watch(

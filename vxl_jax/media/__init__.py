@@ -6,47 +6,77 @@ leave it as uint8 (a quarter of the bytes of float32); the device normalises the
 Sizes are (width, height) in pixels, as in Pillow; arrays are [rows, columns, RGB]. What is
 computed follows the published Video-XL data code and the CLIP image processor it calls.
 
-In import order: `tiles`, `frames` (squares for the vision tower), `sampling` (which frames),
-`paths`, `images`, `folder` (a folder of frames), `video` (video files), `truncated_mp4`.
+In import order: `options`, `heartbeat`, `tiles` (images cut up), `frames` (squares for the tower),
+`sampling` (which frames), `paths`, `kinds` (what a file is), `images`, `animation`, `folder` (of
+frames), `containers` (what video files say), `tone_map`, `video_index`, `video` (PyAV),
+`decord_video`, `reader` (all of these as one), `process` (a child that can be ended), `decoding`
+(the reader in such a child).
 """
 
 from vxl_jax.errors import MediaError
+from vxl_jax.media.animation import Animation, is_animation
 from vxl_jax.media.folder import PICTURES, FrameFolder
 from vxl_jax.media.frames import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
 from vxl_jax.media.images import image_size, load_image
+from vxl_jax.media.kinds import image_format
+from vxl_jax.media.options import DEFAULT_OPTIONS, MediaOptions
 from vxl_jax.media.paths import resolve_media
+from vxl_jax.media.reader import (
+    MEDIA_VERSION,
+    FrameChoice,
+    Selection,
+    VideoInfo,
+    VideoReader,
+    load_video_frames,
+    open_video,
+    probe_video,
+    select_frames,
+)
 from vxl_jax.media.sampling import (
     Sampling,
+    Timeline,
     choose_frames,
     frame_indices,
     jitter_indices,
     uniform_indices,
 )
 from vxl_jax.media.tiles import Size, best_resolution, grid_pinpoints, tile_grid, tile_image
-from vxl_jax.media.video import VideoFile, VideoInfo, load_video_frames, probe_video
+from vxl_jax.media.video import VideoFile
 
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
+    "DEFAULT_OPTIONS",
+    "MEDIA_VERSION",
     "PICTURES",
+    "Animation",
+    "FrameChoice",
     "FrameFolder",
     "MediaError",
+    "MediaOptions",
     "Sampling",
+    "Selection",
     "Size",
+    "Timeline",
     "VideoFile",
     "VideoInfo",
+    "VideoReader",
     "best_resolution",
     "choose_frames",
     "frame_indices",
     "grid_pinpoints",
+    "image_format",
     "image_size",
+    "is_animation",
     "jitter_indices",
     "load_image",
     "load_video_frames",
     "normalize",
+    "open_video",
     "probe_video",
     "resize_and_crop",
     "resolve_media",
+    "select_frames",
     "tile_grid",
     "tile_image",
     "uniform_indices",

@@ -1,6 +1,8 @@
-"""Which frames of a video are taken."""
+"""Which frames of a video are taken, by index or by presentation time."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -52,65 +54,139 @@ def frame_indices(
     return [i * step for i in range(count)]
 
 
+@dataclass(frozen=True)
+class Timeline:
+    """When the frames of a video are shown.
+
+    seconds: presentation time of each frame, float64 [F], counted from the start of the file. They
+        rise, except in files that were joined without rewriting their times.
+    duration: second at which the last frame ends.
+    fps: frames per second on average.
+    """
+
+    seconds: np.ndarray
+    duration: float
+    fps: float
+
+    @classmethod
+    def of_rate(cls, frames: int, fps: float) -> "Timeline":
+        """The timeline of frames at one rate, from second 0 on."""
+        return cls(np.arange(frames) / fps, frames / fps, fps)
+
+    @cached_property
+    def is_constant(self) -> bool:
+        """Whether each frame is within half a frame of where a constant rate puts it."""
+        steady = self.seconds[0] + np.arange(len(self.seconds)) / self.fps
+        return bool(np.abs(self.seconds - steady).max() <= 0.5 / self.fps + 1e-9)
+
+    @cached_property
+    def tolerance(self) -> float:
+        """Seconds by which a frame may miss the bounds of a clip: half of the shortest interval."""
+        if self.is_constant:
+            return 0.5 / self.fps
+        steps = np.diff(self.seconds)
+        return 0.5 * float(steps[steps > 0].min(initial=1 / self.fps))
+
+    def clip(self, start: float | None = None, end: float | None = None) -> np.ndarray:
+        """Returns the indices of the frames on the screen between two seconds, at least one.
+
+        Args:
+          start: where the clip begins; None: with the first frame.
+          end: where it ends; None: with the last frame.
+
+        Raises:
+          MediaError: the clip is empty or outside the video. The message names no file.
+        """
+        count = len(self.seconds)
+        if start is None and end is None:
+            return np.arange(count)
+        begin = 0.0 if start is None else start
+        stop = self.duration if end is None else end
+        if begin >= self.duration:
+            raise MediaError(
+                f"the clip starts at {begin:g} s but the video is {self.duration:.2f} s long; "
+                "fix start and end"
+            )
+        first_second = float(self.seconds.min())
+        if not 0 <= begin < stop:
+            raise MediaError(
+                f"the clip from {begin:g} s to {stop:g} s has no frames; fix start and end"
+            )
+        if stop <= first_second:
+            raise MediaError(
+                f"the clip ends at {stop:g} s but the first frame is shown at {first_second:.2f} "
+                "s; fix start and end"
+            )
+        shown_before = np.flatnonzero(self.seconds <= begin + self.tolerance)
+        first = int(shown_before[-1]) if len(shown_before) else 0
+        inside = self.seconds < stop - self.tolerance
+        if end is None:
+            inside[:] = True
+        inside &= self.seconds >= self.seconds[first]
+        inside[first] = True
+        return np.flatnonzero(inside)
+
+    def at_rate(self, clip: np.ndarray, fps: float) -> list[int]:
+        """Returns the frames of a clip that are on the screen at its start and every 1/fps s on."""
+        seconds = self.seconds[clip]
+        after = clip[-1] + 1
+        end = self.seconds[after] if after < len(self.seconds) else self.duration
+        wanted = seconds[0] + np.arange(max(1, int((end - seconds[0]) * fps + 1e-6))) / fps
+        shown = np.searchsorted(np.maximum.accumulate(seconds), wanted + 1e-6, side="right") - 1
+        return [int(index) for index in clip[np.unique(shown)]]
+
+
 Sampling = Literal["capped", "uniform", "fps"]
 """How frames are chosen, see `choose_frames`."""
 
 
 def choose_frames(
-    frames: int,
-    fps: float,
+    timeline: Timeline,
     sampling: Sampling,
     max_frames: int,
     wanted_fps: float = 1.0,
     start: float | None = None,
     end: float | None = None,
 ) -> list[int]:
-    """Returns the frame indices of a training video or of a clip of it, in order.
+    """Returns the frame indices of a video or of a clip of it, in order.
+
+    Where the frame rate is constant, `capped` and `uniform` count frames, as published. Where it
+    varies, `capped` and `fps` go by presentation time: the frame on the screen at each point in
+    time, once.
 
     Args:
-      frames: frames in the video.
-      fps: its frames per second.
-      sampling: `capped`: `wanted_fps` a second, and `max_frames` uniformly where that is more;
-        `uniform`: `max_frames` uniformly, or all where there are fewer; `fps`: `wanted_fps` a
+      timeline: when the video's frames are shown.
+      sampling: `capped`: `wanted_fps` a second, and `max_frames` evenly where that is more;
+        `uniform`: `max_frames` evenly by index, or all where there are fewer; `fps`: `wanted_fps` a
         second, and an error where that is more than `max_frames`.
       max_frames: most frames to take.
       wanted_fps: frames wanted per second.
-      start: second of the video where the clip begins; its beginning if None.
+      start: second of the video where the clip begins; its first frame if None.
       end: second where it ends; the video's end if None.
 
     Raises:
       MediaError: the clip is empty or outside the video, or `fps` gives too many frames. The
         message names no file.
     """
-    first, last = _clip_range(frames, fps, start, end)
-    count = last - first
+    clip = timeline.clip(start, end)
+    count = len(clip)
     if sampling == "uniform":
-        chosen = uniform_indices(count, min(max_frames, count))
+        return [int(clip[i]) for i in uniform_indices(count, min(max_frames, count))]
+    if not timeline.is_constant:
+        chosen = timeline.at_rate(clip, wanted_fps)
+        if sampling == "capped" and len(chosen) > max_frames:
+            chosen = [chosen[i] for i in uniform_indices(len(chosen), max_frames)]
     elif sampling == "capped":
-        chosen = frame_indices(count, fps, max_frames, wanted_fps)
+        chosen = [int(clip[i]) for i in frame_indices(count, timeline.fps, max_frames, wanted_fps)]
     else:
-        step = max(1.0, fps / wanted_fps)  # not rounded: 10 a second of 24 are 10
-        chosen = [int(i * step) for i in range(max(1, int(count / step + 1e-9)))]
+        step = max(1.0, timeline.fps / wanted_fps)  # not rounded: 10 a second of 24 are 10
+        chosen = [int(clip[int(i * step)]) for i in range(max(1, int(count / step + 1e-9)))]
     if len(chosen) > max_frames:
         raise MediaError(
             f"{len(chosen)} frames at {wanted_fps:g} a second are over max_frames {max_frames}; "
             "use a clip of it, or another sampling"
         )
-    return [first + index for index in chosen]
-
-
-def _clip_range(frames: int, fps: float, start: float | None, end: float | None) -> tuple[int, int]:
-    """First frame of a clip and one past its last."""
-    seconds = frames / fps
-    begin, stop = 0.0 if start is None else start, seconds if end is None else end
-    if begin >= seconds:
-        raise MediaError(
-            f"a clip from {begin:g} s on, but the video has {seconds:.2f} s; mend start and end"
-        )
-    if not 0 <= begin < stop:
-        raise MediaError(f"a clip from {begin:g} s to {stop:g} s has no frames; mend start and end")
-    first = min(round(begin * fps), frames - 1)
-    return first, max(first + 1, min(round(stop * fps), frames))
+    return chosen
 
 
 def jitter_indices(

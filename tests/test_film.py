@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.data import write_video
 from vxl_jax.film import Picture, Video, ahead, as_media, open_film
-from vxl_jax.media import MediaError, load_video_frames, uniform_indices
+from vxl_jax.media import MediaError, MediaOptions, load_video_frames, uniform_indices
 
 SIDE = 32
 
@@ -179,8 +179,24 @@ def test_what_is_a_picture_and_what_a_video():
     for video in ("a.mp4", "folder", np.zeros((1, 2, 2, 3), np.uint8), iter([])):
         assert as_media(video, frames=7) == Video(video, 7)
     assert as_media(Video("a.mp4", 3), frames=128) == Video("a.mp4", 3)
+    pixels = MediaOptions(square_pixels=True)
+    assert as_media("a.mp4", options=pixels) == Video("a.mp4", options=pixels)
+    assert as_media("a.jpg", options=pixels, frames=7) == Picture("a.jpg", pixels)
     with pytest.raises(ValueError, match="frames, end: a Video has its own"):
         as_media(Video("a.mp4", 3), frames=7, end=2.0)
+
+
+def test_files_are_pictures_or_videos_by_their_content(tmp_path: Path, video: Path):
+    still, moving = tmp_path / "still.mp4", tmp_path / "moving.png"
+    Image.new("RGB", (9, 9)).save(still, "PNG")
+    frames = [Image.new("RGB", (9, 9), (i, 0, 0)) for i in (0, 200)]
+    frames[0].save(moving, "GIF", save_all=True, append_images=frames[1:])
+    assert isinstance(as_media(still), Picture)
+    assert isinstance(as_media(moving), Video)
+    no_picture = tmp_path / "film.jpg"
+    no_picture.symlink_to(video)
+    assert isinstance(as_media(no_picture), Video)
+    assert len(np.concatenate([p for p, _ in open_film(as_media(moving), SIDE).chunks(9)])) == 2
 
 
 def test_items_are_made_ahead_but_not_far():

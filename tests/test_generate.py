@@ -13,7 +13,8 @@ from PIL import Image
 
 from tests.data import write_video
 from vxl_jax import Picture, Video, load, load_memory, visual_memory
-from vxl_jax.generate import main, read_ratios
+from vxl_jax.generate import main, read_media_options, read_options, read_ratios
+from vxl_jax.media import MediaOptions
 from vxl_jax.media.decoding import Decoder
 from vxl_jax.visual_memory import Block
 
@@ -226,6 +227,17 @@ def test_ratios_on_the_command_line():
     assert read_ratios("16") == 16
     assert read_ratios("none") is None
     assert read_ratios("0:16,60.5:4,90:none") == {0.0: 16, 60.5: 4, 90.0: None}
+
+
+def test_pixels_are_decoded_as_asked(folder: Path):
+    media = ["--video", str(folder / "film.mp4"), "--prompt", "What?"]
+    for given, expected in (
+        ([], MediaOptions()),
+        (["--decoder", "decord", "--tone-map"], MediaOptions("decord", tone_map=True)),
+        (["--square-pixels", "--color-profile"], MediaOptions("pyav", True, False, True)),
+    ):
+        options = read_options(["--model", "hf", *media, *given])
+        assert read_media_options(options) == expected
 
 
 def test_a_plan(folder: Path, capsys: pytest.CaptureFixture):

@@ -17,6 +17,7 @@ from typing import Any
 
 from vxl_jax.cards import claim_memory
 from vxl_jax.config import PRESETS, ConfigError
+from vxl_jax.media import MediaOptions
 
 NAMES = {"bfloat16": "bfloat16", "float32": "float32", "int8": "bfloat16"}
 """Dtypes of activations by `--weights`."""
@@ -150,6 +151,11 @@ def read_ratios(text: str) -> int | str | dict[float, int | None] | None:
     return {float(second): one(ratio) for second, ratio in pairs}
 
 
+def read_media_options(options: argparse.Namespace) -> MediaOptions:
+    """How pixels are decoded."""
+    return MediaOptions(options.decoder, **{name: getattr(options, name) for name in PIXELS})
+
+
 def run(options: argparse.Namespace) -> int:
     """Load, watch, save and answer; returns the exit status."""
     from vxl_jax.decode import Sampling
@@ -196,7 +202,6 @@ def run(options: argparse.Namespace) -> int:
 def open_films(options: argparse.Namespace) -> list[Any]:
     """What is to be watched, opened, before the weights are loaded."""
     from vxl_jax.film import FRAMES, Picture, Video, open_film
-    from vxl_jax.media import MediaOptions
     from vxl_jax.published import read_config
     from vxl_jax.visual_memory import check_ratios
 
@@ -205,7 +210,7 @@ def open_films(options: argparse.Namespace) -> list[Any]:
         check_ratios(options.ratio, config.window)
     size = config.vision.image_size
     frames = FRAMES if options.frames is None else options.frames
-    pixels = MediaOptions(options.decoder, **{name: getattr(options, name) for name in PIXELS})
+    pixels = read_media_options(options)
     films = []
     for kind, path in options.media:
         media: Any = Picture(path, pixels)

@@ -56,7 +56,8 @@ class PartlyWatched(MediaError):
 def ratio_at(ratios: Ratios, second: float) -> int | None:
     """The ratio of a window whose first frame is at a second."""
     if isinstance(ratios, Mapping):
-        ratios = ratios[max(start for start in ratios if start <= second)]
+        # Files that were joined may have times before their start.
+        ratios = ratios[max(start for start in ratios if start <= max(second, 0.0))]
     return None if ratios is None else int(ratios)
 
 

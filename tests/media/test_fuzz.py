@@ -55,6 +55,7 @@ def test_damaged_videos_are_read_or_refused_and_nothing_leaks(files: Path, demo_
     work = Work(read_from(records, files, demo_tokenizer, max_frames=4), ())
     refused: dict[str, str] = {}
     out = np.zeros((4, 56, 56, 3), np.uint8)
+    before = _readers()  # of films that other tests have watched
     with MemoryWatch() as memory, WorkerPool(work, 1, 20.0) as pool:
         for record, name in enumerate(names):
             (found,) = pool.measure(0, [record])
@@ -64,7 +65,8 @@ def test_damaged_videos_are_read_or_refused_and_nothing_leaks(files: Path, demo_
                 found = answer if isinstance(answer, BadSample) else found
             if isinstance(found, BadSample):
                 refused[name] = found.reason
-        open_files = len(os.listdir(f"/proc/{_process_of(pool)}/fd"))
+        (reader,) = _readers() - before
+        open_files = len(os.listdir(f"/proc/{reader}/fd"))
     for name, reason in refused.items():
         assert not name.startswith("sound-"), reason
         if not GONE.search(reason):
@@ -78,16 +80,11 @@ def test_damaged_videos_are_read_or_refused_and_nothing_leaks(files: Path, demo_
     assert open_files < 20
 
 
-def _process_of(pool: WorkerPool) -> int:
-    """The worker, which is alive."""
-    (process,) = {child for child in _children(os.getpid()) if _is_reader(child)}
-    return process
-
-
-def _children(parent: int) -> Iterator[int]:
-    for path in Path(f"/proc/{parent}/task").glob("*/children"):
-        yield from map(int, path.read_text().split())
-
-
-def _is_reader(process: int) -> bool:
-    return b"vxl_jax.media.process" in Path(f"/proc/{process}/cmdline").read_bytes()
+def _readers() -> set[int]:
+    """Processes that read media for this one."""
+    found: set[int] = set()
+    for path in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        for child in map(int, path.read_text().split()):
+            if b"vxl_jax.media.process" in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.add(child)
+    return found

@@ -8,9 +8,9 @@ computed follows the published Video-XL data code and the CLIP image processor i
 
 In import order: `options`, `heartbeat`, `tiles` (images cut up), `frames` (squares for the tower),
 `sampling` (which frames), `paths`, `kinds` (what a file is), `images`, `folder` (of frames),
-`animation`, `containers` (what video files say), `tone_map`, `video_index`, `av_input` and
-`av_pixels` (PyAV), `video` (files by PyAV), `decord_video`, `reader` (all of these as one), `process`
-(a child that can be ended), `decoding` (the reader in such a child).
+`animation`, `containers` (what video files say), `tone_map`, `video_index`, `av_input`, `av_pixels`
+and `video` (files by PyAV), `decord_video`, `reader` (all of these as one), `process` (a child that
+can be ended), `decoding` (the reader in such a child).
 """
 
 from vxl_jax.errors import MediaError

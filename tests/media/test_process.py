@@ -416,7 +416,7 @@ def test_a_child_whose_parent_is_gone_ends_without_output(sent: int):
     with theirs, module._memory_file() as memory, ours:
         passed = theirs.fileno(), memory.fileno()
         child = subprocess.Popen(
-            [sys.executable, "-m", "vxl_jax.media.process", *map(str, passed)],
+            [sys.executable, "-m", "vxl_jax.media.process", *map(str, (*passed, os.getpid()))],
             pass_fds=passed,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -425,3 +425,20 @@ def test_a_child_whose_parent_is_gone_ends_without_output(sent: int):
             module._send(ours, message)
     assert child.communicate(timeout=LONG) == (b"", None)
     assert child.returncode == 0
+
+
+def test_a_busy_child_whose_parent_was_gone_before_it_started_ends():
+    """It has another parent from its beginning on, and a handler that never returns."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, module._memory_file() as memory:
+        passed = theirs.fileno(), memory.fileno()
+        nobody = subprocess.Popen([sys.executable, "-c", ""])
+        nobody.wait()
+        child = subprocess.Popen(
+            [sys.executable, "-m", "vxl_jax.media.process", *map(str, (*passed, nobody.pid))],
+            pass_fds=passed,
+        )
+        for message in (HANDLER, pickle.dumps((("burn", LONG * 10), None))):
+            with contextlib.suppress(ConnectionError):  # it may be gone already
+                module._send(ours, message)
+        assert child.wait(LONG) == 1

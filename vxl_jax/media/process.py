@@ -1,6 +1,6 @@
 """Run media decoders in a child process that can be killed: a crash or hang costs one request.
 
-    python -m vxl_jax.media.process SOCKET MEMORY        # started by MediaProcess, never by hand
+    python -m vxl_jax.media.process SOCKET MEMORY PARENT    # started by MediaProcess, never by hand
 
 Decoders are C code that can crash or loop for ever on a damaged file. `MediaProcess` is the
 parent's end: it sends requests to a handler in the child. Pixels come back in shared memory,
@@ -212,8 +212,9 @@ class MediaProcess:
             with theirs:
                 self._socket.settimeout(POLL)
                 passed = theirs.fileno(), self._file.fileno()
+                arguments = *passed, os.getpid()
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "vxl_jax.media.process", *map(str, passed)],
+                    [sys.executable, "-m", "vxl_jax.media.process", *map(str, arguments)],
                     pass_fds=passed,
                     stdin=subprocess.DEVNULL,
                     env=environment,
@@ -317,7 +318,7 @@ def main(arguments: list[str]) -> None:
         _, most = resource.getrlimit(resource.RLIMIT_DATA)
         limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(MEMORY_BYTES, most)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
-    threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_follow_parent, args=(int(arguments[2]),), daemon=True).start()
     channel, file = socket.socket(fileno=int(arguments[0])), int(arguments[1])
     channel.setblocking(True)
     with suppress(EOFError, ConnectionError):  # the parent is gone

@@ -1,4 +1,8 @@
-"""Reading videos beside bare PyAV and beside decord: seconds of the CPU and memory.
+"""Reading videos, compared with bare PyAV and with decord: seconds of the CPU and memory.
+
+    python -m benchmarks.films     # this part of `benchmarks.data` alone, about six minutes
+
+Writes benchmarks/results/films.json.
 
 Each reader runs in a process of its own, which reads the same frames through the same resizing; the
 sums of all pixels have to be equal.
@@ -13,9 +17,12 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -190,5 +197,21 @@ def show_films(results: dict[str, Any]) -> None:
     print(f"hour beside bare PyAV, goal {GOAL}: {'reached' if ok else 'missed'}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run this part alone, and write its results."""
+    from benchmarks.core import machine, write_results
+    from benchmarks.data import FULL, make_videos
+
+    with tempfile.TemporaryDirectory() as name:
+        clips = make_videos(Path(name), replace(FULL, videos=len(FULL.seconds)))
+        results = {"films": films(Path(name), clips, FULL.minutes, FULL.rounds)}
+    show_films(results)
+    about = machine()
+    about["versions"] |= {name: version(name) for name in ("av", "decord", "pillow")}
+    write_results("films", {"goals": {"ratio": GOAL}, **results}, about)
+
+
+if __name__ == "__main__" and len(sys.argv) == 1:
+    main()
+elif __name__ == "__main__":
     print(json.dumps(measure(sys.argv[1], int(sys.argv[2]) or None, sys.argv[3:])))

@@ -234,17 +234,17 @@ class WorkThatTells(Work):
 
 
 class FaultyHandler(Handler):
-    """Reads films; on its second read of frames, or at once, it does something else."""
+    """Reads films; for frames from 10 on, or at once, it does something else."""
 
     def __init__(self, action: str):
         super().__init__()
-        self.action, self.reads = action, 0
+        self.action = action
 
     def __call__(self, request: Any, out: np.ndarray | None) -> Any:
         """As `Handler`."""
-        self.reads += out is not None
+        _, frames = request
         if self.action.endswith(" at once"):
             perform(self.action.removesuffix(" at once"))
-        if self.reads == 2:
+        elif frames and frames[0] >= 10:
             perform(self.action)
         return super().__call__(request, out)

@@ -177,3 +177,44 @@ def test_fixed_sampling_keeps_its_rate(fps: float, wanted: float):
     assert sorted({*chosen}) == chosen
     seconds = np.array(chosen) / fps
     np.testing.assert_allclose(seconds, np.arange(len(chosen)) / min(fps, wanted), atol=1 / fps)
+
+
+# Rates that vary.
+
+GAP = Timeline(np.r_[np.arange(25) / 25, 11 + np.arange(25) / 25], 12.0, 25.0)
+"""A second of 25 frames, ten seconds in which the last one stays, and another second."""
+
+
+@pytest.mark.parametrize(
+    ("fps", "start", "end", "expected"),
+    [
+        (1.0, None, None, [0, 24, 25]),
+        (2.0, None, None, [0, 12, 24, 25, 37]),
+        (1.0, 5, None, [24, 25]),
+        (2.0, 5, 11.2, [24, 25]),
+        (1.0, 5, 9, [24]),
+        (1.0, 11.4, None, [35]),
+        (100.0, None, None, [*range(50)]),
+        (1e-6, None, None, [0]),
+    ],
+)
+def test_frames_on_the_screen_at_a_rate(
+    fps: float, start: float | None, end: float | None, expected: list[int]
+):
+    for sampling in ("capped", "fps"):
+        assert choose_frames(GAP, sampling, 50, fps, start, end) == expected
+
+
+def test_too_many_at_a_rate_are_thinned_out_evenly():
+    assert choose_frames(GAP, "capped", 3, 2.0) == [0, 24, 37]
+
+
+def test_each_part_of_a_joined_file_is_gone_through():
+    twice = Timeline(np.tile(np.arange(25) / 25, 2), 1.0, 25.0)
+    assert choose_frames(twice, "fps", 50, 5.0) == [*range(0, 50, 5)]
+    assert choose_frames(twice, "uniform", 3) == [0, 24, 49]
+
+
+def test_one_absurd_time_costs_no_memory():
+    far = Timeline(np.array([0.0, 0.04, 2e17]), 2e17 + 0.04, 1e-17)
+    assert choose_frames(far, "capped", 50, 5.0) == [0, 1]

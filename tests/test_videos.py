@@ -280,8 +280,8 @@ def time_prompt(seconds: str, times: Sequence[str]) -> str:
         ({"start": 2.5}, {}, time_prompt("3.50", ["0.00s", "1.00s", "2.00s"])),
         ({}, {"max_frames": 3}, time_prompt("6.00", ["0.00s", "2.75s", "5.75s"])),
         ({"start": 4, "end": 100}, {}, time_prompt("2.00", ["0.00s", "1.00s"])),
-        ({"start": 5.9}, {}, time_prompt("0.25", ["0.00s"])),
-        ({"start": 2, "end": 2.01}, {}, time_prompt("0.25", ["0.00s"])),
+        ({"start": 5.9}, {}, time_prompt("0.10", ["0.00s"])),
+        ({"start": 2, "end": 2.01}, {}, time_prompt("0.01", ["0.00s"])),
     ],
 )
 @pytest.mark.parametrize("video", ["a.mp4", "frames"])

@@ -10,8 +10,9 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +28,6 @@ from vxl_jax.media import (
     Selection,
     grid_pinpoints,
     image_format,
-    is_animation,
     load_image,
     resize_and_crop,
     tile_image,
@@ -113,7 +113,11 @@ def _is_picture(source: Any) -> bool:
         return isinstance(source, Image.Image)
     if not os.path.isfile(source):  # opening it tells what is wrong
         return Path(source).suffix.lower() in PICTURES
-    return image_format(source) is not None and not is_animation(source)
+    form = image_format(source)
+    if form is None or form not in ("GIF", "PNG", "WEBP", "AVIF"):
+        return form is not None
+    with borrowed_decoder() as decoder:
+        return not decoder.is_animation(absolute(source))
 
 
 class Chunks(Protocol):
@@ -157,6 +161,10 @@ def open_film(media: Video | Picture, size: int) -> Film:
 
     Raises: MediaError if it is missing, empty or no picture or video.
     """
+    if isinstance(media.source, bytes):
+        media = replace(media, source=os.fsdecode(media.source))
+    if isinstance(media.source, str) and not media.source:
+        raise MediaError("the path is empty; give the path of a file or folder")
     if isinstance(media, Picture):
         return _picture(media, size)
     if not 0 < media.fps < math.inf:
@@ -166,7 +174,7 @@ def open_film(media: Video | Picture, size: int) -> Film:
     if isinstance(media.source, np.ndarray):
         return _array(media.source, media.fps, size)
     if isinstance(media.source, Iterable):
-        return _live(media.source, media.fps, size)
+        return _live(media.source, media.fps, size, media.options)
     raise MediaError(
         f"{type(media.source).__name__}: neither a path nor pictures; see vxl_jax.Video"
     )
@@ -226,10 +234,10 @@ def _checked_pixels(pixels: np.ndarray, size: int | None = None) -> np.ndarray:
     return pixels
 
 
-def _live(pictures: Iterable[Any], fps: float, size: int) -> Film:
+def _live(pictures: Iterable[Any], fps: float, size: int, options: MediaOptions) -> Film:
     def resized(picture: Any) -> np.ndarray:
         if isinstance(picture, str | Path):
-            picture = load_image(picture)
+            picture = load_image(picture, options)
         elif not isinstance(picture, Image.Image):
             picture = _checked_pixels(np.asarray(picture)[None])[0]
         return resize_and_crop(picture, size)
@@ -253,8 +261,7 @@ def _live(pictures: Iterable[Any], fps: float, size: int) -> Film:
 
 
 def _video_file(media: Video, size: int) -> Film:
-    if media.frames is not None and media.frames < 1:
-        raise MediaError(f"{media.source}: {media.frames} frames asked for; give at least one")
+    _check_numbers(media)
     choice = FrameChoice(
         "uniform" if media.sample_fps is None else "capped",
         media.frames,
@@ -267,6 +274,19 @@ def _video_file(media: Video, size: int) -> Film:
         selection = decoder.open_video(request)
     name = str(media.source)
     return Film(name, True, selection.seconds, partial(_FileChunks, request, selection, size))
+
+
+def _check_numbers(media: Video) -> None:
+    """Refuses numbers that choose no frames. Raises: MediaError."""
+    frames, name = media.frames, media.source
+    if frames is not None and (not isinstance(frames, Integral) or frames < 1):
+        raise MediaError(f"{name}: {frames!r} frames asked for; give at least one")
+    for field in ("sample_fps", "start", "end"):
+        value = getattr(media, field)
+        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+            raise MediaError(f"{name}: {field} is {value!r}; it must be a number")
+    if media.sample_fps is not None and media.sample_fps <= 0:
+        raise MediaError(f"{name}: sample_fps is {media.sample_fps}; it must be more than 0")
 
 
 class _FileChunks:
@@ -295,13 +315,16 @@ class _FileChunks:
     ) -> Generator[Chunk, None, None]:
         there = [index for index in selection.indices if index < selection.there]
         with borrowed_decoder() as decoder:
-            for start in range(0, len(there), count):
-                some = there[start : start + count]
-                pixels, error = decoder.read_frames(request, some, size, self._stopped.is_set)
-                if len(pixels):
-                    yield pixels, selection.seconds[start : start + len(pixels)]
-                if error is not None:
-                    raise error
+            try:
+                for start in range(0, len(there), count):
+                    some = there[start : start + count]
+                    pixels, error = decoder.read_frames(request, some, size, self._stopped.is_set)
+                    if len(pixels):
+                        yield pixels, selection.seconds[start : start + len(pixels)]
+                    if error is not None:
+                        raise error
+            finally:
+                decoder.forget()
         if selection.missing is not None:
             raise MediaError(f"{request.path}: {selection.missing}; fetch it again")
 
@@ -335,8 +358,8 @@ def ahead(chunks: Any, depth: int = 1) -> Generator[Any, None, None]:
             put("error", error)
 
     thread = threading.Thread(target=make, daemon=True)  # a camera may never give its next picture
-    thread.start()
     try:
+        thread.start()
         while True:
             kind, item = made.get()
             if kind == "error":

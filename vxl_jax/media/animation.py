@@ -265,8 +265,8 @@ def _gif(path: str | Path, data: bytes) -> _Content:
                 control, delay, after = b"", 0.0, _KEEP
                 at = end
             else:
-                whole = kind == 0x3B  # the trailer; readers skip other bytes
-                at += 1
+                whole = kind == 0x3B  # the trailer
+                break
     except (IndexError, struct.error):
         pass  # the file ends
     return _composed(path, data, "GIF", frames, None if whole else "ends early")

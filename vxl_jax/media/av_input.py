@@ -74,16 +74,18 @@ class AvInput:
         wanted: Wanted | None = None,
         packets: Any = None,
         first_key: Any = None,
+        counted: bool = False,
     ) -> Iterator[Any]:
         """Decoded frames from the beginning, or of the packets that `seek` gives.
 
         torn: leave out the last packet. wanted: leave out frames that are not wanted and that no
-        other frame needs, where the codec allows that. first_key: see `seek`.
+        other frame needs, where the codec allows that. first_key: see `seek`. counted: end where a
+        packet cannot be decoded, since the frames after it would count as others.
         """
         packets = self.container.demux(self.stream) if packets is None else packets
         packets = _without_last(packets) if torn else packets
         can_skip = self.context.name in _SKIPPABLE
-        return _decode(packets, self.context, first_key, wanted if can_skip else None)
+        return _decode(packets, self.context, first_key, wanted if can_skip else None, counted)
 
     def seek(self, index: VideoIndex, key: int) -> tuple[Iterator[Any], int] | None:
         """Packets from a key frame of an index on, and its time; None where seeking leads astray.
@@ -112,6 +114,7 @@ def _decode(
     context: Any,
     first_key: int | None = None,
     wanted: Wanted | None = None,
+    counted: bool = False,
 ) -> Iterator[Any]:
     """Decoded frames of packets.
 
@@ -139,6 +142,8 @@ def _decode(
         try:
             frames = packet.decode()
         except av.error.InvalidDataError:  # damaged; what follows may be sound
+            if counted:
+                return
             continue
         for frame in frames:
             beat()
@@ -198,7 +203,10 @@ def _choose_stream(container: Any, name: str) -> Any:
         only = " and ".join(kind for kind, streams in kinds.items() if streams)
         has = f"only {only}" if only else "and nothing else"
         raise MediaError(f"{name}: has no video, {has}; remove it or give another file")
-    best = container.streams.best("video")
+    try:
+        best = container.streams.best("video")
+    except IndexError:  # a stream that appeared while the file was probed
+        best = None
     stream = best if best in videos else videos[0]
     if stream.codec_context is None:
         raise MediaError(f"{name}: is in a codec that no decoder here knows; {ENCODE_AGAIN}")

@@ -7,6 +7,7 @@ RIFF, FLV and ASF specifications, and RFC 3533 (Ogg).
 
 import mmap
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,7 +51,10 @@ def check_video(path: str | Path) -> None:
     """
     check_file(path)
     name = printable(path)
-    beginning = first_bytes(path).removeprefix(b"\xef\xbb\xbf").lstrip()
+    beginning = first_bytes(path)
+    if container_of(beginning) is not None:
+        return
+    beginning = beginning.removeprefix(b"\xef\xbb\xbf").lstrip()
     if beginning.startswith(_PLAYLISTS) or (b"<MPD" in beginning and beginning.startswith(b"<")):
         raise MediaError(f"{name}: is a playlist of other files, not a video; give those files")
     if beginning.lower().startswith(_MARKUP):
@@ -66,9 +70,10 @@ def container_of(beginning: bytes) -> str | None:
     """
     if beginning[4:8] in _BOXES:
         return "mp4"
+    if beginning.startswith(b"RIFF") and beginning[8:11] == b"AVI":
+        return "avi"
     for start, kind in (
         (b"\x1a\x45\xdf\xa3", "matroska"),
-        (b"RIFF", "avi"),
         (b"FLV\x01", "flv"),
         (_ASF, "asf"),
         (b"OggS", "ogg"),
@@ -150,7 +155,7 @@ def _has_index(path: str | Path) -> bool:
 
 
 def _mp4_cut(data: mmap.mmap) -> bool:
-    *_, (kind, _, end) = boxes(data)
+    kind, _, end = deque([(b"", 0, 0), *boxes(data)], maxlen=1)[0]
     # Other bytes behind the last box, such as a tag, are no box.
     return (kind in _BOXES and end > len(data)) or kind == b"moof"
 

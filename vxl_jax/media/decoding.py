@@ -6,7 +6,7 @@ The child keeps the file that it read last open, so that a film is read on where
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from vxl_jax.errors import MediaError
+from vxl_jax.media.animation import is_animation
 from vxl_jax.media.images import image_size, load_image
 from vxl_jax.media.options import DEFAULT_OPTIONS, MediaOptions
+from vxl_jax.media.paths import printable
 from vxl_jax.media.reader import FrameChoice, Selection, VideoReader, open_video, select_frames
 from vxl_jax.media.tiles import grid_pinpoints, tile_grid, tile_image
 
@@ -48,31 +50,40 @@ class Handler:
     """What the child does: opens a file, or reads some of its pixels."""
 
     def __init__(self) -> None:
-        self._request: VideoRequest | None = None
+        self._key: Any = None  # of the video that is open
         self._video: VideoReader | None = None
 
-    def __call__(
-        self, request: tuple[VideoRequest | ImageRequest, list[int] | None], out: np.ndarray | None
-    ) -> Any:
-        """Answers (what, None): a `Selection`, or the number of tiles; and (what, frame numbers):
-        puts pixels into `out`, and tells how many there are and why not all.
+    def __call__(self, request: tuple[Any, list[int] | None], out: np.ndarray | None) -> Any:
+        """Answers a request (what, frame numbers).
+
+        what: a `VideoRequest` or `ImageRequest`; with None for the frame numbers, the answer is a
+        `Selection` or the number of tiles, otherwise pixels go to `out`, and the answer tells how
+        many there are and why not all. A path: whether it is an animation. None: close the video.
         """
         what, indices = request
+        if what is None or isinstance(what, str):
+            self._key = self._video = None
+            return what is not None and is_animation(what)
         if isinstance(what, ImageRequest):
             return _tiles(what, out)
-        video = self._open(what)
+        key = what, _state(what.path)
+        if self._video is None or indices is None or self._key != key:
+            self._key = self._video = None
+            self._video = open_video(what.path, what.fps, what.num_threads, what.options)
+            self._key = key
         if indices is None or out is None:
-            return select_frames(video, what.choice)
-        return _read(video, indices, out)
+            return select_frames(self._video, what.choice)
+        return _read(self._video, indices, out)
 
-    def _open(self, request: VideoRequest) -> VideoReader:
-        if self._video is None or self._request != request:
-            self._request, self._video = None, None
-            self._video = open_video(
-                request.path, request.fps, request.num_threads, request.options
-            )
-            self._request = request
-        return self._video
+
+def _state(path: str) -> Any:
+    """What changes when a file or folder is replaced or written to."""
+    if os.path.isdir(path):
+        return sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(path))
+    with suppress(OSError):
+        state = os.stat(path)
+        return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+    return None
 
 
 def _tiles(request: ImageRequest, out: np.ndarray | None) -> int:
@@ -136,18 +147,31 @@ class Decoder:
             return out[:0], error
         return out[:count], None if reason is None else MediaError(reason)
 
+    def is_animation(self, path: str) -> bool:
+        """Whether an image moves. Raises: MediaError: its decoder crashed or hung."""
+        return self._ask(path)
+
+    def forget(self) -> None:
+        """Closes the video that is open."""
+        if self.process.process is not None:
+            with suppress(MediaError):
+                self._ask(None)
+
     def _ask(
         self,
-        what: VideoRequest | ImageRequest,
+        what: VideoRequest | ImageRequest | str | None,
         indices: list[int] | None = None,
         out: np.ndarray | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Any:
         from vxl_jax.media.process import HandlerError, Hung, ProcessDied, ProcessError
 
-        path = what.path
+        path = printable(what if isinstance(what, str) else "" if what is None else what.path)
         try:
-            return self.process.ask((what, indices), SECONDS, out, stopped)
+            try:
+                return self.process.ask((what, indices), SECONDS, out, stopped)
+            except ProcessDied:  # which may not have been the file's fault
+                return self.process.ask((what, indices), SECONDS, out, stopped)
         except HandlerError as error:
             if isinstance(error.original, MediaError):
                 raise error.original from None
@@ -160,6 +184,10 @@ class Decoder:
                 "again (ffmpeg -i IN -c:v libx264 OUT.mp4)"
             ) from error
         except ProcessDied as error:
+            if "SIGKILL" in str(error):
+                raise MediaError(
+                    f"{path}: its decoder was ended by the system, perhaps for lack of memory"
+                ) from error
             raise MediaError(
                 f"{path}: its decoder crashed ({error}); the file is damaged, fetch it again"
             ) from error

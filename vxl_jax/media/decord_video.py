@@ -6,6 +6,7 @@ decord 0.6 seeks by frame numbers that are wrong for some kinds of files. Those 
 import mmap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from vxl_jax.media.heartbeat import beat
 from vxl_jax.media.kinds import first_bytes
 from vxl_jax.media.paths import printable
 from vxl_jax.media.sampling import Timeline
-from vxl_jax.media.video import check_indices
+from vxl_jax.media.video import VideoFile, check_indices
 
 _BYTES_AT_ONCE = 200_000_000
 """Bytes of frames decoded at a stretch. Fewer cost time where frames lie closer than key frames."""
+
+_COMPARED, _MOST_DIFFERENT = 112, 3.0
+"""Side of the frames that are compared with PyAV's, and their largest mean difference."""
 
 _WRONG = {
     "ts": "an MPEG transport stream",
@@ -80,6 +84,22 @@ class DecordVideo:
             self.duration = float(self.seconds[-1] + 1 / self.fps)
         elif self.frames > 1:
             self.fps = (self.frames - 1) / float(self.seconds[-1] - self.seconds[0])
+
+        if find_spec("av") is not None and not self._agrees(VideoFile(path)):
+            raise MediaError(
+                f"{name}: decord gives other frames, or other times, than are shown; {_OTHER}"
+            )
+
+    def _agrees(self, shown: VideoFile) -> bool:
+        """Whether frames and times are those of PyAV; four frames are compared."""
+        if shown.frames != self.frames:
+            return False
+        if np.abs(shown.seconds - self.seconds).max() > 0.5 / self.fps:
+            return False
+        some = sorted({self.frames * i // 4 for i in (1, 2, 3)} | {self.frames - 1})
+        ours, theirs = self.read(some, _COMPARED), shown.read(some, _COMPARED)
+        difference = np.abs(ours.astype(np.int16) - theirs).mean((1, 2, 3))
+        return bool(difference.max() < _MOST_DIFFERENT)
 
     def read(self, indices: Sequence[int], size: int, out: np.ndarray | None = None) -> np.ndarray:
         """As `VideoFile.read`."""
@@ -143,7 +163,10 @@ def _hides_frames(path: str | Path) -> bool:
 
 def _track_hides_frames(data: mmap.mmap, start: int, end: int) -> bool:
     found = _children(data, start, end)
-    if b"elst" not in found or data[found[b"hdlr"] + 8 : found[b"hdlr"] + 12] != b"vide":
+    if (
+        not {b"elst", b"hdlr"} <= {*found}
+        or data[found[b"hdlr"] + 8 : found[b"hdlr"] + 12] != b"vide"
+    ):
         return False
     place = found[b"elst"]
     wide = data[place] == 1

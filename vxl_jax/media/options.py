@@ -22,5 +22,11 @@ class MediaOptions:
     tone_map: bool = False
     color_profile: bool = False
 
+    def __post_init__(self) -> None:
+        if self.decoder not in ("pyav", "decord"):
+            raise ValueError(f"decoder is {self.decoder!r}; it must be pyav or decord")
+        if self.decoder == "decord" and (self.square_pixels or self.tone_map):
+            raise ValueError("square_pixels and tone_map need the decoder pyav")
+
 
 DEFAULT_OPTIONS = MediaOptions()

@@ -11,6 +11,7 @@ This module imports neither JAX nor transformers. `vxl_jax.media` must not impor
 child runs it as a program.
 """
 
+import faulthandler
 import math
 import mmap
 import os
@@ -42,6 +43,8 @@ STARTS = 3
 """Starts in a row that may fail."""
 END_SECONDS = 2.0
 """Wall time to wait for a killed child. One that reads a dead disk stays; it is abandoned."""
+ORPHAN_SECONDS = 1200.0
+"""Time after which a child ends in which Python threads do not run: its parent may be gone."""
 MEMORY_BYTES = 2**32
 """Limit of a child's private memory: a small file can ask a video decoder for any amount."""
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**27)}
@@ -156,6 +159,7 @@ class MediaProcess:
         process = self.process
         if process is None:
             return "not started"
+        self.process = None  # first: Ctrl-C may come at any moment
         self._socket.close()
         self._file.close()
         self._beats = self._memory = None
@@ -166,7 +170,6 @@ class MediaProcess:
             code = -signal.SIGKILL
             with suppress(subprocess.TimeoutExpired):
                 process.wait(END_SECONDS)
-        self.process = None
         if code >= 0:
             return f"exit status {code}"
         names = {int(number): number.name for number in signal.Signals}
@@ -214,9 +217,10 @@ class MediaProcess:
                 passed = theirs.fileno(), self._file.fileno()
                 arguments = *passed, os.getpid()
                 self.process = subprocess.Popen(
-                    [sys.executable, "-m", "vxl_jax.media.process", *map(str, arguments)],
+                    [sys.executable, "-P", "-m", "vxl_jax.media.process", *map(str, arguments)],
                     pass_fds=passed,
                     stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
                     env=environment,
                     start_new_session=True,  # Ctrl-C is for the parent alone
                 )
@@ -334,6 +338,8 @@ def _answer(channel: socket.socket, file: int) -> None:
 
     set_listener(beat)
     handler: Handler = pickle.loads(_receive(channel))
+    with open(os.devnull, "wb") as nowhere:  # decoders write about damaged files, which are named
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())
     while True:
         message = _receive(channel)
         _send(channel, b"begun")
@@ -362,6 +368,8 @@ def _sendable(error: Exception) -> HandlerError:
 
 def _follow_parent(parent: int) -> None:
     while os.getppid() == parent:
+        # Ends the process also if a decoder keeps this thread from running.
+        faulthandler.dump_traceback_later(ORPHAN_SECONDS, exit=True)
         time.sleep(0.5)
     os._exit(1)
 

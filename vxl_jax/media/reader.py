@@ -73,7 +73,11 @@ def open_video(
     form = image_format(path)
     if form == "GIF" or (form is not None and is_animation(path)):
         return Animation(path, options)
-    if options.decoder == "decord" or find_spec("av") is None:
+    if options.decoder == "decord":
+        return DecordVideo(path, num_threads)
+    if find_spec("av") is None:
+        if options.square_pixels or options.tone_map:
+            raise MediaError(f"{printable(path)}: square_pixels and tone_map need pip install av")
         return DecordVideo(path, num_threads)
     return VideoFile(path, num_threads, options)
 
@@ -100,7 +104,7 @@ class Selection:
       indices: frame numbers, rising; those from `there` on cannot be decoded.
       there: frames of the video that can be decoded.
       seconds: presentation time of each chosen frame, float64 [F].
-      begin: second from which a clip counts: that of its first frame; 0 of a whole video.
+      begin: second at which the clip begins, as asked for; 0 of a whole video.
       end: second at which the video or clip ends.
       after: one past the last frame of the video or clip.
       missing: how far a file goes that was cut off before the end of what was asked for; else None.
@@ -139,8 +143,8 @@ def select_frames(video: VideoReader, choice: FrameChoice) -> Selection:
         indices=indices,
         there=video.frames,
         seconds=video.seconds[indices],
-        begin=0.0 if choice.start is None else float(video.seconds[clip[0]]),
-        end=float(video.seconds[after]) if after < count else video.duration,
+        begin=choice.start or 0.0,
+        end=video.duration if choice.end is None else min(choice.end, video.duration),
         after=after,
         missing=missing,
     )

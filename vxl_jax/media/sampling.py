@@ -126,14 +126,30 @@ class Timeline:
         inside[first] = True
         return np.flatnonzero(inside)
 
-    def at_rate(self, clip: np.ndarray, fps: float) -> list[int]:
-        """Returns the frames of a clip that are on the screen at its start and every 1/fps s on."""
+    def at_rate(
+        self, clip: np.ndarray, fps: float, start: float | None = None, end: float | None = None
+    ) -> list[int]:
+        """Returns the frames of a clip that are on the screen at its start and every 1/fps s on.
+
+        Files that were joined begin again: each of their parts is gone through by itself.
+        """
         seconds = self.seconds[clip]
-        after = clip[-1] + 1
-        end = self.seconds[after] if after < len(self.seconds) else self.duration
-        wanted = seconds[0] + np.arange(max(1, int((end - seconds[0]) * fps + 1e-6))) / fps
-        shown = np.searchsorted(np.maximum.accumulate(seconds), wanted + 1e-6, side="right") - 1
-        return [int(index) for index in clip[np.unique(shown)]]
+        stop = self.duration if end is None else min(end, self.duration)
+        taken: list[int] = []
+        parts = np.split(np.arange(len(clip)), np.flatnonzero(np.diff(seconds) < 0) + 1)
+        for number, part in enumerate(parts):
+            shown = seconds[part]
+            begin = max(0.0 if start is None else start, shown[0]) if number == 0 else shown[0]
+            is_last = number == len(parts) - 1
+            until = stop if is_last else shown[-1] + 1 / self.fps
+            next_shown = np.append(shown[1:], max(until, shown[-1]))
+            # The first point of time from which on a frame is on the screen, if there is one.
+            points = begin + np.maximum(0, np.ceil((shown - begin - 1e-6) * fps)) / fps
+            is_taken = points < next_shown - 1e-6
+            if number == 0 and not is_taken.any():
+                is_taken[0] = True
+            taken += [int(index) for index in clip[part[is_taken]]]
+        return taken
 
 
 Sampling = Literal["capped", "uniform", "fps"]
@@ -173,7 +189,7 @@ def choose_frames(
     if sampling == "uniform":
         return [int(clip[i]) for i in uniform_indices(count, min(max_frames, count))]
     if not timeline.is_constant:
-        chosen = timeline.at_rate(clip, wanted_fps)
+        chosen = timeline.at_rate(clip, wanted_fps, start, end)
         if sampling == "capped" and len(chosen) > max_frames:
             chosen = [chosen[i] for i in uniform_indices(len(chosen), max_frames)]
     elif sampling == "capped":

@@ -191,7 +191,7 @@ class VideoFile:
         Raises:
           MediaError: a frame cannot be decoded.
         """
-        pts = self._index.pts
+        pts, index = self._index.pts, indices[0]
         self._wanted.times = {int(pts[i]) for i in indices}
         self._wanted.last = int(pts[indices[-1]])
         done = False
@@ -200,7 +200,7 @@ class VideoFile:
                 yield index, self._to_pixels(self._find(index), self._opened.stream)
             done = True
         except ffmpeg_errors() as error:
-            raise MediaError(f"{self._name}: {why_unreadable(self.path, error)}") from error
+            raise self._damaged(index) from error
         finally:
             if not done:  # frames that were not wanted may have been skipped
                 self._decoding = None
@@ -223,13 +223,16 @@ class VideoFile:
                     self._open()
                     self._begin(key)
                     continue
-                raise MediaError(
-                    f"{self._name}: video cannot be decoded at frame {index} "
-                    f"({self.seconds[index]:.2f} s), it is damaged there; fetch it again, or take "
-                    "the parts before and after it"
-                )
+                raise self._damaged(index)
             key -= 1  # it was sought too late, or the decoder needs more to begin with
             self._begin(key)
+
+    def _damaged(self, index: int) -> MediaError:
+        return MediaError(
+            f"{self._name}: video cannot be decoded at frame {index} "
+            f"({self.seconds[index]:.2f} s), it is damaged there; fetch it again, or take the "
+            "parts before and after it"
+        )
 
     def _is_far(self, key: int) -> bool:
         """Whether a key frame is so far ahead that seeking is faster than decoding on."""
@@ -248,7 +251,8 @@ class VideoFile:
         opened = self._open() if begun is None else self._opened
         wanted = self._wanted if self._index.seekable else None
         packets, first_key = begun or (None, None)
-        self._decoding = opened.frames(self._index.torn, wanted, packets, first_key)
+        counted = not self._index.seekable
+        self._decoding = opened.frames(self._index.torn, wanted, packets, first_key, counted)
 
     def _next(self, index: int, pts: int) -> Any:
         """The frame of an index, by its time or, in streams without times, by counting."""

@@ -7,6 +7,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,10 +92,9 @@ def read_index(
         # No presentation times: FFmpeg makes some up, which are wrong where frames are reordered.
         return VideoIndex(np.arange(len(packets)), seekable=False, timed=False, torn=torn)
     timed = [(p.pts, p) for p in packets if p.pts is not None]
-    parts = _parts(packets)
-    if len(timed) < len(packets) or any(not part[0].is_key for part in parts[1:]):
+    pts = np.sort(np.array([time for time, _ in timed], np.int64))
+    if len(timed) < len(packets) or _is_joined(packets) or (np.diff(pts) == 0).any():
         return _decoded(decode(torn), torn)
-    pts = np.array([t for part in parts for t in sorted(_times(part))], np.int64)
     by_pts = "matroska" in name  # other containers are searched by decoding time
     keys = sorted(
         (
@@ -109,8 +109,6 @@ def read_index(
     listed = (stream.start_time or 0) + (stream.duration or 0)
     if "mp4" in name and last < listed < end:  # an MP4's packet lasts until the next is decoded
         end = listed
-    if len(parts) > 1 or (np.diff(pts) <= 0).any():
-        return VideoIndex(pts, keys, end, seekable=False, torn=torn)
     if len(pts) and (not keys or keys[0].pts > pts[0]):
         pts = _without_undecodable_start(pts, keys, decode(torn))
     return VideoIndex(pts, keys, end, torn=torn)
@@ -166,20 +164,10 @@ def _is_last_torn(packets: Sequence[Any], context: Any) -> bool:
     return True
 
 
-def _times(packets: Iterable[_Packet]) -> list[int]:
-    return [p.pts for p in packets if p.pts is not None]
-
-
-def _parts(packets: Sequence[_Packet]) -> list[list[_Packet]]:
-    """Stretches in which decoding times rise: files that were joined start again."""
-    parts: list[list[_Packet]] = []
-    last: int | None = None
-    for packet in packets:
-        if not parts or (last is not None and packet.dts is not None and packet.dts < last):
-            parts.append([])
-        parts[-1].append(packet)
-        last = packet.dts if packet.dts is not None else last
-    return parts
+def _is_joined(packets: Iterable[_Packet]) -> bool:
+    """Whether decoding times fall: files that were joined start again."""
+    times = [p.dts for p in packets if p.dts is not None]
+    return any(later < time for time, later in pairwise(times))
 
 
 def _without_undecodable_start(
@@ -207,4 +195,6 @@ def _decoded(frames: Iterator[Any], torn: bool, timed: bool = True) -> VideoInde
     times = [frame.pts for frame in frames]
     if not timed or None in times:
         return VideoIndex(np.arange(len(times)), seekable=False, timed=False, torn=torn)
-    return VideoIndex(np.array(times, np.int64), end=max(times), seekable=False, torn=torn)
+    return VideoIndex(
+        np.array(times, np.int64), end=max(times, default=0), seekable=False, torn=torn
+    )

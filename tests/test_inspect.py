@@ -192,6 +192,32 @@ def test_lessons_and_held_out_questions(run: Path, capsys: pytest.CaptureFixture
     assert not (run / "inspect").exists()
 
 
+def test_records_of_other_trainers_are_counted_by_their_kind(run: Path) -> None:
+    """The same data with the names of LLaMA-Factory has the same figures."""
+    assert inspect(run, "--samples", "0") == 0
+    before = summary(run)
+    roles = {"human": "user", "gpt": "assistant"}
+    others: list[dict[str, Any]] = []
+    for record in records(run):
+        mark = "<video>" if "video" in record else "<image>"
+        turns = [
+            {"role": roles[t["from"]], "content": t["value"].replace("<image>", mark)}
+            for t in record["conversations"]
+        ]
+        other: dict[str, Any] = {"messages": turns, "images": [], "videos": [], "system": ""}
+        for name in ("image", "video"):
+            files = record.get(name, [])
+            other[f"{name}s"] = [files] if isinstance(files, str) else files
+        others.append(other)
+    (run / "data/train.json").write_text(json.dumps(others))
+    assert inspect(run, "--samples", "0") == 0
+    found = summary(run)
+    for name in ("sources", "lengths", "epochs", "buckets", "bad"):
+        assert found[name] == before[name], name
+    assert found["sources"][0]["kinds"]["video"] > 0
+    assert found["bad"]["count"] == 0
+
+
 def test_check_media(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A truncated image and a missing one are named, with status 1; a file listed twice is decoded
     once.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.data import ASK, TALK, read_from, write_media
+import train.records
+from tests.data import ASK, TALK, open_files, read_from, write_media, write_records
 from tests.faults import SIDE, Answer, FakeReader, FaultyWork, WorkThatCannotBeRead, WorkThatTells
+from tests.typos import ReaderWithATypo
 from train.records import BadSample
-from train.workers import Loaded, Measured, Work, WorkerError, WorkerPool
+from train.workers import Loaded, Measured, ProgramFault, Work, WorkerError, WorkerPool
 from vxl_jax.media import heartbeat
 from vxl_jax.media import process as media_process
 from vxl_jax.media.process import MediaProcess
@@ -221,25 +224,74 @@ def test_a_worker_that_ends_by_itself_is_named_by_its_status(
     assert status in bad.reason
 
 
-@pytest.mark.parametrize("action", ["memory", "deep", "missing", "unpicklable", "system", "odd"])
-def test_any_exception_costs_its_record_alone(action: str, pools: Pools):
+@pytest.mark.parametrize(
+    ("action", "reason"),
+    [("memory", "MemoryError ("), ("system", "OSError ([Errno 5] Input/output error)")],
+)
+def test_failures_of_the_machine_cost_their_record_alone(action: str, reason: str, pools: Pools):
     pool = pools(1, {3: action})
     before = read(pool, 1)
     bad = read(pool, 3)
     assert isinstance(bad, BadSample)
     assert bad.name == "0[3]"
-    expected = {
-        "memory": "MemoryError (",
-        "deep": "RecursionError (maximum recursion depth",
-        "missing": "KeyError ('x')",
-        "unpicklable": "ValueError (<tests.faults.Unpicklable",
-        "system": "OSError ([Errno 5] Input/output error)",
-        "odd": "ValueError (odd)",
-    }
-    assert bad.reason.startswith(f"3.png: {expected[action]}")
+    assert bad.reason.startswith(f"3.png: {reason}")
     found = pool.measure(0, [2, 3, 4])
     assert [type(answer) for answer in found] == [Answer, BadSample, Answer]
     assert read(pool, 5).process == before.process  # the worker is as good as before
+
+
+@pytest.mark.parametrize(
+    ("action", "reason"),
+    [
+        ("deep", "RecursionError (maximum recursion depth"),
+        ("missing", "KeyError ('x')"),
+        ("unpicklable", "ValueError (<tests.faults.Unpicklable"),
+        ("odd", "ValueError (odd)"),
+    ],
+)
+def test_any_other_exception_is_a_fault_of_the_program(action: str, reason: str, pools: Pools):
+    pool = pools(1, {3: action})
+    before = read(pool, 1)
+    start = "fault of this program, not of the data, at 0[3]: "
+    with pytest.raises(ProgramFault) as caught:
+        read(pool, 3)
+    assert str(caught.value).startswith(start + reason)
+    with pytest.raises(ProgramFault, match=r"at 0\[2\] to 0\[4\]: "):
+        pool.measure(0, [2, 3, 4])
+    assert read(pool, 5).process == before.process
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_typo_in_the_reader_names_the_record_and_its_line(
+    count: int, tmp_path: Path, demo_tokenizer: Any
+):
+    records = [{"id": "one", "conversations": TALK}] * 3
+    plain = read_from(records, write_media(tmp_path), demo_tokenizer)
+    reader = ReaderWithATypo(plain.sources, plain.indices, plain.preparer, plain.tokenizer)
+    out = np.zeros((0, 56, 56, 3), np.uint8)
+    message = "fault of this program, not of the data, at x.json[1] one: KeyError: 'wrong'"
+    with WorkerPool(Work(reader, ()), count, LONG) as pool:
+        assert isinstance(pool.load(0, 0, None, out), Loaded)
+        for ask in (lambda: pool.measure(0, [0, 1, 2]), lambda: pool.load(0, 1, None, out)):
+            with pytest.raises(ProgramFault) as caught:
+                ask()
+            assert str(caught.value) == message
+            shown = "".join(traceback.format_exception(caught.value))
+            assert 'return {"right": 1}["wrong"]' in shown
+            assert "typos.py" in shown
+        assert isinstance(pool.measure(0, [2])[0], Measured)
+
+
+def test_a_typo_ends_a_run_over_all_records(
+    tmp_path: Path, demo_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    def typo(record: Any) -> None:
+        raise KeyError("typo")
+
+    monkeypatch.setattr(train.records, "_choices", typo)
+    path = write_records(tmp_path / "x.json", [{"conversations": TALK}] * 3)
+    with pytest.raises(ProgramFault, match=r"x\.json\[0\]: KeyError: 'typo'"):
+        open_files(path, tmp_path, demo_tokenizer, max_bad_share=1.0)
 
 
 def test_workers_that_cannot_start_are_an_error(tmp_path: Path):

@@ -19,7 +19,14 @@ from train.cache import cached, forget
 from train.config import DataSection
 from train.errors import DataError
 from train.index import RecordIndex, open_index
-from train.records import BadSample, FastTokenizer, Preparer, Reader, Sample
+from train.records import (
+    RECORDS_VERSION,
+    BadSample,
+    FastTokenizer,
+    Preparer,
+    Reader,
+    Sample,
+)
 from train.sources import Source, find_sources, select
 from train.workers import Measured, Work, WorkerPool
 from vxl_jax.config import VideoXLConfig
@@ -207,7 +214,8 @@ def open_dataset(
             opened[source.path] = open_index(source.path, cache)
     indices = [opened[source.path] for source in sources]
     preparer = Preparer(data, model)
-    reader = Reader(sources, indices, preparer, FastTokenizer(tokenizer), prompts)
+    text = FastTokenizer(tokenizer)
+    reader = Reader(sources, indices, preparer, text, prompts, data.control_tokens)
     work = Work(reader, tuple(model.ratios if ratios is None else ratios))
     pool = WorkerPool(work, data.workers, data.sample_seconds)
     try:
@@ -234,13 +242,14 @@ class _Measures:
         model = self.reader.preparer.model
         names = (
             "template image_mode min_tiles max_tiles max_frames frame_sampling video_fps "
-            "time_prompt max_length decoder"
+            "time_prompt max_length decoder control_tokens"
         )
         tokenizer = self.reader.tokenizer
         assert isinstance(tokenizer, FastTokenizer)
         return {
             "columns": COLUMNS,
             "media": MEDIA_VERSION,
+            "records": RECORDS_VERSION,
             **{name: getattr(data, name) for name in names.split()},
             "media_root": str(self.source.media_root.resolve()),
             "allow_outside": self.source.allow_outside,

@@ -6,6 +6,7 @@ Each worker is a `MediaProcess` that does `Work`. It imports neither JAX nor tra
 import contextlib
 import pickle
 import queue
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,24 @@ class MediaChanged(MediaError):
     """Media that changed since their data file was measured."""
 
 
+class ProgramFault(RuntimeError):
+    """An exception that no record can be blamed for: it ends the run."""
+
+    def __init__(self, place: str, what: str):
+        """place: the record that was read; what: kind and text of the exception."""
+        super().__init__(place, what)
+        self.place, self.what = place, what
+
+    def __str__(self) -> str:
+        return f"fault of this program, not of the data, at {self.place}: {self.what}"
+
+
+BAD_SAMPLE = (*BAD, OSError, MemoryError)
+"""Exceptions that make a record a bad sample. Any other one is a `ProgramFault`. What decoders
+raise is a MediaError by then.
+"""
+
+
 @dataclass(frozen=True)
 class Work:
     """What workers do with records. `ratios`: those drawn for windows; none: no compression."""
@@ -58,22 +77,34 @@ class Work:
     ratios: tuple[int, ...]
 
     def __call__(self, request: tuple[Any, ...], out: np.ndarray | None) -> Any:
-        """Answer a request of WorkerPool, in a worker."""
-        if out is None:
-            return self.measure(*request)
-        source, record, seed = request
-        return self.load(source, record, seed, out)
+        """Answer a request of WorkerPool, in a worker.
+
+        Raises: ProgramFault, with the traceback as a note: the exception itself stays here.
+        """
+        try:
+            if out is None:
+                return self.measure(*request)
+            source, record, seed = request
+            return self.load(source, record, seed, out)
+        except ProgramFault as fault:
+            fault.add_note("In the data process:\n" + "".join(traceback.format_exception(fault)))
+            raise
 
     def measure(self, source: int, records: Sequence[int]) -> list[Measured | BadSample]:
-        """Lengths of records, from their text and the headers of their media."""
+        """Lengths of records, from their text and the headers of their media.
+
+        Raises: ProgramFault.
+        """
         found: list[Measured | BadSample] = []
         for record in records:
             beat()  # the limit is that of one record
             try:
                 sample, _ = self.reader.open(source, record)
-            except Exception as error:  # a decoder may raise anything, and memory may run out
+            except BAD_SAMPLE as error:
                 found.append(self._bad(source, record, error))
                 continue
+            except Exception as error:
+                raise self._fault(source, record, error) from error
             frames = tuple(block.frames for block in sample.blocks)
             is_video = any(block.is_video for block in sample.blocks)
             found.append(Measured(sample.text, sample.labelled, frames, is_video))
@@ -89,6 +120,8 @@ class Work:
         """A sample, its pixels put into `out` [F, S, S, 3], F as it was measured.
 
         seed: of its ratios and of moving its frames in time; None: the lowest ratio, no moving.
+
+        Raises: ProgramFault.
         """
         try:
             sample, media = self.reader.open(source, record)
@@ -107,9 +140,14 @@ class Work:
                 medium.read(out[start : start + medium.block.frames], jitter)
                 start += medium.block.frames
                 beat()
-        except Exception as error:  # as in `measure`
+        except BAD_SAMPLE as error:
             return self._bad(source, record, error)
+        except Exception as error:
+            raise self._fault(source, record, error) from error
         return Loaded(sample, stream)
+
+    def _fault(self, source: int, record: int, error: Exception) -> ProgramFault:
+        return ProgramFault(self.reader.name(source, record), f"{type(error).__name__}: {error}")
 
     def _bad(self, source: int, record: int, error: Exception) -> BadSample:
         reason = str(error)
@@ -186,6 +224,11 @@ class WorkerPool:
         reader = self.work.reader
         return BadSample(reader.name(source, record), f"{reader.files(source, record)}: {reason}")
 
+    def _place(self, source: int, records: int | Sequence[int]) -> str:
+        """The name of a record, or of the first and last of several."""
+        ends = [records] if isinstance(records, int) else sorted({records[0], records[-1]})
+        return " to ".join(self.work.reader.name(source, record) for record in ends)
+
     def rest(self) -> None:
         """End the processes until they are needed again; no other thread may be asking."""
         for worker in self._workers:
@@ -227,6 +270,11 @@ class WorkerPool:
                 with self._worker() as worker:
                     return worker.ask(request, self.seconds, out, stopped)
             except HandlerError as error:
+                if isinstance(error.original, ProgramFault):
+                    raise error.original from None
+                if not isinstance(error.original, BAD_SAMPLE):  # as it was sent or answered
+                    source, records, *_ = request
+                    raise ProgramFault(self._place(source, records), str(error)) from error
                 return str(error)
             except ProcessDied as error:
                 reason = f"the process that read it died ({error})"

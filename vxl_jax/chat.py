@@ -5,12 +5,13 @@ files. The text `<image>` in a human turn is a visual mark: one image or one vid
 each mark is the single id `IMAGE_TOKEN`, which the model's data code replaces by the visual block.
 
 Text is tokenised piece by piece (role, newline, text between marks), so that no token spans two
-pieces. Special tokens spelled out in a turn's text, such as `<|im_end|>`, become those tokens, as
-in the published code: text that comes from people who are not trusted must be cleaned first.
+pieces. Control tokens that a text spells out, such as `<|im_end|>`, become these tokens by default,
+as in the published code. With `control_tokens=False` they stay letters: use it for text from people
+who are not trusted. `vxl_jax.Model` does so for every question.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,19 +54,26 @@ class EncodedText:
     labels: np.ndarray
 
 
-def count_marks(conversations: Sequence[Turn]) -> int:
+def count_marks(conversations: Sequence[Turn], first: int = 0) -> int:
     """Returns how many visual blocks a conversation asks for.
 
     Leading gpt turns do not count: they are dropped.
 
+    Args:
+      conversations: as for `encode_conversation`.
+      first: number of the first turn in error messages.
+
     Raises:
       ConversationError: as `encode_conversation`, apart from missing answers.
     """
-    return sum(turn["value"].count(IMAGE_MARK) for turn in _checked(conversations))
+    return sum(turn["value"].count(IMAGE_MARK) for turn in _checked(conversations, first))
 
 
 def encode_conversation(
-    conversations: Sequence[Turn], tokenizer: Tokenizer, system: str = DEFAULT_SYSTEM
+    conversations: Sequence[Turn],
+    tokenizer: Tokenizer,
+    system: str = DEFAULT_SYSTEM,
+    control_tokens: bool = True,
 ) -> EncodedText:
     """Returns ids and labels of a training conversation.
 
@@ -85,20 +93,24 @@ def encode_conversation(
       conversations: turns with "from" (human or gpt, in alternation) and "value" (text).
       tokenizer: a transformers tokenizer with <|im_start|> and <|im_end|>.
       system: text of the system turn.
+      control_tokens: encode control tokens that texts spell out as these tokens; False: as letters.
 
     Raises:
       ConversationError: no turns or no answer, an unknown role, roles that do not alternate, a
-        missing key, a value that is no text, an empty answer, a mark in an answer, or a tokenizer
-        without the two tokens.
+        missing key, a value or system text that is not valid text, an empty answer, a mark in an
+        answer, or a tokenizer without the two tokens.
     """
     turns = _checked(conversations)
     if not any(turn["from"] == "gpt" for turn in turns):
         raise ConversationError("the conversation has no answer: add a turn from gpt")
-    return _concatenate(_encode_turns(turns, _Template(tokenizer), system))
+    return _concatenate(_encode_turns(turns, _Template(tokenizer, control_tokens), system))
 
 
 def encode_prompt(
-    turns: str | Sequence[Turn], tokenizer: Tokenizer, system: str = DEFAULT_SYSTEM
+    turns: str | Sequence[Turn],
+    tokenizer: Tokenizer,
+    system: str = DEFAULT_SYSTEM,
+    control_tokens: bool = True,
 ) -> np.ndarray:
     """Returns the ids of a prompt for generation: the turns, then the start of an answer.
 
@@ -111,6 +123,7 @@ def encode_prompt(
         answers) of which the last is human.
       tokenizer: a transformers tokenizer with <|im_start|> and <|im_end|>.
       system: text of the system turn.
+      control_tokens: as for `encode_conversation`.
 
     Returns:
       int32 [T]; `IMAGE_TOKEN` at each visual mark.
@@ -123,29 +136,33 @@ def encode_prompt(
     checked = _checked(turns)
     if checked[-1]["from"] != "human":
         raise ConversationError("the last turn is from gpt: a prompt must end with a human turn")
-    template = _Template(tokenizer)
+    template = _Template(tokenizer, control_tokens)
     pieces = _encode_turns(checked, template, system)
     return _concatenate([*pieces, template.head("assistant")]).ids
 
 
-def encode_follow_up(question: str, tokenizer: Tokenizer) -> np.ndarray:
+def encode_follow_up(
+    question: str, tokenizer: Tokenizer, control_tokens: bool = True
+) -> np.ndarray:
     """Returns the ids between the text of an answer and that of the next: the end of the turn, the
     next question, and the start of its answer.
 
-    The ids are those that `encode_prompt` gives for all turns together.
+    The ids are those that `encode_prompt` gives for all turns together. control_tokens: as for
+    `encode_conversation`.
 
     Raises:
       ConversationError: a tokenizer without <|im_start|> and <|im_end|>.
     """
-    template = _Template(tokenizer)
+    template = _Template(tokenizer, control_tokens)
     pieces = [template.tail(), template.head("user"), template.question(question)]
     return _concatenate([*pieces, template.tail(), template.head("assistant")]).ids
 
 
-def encode_caption(caption: str, tokenizer: Tokenizer) -> EncodedText:
+def encode_caption(caption: str, tokenizer: Tokenizer, control_tokens: bool = True) -> EncodedText:
     """Returns ids and labels of an image-text pair of stage 1: `<image>`, caption, newline.
 
     There is no chat template. Caption and newline, tokenised together, are labelled.
+    control_tokens: as for `encode_conversation`.
 
     Raises:
       ConversationError: the caption is no text, empty, or holds a mark.
@@ -154,27 +171,30 @@ def encode_caption(caption: str, tokenizer: Tokenizer) -> EncodedText:
         raise ConversationError(f"the caption must be text and not empty, got {caption!r}")
     if IMAGE_MARK in caption:
         raise ConversationError(f"the caption holds {IMAGE_MARK}: give the caption alone")
-    text = tokenizer.encode(caption + "\n", add_special_tokens=False)
+    text = _writer(tokenizer, control_tokens)(caption + "\n")
     return _concatenate([([IMAGE_TOKEN], [IGNORE]), (text, text)])
 
 
 # --- Checks ----------------------------------------------------------------------------------
 
 
-def _checked(conversations: Sequence[Turn]) -> list[Turn]:
-    """Returns the turns from the first human one on, each of them valid."""
+def _checked(conversations: Sequence[Turn], number: int = 0) -> list[Turn]:
+    """Returns the turns from the first human one on, each of them valid.
+
+    number: of the first turn, for messages.
+    """
     if isinstance(conversations, (str, Mapping)) or not isinstance(conversations, Sequence):
         raise ConversationError(
             f"a conversation must be a list of turns, got {type(conversations).__name__}"
         )
-    for i, turn in enumerate(conversations):
+    for i, turn in enumerate(conversations, number):
         _check_turn(i, turn)
     first = next((i for i, turn in enumerate(conversations) if turn["from"] == "human"), None)
     if first is None:
         raise ConversationError("the conversation is empty: it has no turn from human")
     turns = list(conversations[first:])
     for i, turn in enumerate(turns):
-        _check_place(first + i, turn, "gpt" if i % 2 else "human")
+        _check_place(number + first + i, turn, "gpt" if i % 2 else "human")
     return turns
 
 
@@ -188,12 +208,16 @@ def _check_turn(i: int, turn: Turn) -> None:
             raise ConversationError(
                 f"turn {i}: {key!r} must be text, got {type(turn[key]).__name__}"
             )
-        try:
-            turn[key].encode()
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-            raise ConversationError(f"turn {i}: {key!r} is not valid Unicode ({error})") from None
+        _check_unicode(f"turn {i}: {key!r}", turn[key])
     if turn["from"] not in _ROLES:
         raise ConversationError(f"turn {i}: unknown role {turn['from']!r}; use human or gpt")
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise ConversationError(f"{name} is not valid Unicode ({error})") from None
 
 
 def _check_place(i: int, turn: Turn, expected: str) -> None:
@@ -216,8 +240,10 @@ _Piece = tuple[list[int], list[int]]
 class _Template:
     """The pieces of a turn, for one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, control_tokens: bool = True):
+        """control_tokens: as for `encode_conversation`."""
         self._tokenizer = tokenizer
+        self._write = _writer(tokenizer, control_tokens)
         self._start = self._special("<|im_start|>")
         self._end = self._special("<|im_end|>")
         self._newline = self.encode("\n")
@@ -234,7 +260,7 @@ class _Template:
 
     def text(self, text: str, labelled: bool) -> _Piece:
         """Text of a system or gpt turn."""
-        ids = self.encode(text)
+        ids = self._write(text)
         return ids, ids if labelled else [IGNORE] * len(ids)
 
     def question(self, text: str) -> _Piece:
@@ -248,10 +274,11 @@ class _Template:
             ids = [IMAGE_TOKEN] * text.count(IMAGE_MARK) + self._newline
             text = text[leading.end() :]
         for i, part in enumerate(text.split(IMAGE_MARK)):
-            ids += [IMAGE_TOKEN] * (i > 0) + self.encode(part)
+            ids += [IMAGE_TOKEN] * (i > 0) + self._write(part)
         return ids, [IGNORE] * len(ids)
 
     def encode(self, text: str) -> list[int]:
+        """Ids of the template's own text, or of a control token."""
         return self._tokenizer.encode(text, add_special_tokens=False) if text else []
 
     def _special(self, token: str) -> int:
@@ -264,7 +291,63 @@ class _Template:
         return ids[0]
 
 
+def _writer(tokenizer: Tokenizer, control_tokens: bool) -> Callable[[str], list[int]]:
+    """Returns what encodes the texts of people; see `encode_conversation`."""
+    if control_tokens:
+        return lambda text: tokenizer.encode(text, add_special_tokens=False) if text else []
+    return _Letters(tokenizer).encode
+
+
+class _Letters:
+    """Encodes text without control tokens: what spells one is encoded by its letters.
+
+    Control tokens are those that were added to the tokenizer's vocabulary, special or not. The ids
+    of special ones are those of transformers' `split_special_tokens=True`.
+    """
+
+    def __init__(self, tokenizer: Any):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:  # a tokenizer of transformers that is written in Python
+            added = tokenizer.added_tokens_decoder
+            options = {"add_special_tokens": False, "split_special_tokens": True}
+            self._ids: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, **options)
+            unknown = getattr(tokenizer, "unk_token", None)
+        else:
+            added = backend.get_added_tokens_decoder()
+            # The same model without added tokens. A setting of the tokenizer itself
+            # (encode_special_tokens) would be seen by other threads.
+            plain = type(backend)(backend.model)
+            plain.normalizer, plain.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+            self._ids = lambda text: plain.encode(text, add_special_tokens=False).ids
+            unknown = getattr(backend.model, "unk_token", None)
+        names = {number: token.content for number, token in added.items()}
+        self._control = {number: name for number, name in names.items() if name != unknown}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+          ConversationError: the vocabulary has no letters for a control token in the text.
+        """
+        ids = self._ids(text) if text else []
+        if self._control.keys().isdisjoint(ids):
+            return ids
+        # A vocabulary of whole words may hold the control token itself: cut it in two.
+        cuts = [f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in self._control.values()]
+        ids = [number for part in re.split("|".join(cuts), text) for number in self._ids(part)]
+        for number in ids:
+            if number in self._control:
+                raise ConversationError(
+                    f"the text holds the control token {self._control[number]}, which this "
+                    "tokenizer cannot encode as letters; remove it"
+                )
+        return ids
+
+
 def _encode_turns(turns: Sequence[Turn], template: _Template, system: str) -> list[_Piece]:
+    if not isinstance(system, str):
+        raise ConversationError(f"the system text must be text, got {type(system).__name__}")
+    _check_unicode("the system text", system)
     pieces = [template.head("system"), template.text(system, labelled=False), template.tail()]
     for turn in turns:
         pieces.append(template.head(_ROLES[turn["from"]]))

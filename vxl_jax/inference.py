@@ -277,12 +277,14 @@ class Model:
 
     def first_turn(self, blocks: int, question: str) -> np.ndarray:
         """Ids of a question behind a memory of so many blocks, to where its answer begins."""
-        ids = encode_prompt(IMAGE_MARK * blocks + question, self.tokenizer)
+        # What people type is text: a control token in it stays letters.
+        prompt = IMAGE_MARK * blocks + question
+        ids = encode_prompt(prompt, self.tokenizer, control_tokens=False)
         return ids[len(self._head()) + blocks :]
 
     def _head(self, system: str = DEFAULT_SYSTEM) -> np.ndarray:
         """Ids of a conversation before its first block, or its first question without one."""
-        ids = encode_prompt(IMAGE_MARK, self.tokenizer, system)
+        ids = encode_prompt(IMAGE_MARK, self.tokenizer, system, control_tokens=False)
         return ids[: int(np.flatnonzero(ids == IMAGE_TOKEN)[0])]
 
     def _text(self, ids: Sequence[int]) -> str:
@@ -366,7 +368,8 @@ class Chat:
     ) -> Generator[str, None, None]:
         entries, before = self._entries, self._entries.lengths.copy()
         if self.turns:
-            ids = np.append(self._rest, encode_follow_up(question, self.model.tokenizer))
+            follow_up = encode_follow_up(question, self.model.tokenizer, control_tokens=False)
+            ids = np.append(self._rest, follow_up)
         else:
             ids = self.model.first_turn(self._blocks, question)
         try:

@@ -1,6 +1,7 @@
 """`python -m train.finetune` from end to end, on small data: what it leaves, resuming, refusals."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -11,12 +12,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.runs import STEPS, Run, run, write_records
+from tests.runs import STEPS, Run, arguments, run, write_records
+from train import finetune
+from train.config import load_config
 from train.demo_tokenizer import save_tokenizer
+from train.optimizer import Optimizer
 from train.signals import stop_request, sure_interrupt
 from train.step import _add_batch
 
@@ -28,8 +34,9 @@ def test_summary(whole: Run, folder: Path):
     summary = whole.summary
     assert summary.keys() == {
         *("steps", "final_loss", "heldout_accuracy", "blank_accuracy", "chance", "bad_samples"),
-        *("parameters", "params_sha256", "seconds"),
+        *("parameters", "params_sha256", "seconds", "steps_without_labels"),
     }
+    assert summary["steps_without_labels"] == 0
     assert summary["steps"] == STEPS
     assert summary["parameters"] > 100_000
     assert len(summary["params_sha256"]) == 64
@@ -53,6 +60,7 @@ def test_metrics_and_falling_loss(whole: Run):
             *("step", "loss", "accuracy", "gradient_norm", "learning_rate", "seconds"),
             *("samples_per_second", "tokens_per_second", "frames_per_second"),
             *("padding", "data_wait", "tflops_per_device"),
+            *(f"gradient_norm_{part}" for part in ("vision", "projector", "language", "beacon")),
         }
         assert np.isfinite(list(row.values())).all()
     assert rows[0]["loss"] > 4
@@ -92,6 +100,64 @@ def test_questions_are_shown_with_answers(whole: Run):
 def test_progress_does_not_flood_a_log(whole: Run):
     assert "training: 100%" in whole.err
     assert whole.err.count("\r") < 30
+
+
+# Steps without a labelled token.
+
+
+MEANS = ("loss", "accuracy", "gradient_norm", "gradient_norm_projector", "learning_rate")
+
+
+def test_steps_without_labels_change_nothing_and_are_counted(own: Path):
+    """Of 16 steps of one sample each, two have a picture that cannot be decoded."""
+    cut_in_half(own / "media/0.png")
+    options = [
+        *("--data.batch-size", "1", "--optim.accumulate", "1", "--data.epochs", "1"),
+        *("--optim.train", "projector", "--optim.warmup-share", "0.2", "--data.eval-json"),
+    ]
+    every = run(own, own / "every", *options, "--run.log-every", "1")
+    assert every.status == 0, every.err
+    rows = every.metrics
+    empty = [row["step"] for row in rows if row["loss"] is None]
+    assert len(rows) == 16
+    assert len(empty) == every.summary["steps_without_labels"] == 2
+    assert "2 of 16 steps had no labelled token and changed nothing" in every.out
+    for row in rows:
+        assert {row[name] is None for name in MEANS[:-1]} == {row["step"] in empty}
+    real = [row for row in rows if row["step"] not in empty]
+    assert every.summary["final_loss"] == real[-1]["loss"] > 0.1
+    # The learning rate is that of the updates that were made.
+    config = load_config(arguments(own, own / "every", *options)).config
+    schedule = Optimizer(config.optim, 16, 0).schedule
+    rates = [row["learning_rate"] for row in real]
+    assert rates == pytest.approx([float(schedule(i)) for i in range(14)], rel=1e-6)
+
+    # In the mean of several steps they have no weight; a run in pieces has the same rows.
+    whole = run(own, own / "whole", *options, "--run.log-every", "5")
+    assert [row["step"] for row in whole.metrics] == [1, 5, 10, 15, 16]
+    first = 1
+    for row in whole.metrics:
+        mine = [x for x in real if first <= x["step"] <= row["step"]]
+        first = row["step"] + 1
+        for name in MEANS[2:4]:
+            mean = sum(x[name] for x in mine) / len(mine) if mine else None
+            assert row[name] == (mean and pytest.approx(mean, rel=1e-5))
+        losses = [x["loss"] for x in mine]
+        assert not mine or min(losses) <= row["loss"] <= max(losses)
+    for end in (8, 13):  # no row is due after these, and run.max_steps writes one
+        done = run(
+            own, own / "pieces", *options, "--run.log-every", "5", "--run.max-steps", f"{end}"
+        )
+        assert done.status == 0, done.err
+    pieces = run(own, own / "pieces", *options, "--run.log-every", "5")
+    assert pieces.summary["params_sha256"] == whole.summary["params_sha256"]
+    assert pieces.summary["params_sha256"] == every.summary["params_sha256"]
+    assert pieces.summary["steps_without_labels"] == 2
+    of_step = {row["step"]: row for row in pieces.metrics}
+    assert of_step.pop(8)
+    assert of_step.pop(13)
+    for row in whole.metrics:
+        assert [of_step[row["step"]][name] for name in MEANS] == [row[name] for name in MEANS]
 
 
 # Starting again.
@@ -445,6 +511,80 @@ def test_data_that_cannot_be_made_is_an_error(failure: str, own: Path):
     error = run(own, own / "run").error
     assert error.startswith("error: the data cannot be made: ")
     assert failure.split("'")[1] in error
+
+
+# A device out of memory.
+
+
+def allocate_too_much() -> None:
+    """Ask the device for more than any has."""
+    jax.jit(lambda: jnp.zeros(2**46))().block_until_ready()
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "where"),
+    [
+        ("make_model", 1, "training"),
+        ("add_batch", 6, "training"),  # the second batch of step 3
+        ("update", 3, "training"),
+        ("evaluate", 1, "evaluation"),
+        ("evaluate_at_end", 1, "evaluation"),
+    ],
+)
+def test_out_of_device_memory_is_one_line_and_keeps_checkpoints(
+    name: str, call: int, where: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = ["--run.max-steps", "3", "--run.save-every", "1", "--run.eval-every", "2"]
+    calls, real = itertools.count(1), getattr(finetune, name)
+
+    def failing(*args: object, **named: object) -> object:
+        if next(calls) == call:
+            allocate_too_much()
+        return real(*args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, name, failing)
+        ended = run(folder, tmp_path / "run", *options)
+    assert ended.error.startswith(f"error: out of device memory in {where} (RESOURCE_EXHAUSTED: ")
+    advice = ["data.max_frames", "data.batch_size", "data.max_tokens_per_batch", "model.remat"]
+    for word in ["--plan", *advice] if where == "training" else ["run.eval_batch_size"]:
+        assert word in ended.error
+    assert "mesh.fsdp" in ended.error
+    saved = {"make_model": 0, "evaluate": 1, "evaluate_at_end": 3}.get(name, 2)
+    assert max(ended.saved, default=0) == saved
+    if name in ("update", "evaluate"):
+        again = run(folder, tmp_path / "run", *options)
+        assert f"resumed at step {saved}" in again.out
+        assert again.summary["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory\nmore", True),
+        ("INTERNAL: Failed to allocate 9 bytes: CUDA_ERROR_OUT_OF_MEMORY: out of memory", True),
+        ("INTERNAL: the compiler is wrong", False),
+    ],
+)
+def test_other_errors_of_jax_keep_their_traceback(
+    message: str,
+    is_memory: bool,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def failing(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(finetune, "update", failing)
+    if is_memory:
+        first = message.partition("\n")[0]
+        assert f"out of device memory in training ({first}): lower" in (
+            run(folder, tmp_path / "run").error
+        )
+    else:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="the compiler is wrong"):
+            run(folder, tmp_path / "run")
 
 
 def test_the_command_line_ends_with_status_2(folder: Path, tmp_path: Path):

@@ -120,6 +120,79 @@ def test_processes_that_do_not_come(monkeypatch: pytest.MonkeyPatch):
     )
 
 
+# How they wait for each other.
+
+
+MEETINGS = """
+import os, signal, sys, threading, time
+import jax
+from jax.experimental import multihost_utils
+from train import distributed
+from train.errors import TrainingError
+
+def refused(*_, **__):
+    raise AssertionError("host work waits in a collective of the devices")
+
+def worked(seconds=0, failing=False):
+    time.sleep(seconds)
+    if failing:
+        raise ValueError("my own fault")
+    return time.time()
+
+def say(*words):
+    print(*words, flush=True)
+
+def tried(work, do=distributed.together):
+    try:
+        do(work)
+        say("went on")
+    except (TrainingError, ValueError) as error:
+        say(type(error).__name__, error)
+
+distributed.start_processes()
+me = jax.process_index()
+multihost_utils.process_allgather = refused
+say("worked", distributed.first_then_others(lambda: worked(2 * (me == 0))))
+for bad in (0, 1):
+    tried(lambda: worked(failing=me == bad), distributed.first_then_others)
+distributed.HOST_WORK_HOURS = 1 / 3600
+time.sleep(4 * me)
+tried(worked)
+distributed.HOST_WORK_HOURS = 24
+tried(worked)
+if me:  # Ctrl-C while the first is at work
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        distributed.together(worked)
+    except KeyboardInterrupt:
+        say("interrupted")
+    open(sys.argv[1], "w").close()
+else:
+    while not os.path.exists(sys.argv[1]):
+        time.sleep(0.1)
+os._exit(0)
+"""
+
+
+def test_host_work_is_waited_for_outside_the_devices(tmp_path: Path):
+    commands = [["-c", MEETINGS, str(tmp_path / "ended")]] * 2
+    with Processes(tmp_path / "logs", commands) as processes:
+        first, second = processes.end(120)
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    (began, *ours), (then, *theirs) = (ended.out.splitlines() for ended in (first, second))
+    assert float(began.removeprefix("worked ")) <= float(then.removeprefix("worked "))
+    own, other = "ValueError my own fault", f"TrainingError {OTHERS.removeprefix('error: ')}"
+    assert (ours[0], theirs[0]) == (own, other)
+    assert (ours[1], theirs[1]) == (other, own)
+    for line in (ours[2], theirs[2]):
+        assert line.startswith(
+            "TrainingError another process of the run has not come within 0.000277778 hours, or "
+            "has died; look at what it printed (DEADLINE_EXCEEDED: Barrier timed out."
+        )
+    assert (ours[3:], theirs[3:]) == (["went on"], ["went on", "interrupted"])
+
+
 # Two of them. Each works in a folder of its own, as on a machine of its own, where the same paths
 # may hold something else.
 

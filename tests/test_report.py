@@ -1,6 +1,7 @@
 """What a run writes while it goes on: rows of metrics, names of bad samples."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,19 @@ import pytest
 
 from train.batches import Batch
 from train.records import BadSample
-from train.report import BadSamples, RunLog, TooManyBadSamples, read_rows, write_text
+from train.report import (
+    BadSamples,
+    RunLog,
+    TooManyBadSamples,
+    draw_loss,
+    read_rows,
+    write_text,
+)
 
-METRICS = {"loss": 1.0, "learning_rate": 0.1}
+METRICS = {
+    **{"loss": 1.0, "accuracy": 0.5, "tokens": 4.0, "learning_rate": 0.1},
+    **{"gradient_norm": 2.0, "gradient_norm_language": 2.0},
+}
 
 
 def flops_of(batch: Batch) -> int:
@@ -32,7 +43,8 @@ def log_steps(run_dir: Path, start: int, stop: int, seconds_ago: float = 0.0) ->
     log = RunLog(run_dir, start, 9, log_every=1, began=began, counted_share=1.0, flops_of=flops_of)
     for step in range(start + 1, stop + 1):
         log.count(batch(samples=2, tokens=10, frames=0, places=20))
-        log.log(step, METRICS)
+        log.add(METRICS)
+        log.log(step)
     log.close()
     return log
 
@@ -69,9 +81,10 @@ def test_rates_are_since_the_row_before(tmp_path: Path):
     for _ in range(3):
         log.count(batch(samples=4, tokens=100, frames=8, places=125))
     time.sleep(0.05)
-    log.log(3, METRICS)
+    log.add(METRICS)
+    log.log(3)
     time.sleep(0.05)
-    log.log(6, METRICS)
+    log.log(6)
     log.close()
     first, second = log.history
     assert 0 < first["samples_per_second"] <= 12 / 0.05
@@ -94,10 +107,11 @@ def test_waiting_is_a_share_and_what_is_aside_is_left_out(tmp_path: Path):
     time.sleep(0.1)
     with log.aside():
         time.sleep(0.4)
-    log.log(1, METRICS)
+    log.add(METRICS)
+    log.log(1)
     wall = time.perf_counter() - start
     log.count(batch(samples=4, tokens=100, frames=8, places=125))
-    log.log(2, METRICS)
+    log.log(2)
     log.close()
     first, second = log.history
     assert 4 / (wall - 0.35) < first["samples_per_second"] <= 4 / 0.2
@@ -109,6 +123,99 @@ def test_metrics_are_due_at_the_first_and_last_step_and_between(tmp_path: Path):
     log = RunLog(tmp_path, 0, 10, log_every=4, began=0, counted_share=1.0, flops_of=flops_of)
     assert [step for step in range(1, 11) if log.due(step)] == [1, 4, 8, 10]
     log.close()
+
+
+# What a row is the mean of.
+
+
+def metrics_of(step: int) -> dict[str, float]:
+    """Of a step, all different; every fifth has no labelled token."""
+    tokens = float(step % 5)
+    rate = 0.1 / step
+    if not tokens:
+        none = {"loss": math.nan, "accuracy": math.nan, "gradient_norm": 0.0}
+        return {**none, "gradient_norm_vision": 0.0, "tokens": 0.0, "learning_rate": rate}
+    return {
+        "loss": 10 + 1 / step,
+        "accuracy": 1 / tokens,
+        "gradient_norm": 3.0 + step,
+        "gradient_norm_vision": 2.0 * step,
+        "tokens": tokens,
+        "learning_rate": rate,
+    }
+
+
+VALUES = ("loss", "accuracy", "gradient_norm", "gradient_norm_vision", "learning_rate")
+
+
+def log_metrics(run_dir: Path, start: int, stop: int, last: int, log_every: int) -> RunLog:
+    """A run of `last` steps that is killed after `stop`, where it has saved."""
+    run_dir.mkdir(exist_ok=True)
+    log = RunLog(run_dir, start, last, log_every, 0.0, counted_share=1.0, flops_of=flops_of)
+    for step in range(start + 1, stop + 1):
+        log.add(metrics_of(step))
+        if log.due(step):
+            log.log(step)
+        log.keep_unlogged(step)
+    log.close()
+    return log
+
+
+def values_of(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(row["step"], *(row[name] for name in VALUES)) for row in rows]
+
+
+def test_a_row_is_the_mean_of_the_steps_since_the_row_before(tmp_path: Path):
+    log_metrics(tmp_path, 0, 9, last=9, log_every=4)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 4, 8, 9]
+    for row, steps in zip(rows, ([1], [2, 3, 4], [6, 7, 8], [9]), strict=True):  # not 5
+        given = [metrics_of(step) for step in steps]
+        tokens = sum(x["tokens"] for x in given)
+        for name in ("loss", "accuracy"):
+            mean = sum(x[name] * x["tokens"] for x in given) / tokens
+            assert row[name] == pytest.approx(mean, rel=1e-12)
+        for name in ("gradient_norm", "gradient_norm_vision"):
+            assert row[name] == pytest.approx(sum(x[name] for x in given) / len(given), rel=1e-12)
+        assert row["learning_rate"] == given[-1]["learning_rate"]
+        assert "tokens" not in row
+
+
+def test_a_step_without_labels_has_no_loss_and_is_counted(tmp_path: Path):
+    log = log_metrics(tmp_path, 0, 10, last=10, log_every=1)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    names = VALUES[:-1]
+    for row in rows:
+        assert [row[name] is None for name in names] == [row["step"] % 5 == 0] * len(names)
+        assert row["learning_rate"] == pytest.approx(0.1 / row["step"])
+    assert log.steps_without_labels == 2
+    assert log.final_loss == rows[8]["loss"] == 10 + 1 / 9  # of step 9: 10 has none
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    draw_loss(log.history, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_no_labels_at_all(tmp_path: Path):
+    log = RunLog(tmp_path, 0, 5, 1, 0.0, counted_share=1.0, flops_of=flops_of)
+    log.add(metrics_of(5))
+    log.log(1)
+    log.close()
+    assert log.final_loss is None
+    draw_loss(log.history, tmp_path / "loss.png")
+
+
+@pytest.mark.parametrize("killed", range(1, 12))
+def test_rows_of_a_run_in_two_pieces_are_those_of_a_whole_one(killed: int, tmp_path: Path):
+    """It is stopped after a step, or `run.max_steps` ends it there, which writes a row."""
+    expected = log_metrics(tmp_path / "whole", 0, 12, last=12, log_every=4)
+    for name, last in (("stopped", 12), ("ended", killed)):
+        log_metrics(tmp_path / name, 0, killed, last, log_every=4)
+        if name == "stopped" and killed > 2:  # steps after the checkpoint are lost
+            log_metrics(tmp_path / name, killed, min(killed + 2, 12), 12, log_every=4)
+        found = log_metrics(tmp_path / name, killed, 12, 12, log_every=4)
+        rows = [row for row in found.history if row["step"] in (1, 4, 8, 12)]
+        assert values_of(rows) == values_of(expected.history)
+        assert found.steps_without_labels == expected.steps_without_labels == 2
 
 
 RECORDS = {"a.json": 8, "b.json": 2}

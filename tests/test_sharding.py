@@ -1,22 +1,34 @@
 """The table of logical axes: where each parameter and each array of the optimizer lies."""
 
 import math
-from typing import Any
+import re
+from dataclasses import replace
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from train.config import MeshSection, OptimSection
 from train.distributed import Shards, open_mesh
 from train.optimizer import Optimizer
-from vxl_jax.config import PRESETS, ConfigError, LoRAConfig, VideoXLConfig
+from vxl_jax.config import PRESETS, ConfigError, LoRAConfig, LoRATarget, VideoXLConfig, tiny
 from vxl_jax.lora import add_lora
 from vxl_jax.model import VideoXL
-from vxl_jax.sharding import AXES, by_sample, from_table, logical_axes, param_placement, place_tree
+from vxl_jax.quantize import new_network
+from vxl_jax.sharding import (
+    _TABLE,
+    AXES,
+    SMALL,
+    by_sample,
+    from_table,
+    logical_axes,
+    param_placement,
+    place_tree,
+)
 
 BIG = 2**20
 """Bytes of a parameter that no device should have whole."""
@@ -150,6 +162,80 @@ def test_moments_lie_where_their_parameters_do(optimizer: Any):
             assert x.size <= 512 * demo.language.layers
     if optimizer == "adamw":
         assert seen == params.keys()
+
+
+def test_rows_of_adafactor_are_whole_however_large():
+    mesh: Any = AbstractMesh((1, 8, 1), AXES)
+    tree = unflatten_dict(params_of(B7))
+    state = jax.eval_shape(Optimizer(OptimSection(optimizer="adafactor"), 10, 0).init, tree)
+    shardings = place_tree(param_placement(mesh, B7), state)
+    whole = [
+        x.size
+        for x, sharding in zip(*map(jax.tree.leaves, (state, shardings)), strict=True)
+        if sharding.is_fully_replicated
+    ]
+    assert max(whole) > SMALL
+
+
+# The table.
+
+
+LINEARS = get_args(LoRATarget)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_parameter_has_a_row_of_its_rank(name: str):
+    config = PRESETS[name]()
+    lora = LoRAConfig(rank=8, targets=LINEARS)
+    for path, x in params_of(config, lora).items():
+        axes = logical_axes(path)
+        assert axes is not None, path
+        assert len(axes) == x.ndim, path
+
+
+def test_the_table_has_no_other_rows():
+    tied, untied = (
+        tiny(language=replace(tiny().language, tie_embeddings=tie)) for tie in (True, False)
+    )
+    names = {"/".join(path) for config in (tied, untied) for path in params_of(config)}
+    assert names == _TABLE.keys()
+
+
+def test_scales_of_int8_kernels_have_rows():
+    shapes = nnx.eval_shape(lambda: new_network(B7, weights="int8"))
+    for path, x in flatten_dict(nnx.to_pure_dict(nnx.state(shapes))).items():
+        axes = logical_axes(path)
+        assert axes is not None, path
+        assert len(axes) == x.ndim, path
+    assert logical_axes(("language", "layers", "mlp", "down", "scale")) == (None, "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        # Each of these ends, or begins, as a name of the table.
+        ("language/layers/attention/photo/kernel", (4, 512, 512), "no row for it"),
+        ("language/layers/extra/attention/o/kernel", (4, 512, 512), "no row for it"),
+        ("adapter/language/head/kernel", (512, 512), "no row for it"),
+        ("language/head/kernel/more", (512, 512), "no row for it"),
+        ("language/layers/mlp/lora_a", (4, 512, 512), "no row for it"),
+        ("head/kernel", (512, 512), "no row for it"),
+        ("language/head/kernel", (4, 512, 512), "2 axes for it"),
+        ("language/layers/mlp/gate/kernel", (512, 512), "3 axes for it"),
+        ("language/norm/scale", (512, 512), "1 axes for it"),
+    ],
+)
+def test_a_large_parameter_that_is_not_in_the_table_is_an_error(
+    name: str, shape: tuple[int, ...], message: str
+):
+    for size in ((1, 8, 1), (1, 1, 1)):
+        mesh: Any = AbstractMesh(size, AXES)
+        place = param_placement(mesh, B7)
+        with pytest.raises(ValueError, match=re.escape(f"{name} {shape}: ")) as refused:
+            place(tuple(name.split("/")), shape)
+        assert message in str(refused.value)
+        small = (8,) * len(shape)
+        assert place(tuple(name.split("/")), small).is_fully_replicated
 
 
 # The mesh of a run.

@@ -1,8 +1,12 @@
 """The stream plan against literal arrays."""
 
+from dataclasses import fields
+
+import jax
 import numpy as np
 import pytest
 
+from vxl_jax import language
 from vxl_jax.stream import (
     BEACON,
     IGNORE,
@@ -11,6 +15,7 @@ from vxl_jax.stream import (
     PAD,
     TEXT,
     VISUAL,
+    StreamBatch,
     StreamShape,
     batch_streams,
     draw_ratio,
@@ -168,3 +173,18 @@ def test_too_small_a_shape_is_refused():
     small = StreamShape.of(plan_stream([1], [], window=4, ratio=2))
     with pytest.raises(ValueError, match="a stream needs"):
         batch_streams([stream], small)
+
+
+def test_arrays_of_a_batch_are_leaves_and_its_sizes_are_static():
+    """By name, not by annotation; `vxl_jax.language` tells JAX."""
+    assert language
+    batch = batch_streams([plan_stream([1, IMAGE_TOKEN], [4], window=4, ratio=4)])
+    leaves, structure = jax.tree_util.tree_flatten_with_path(batch)
+    names = {path[0].name for path, _ in leaves}
+    assert names == {field.name for field in fields(StreamBatch)} - {"memory", "has_beacons"}
+    assert names == {name for name, x in vars(batch).items() if isinstance(x, np.ndarray)}
+    for path, leaf in leaves:
+        assert leaf is getattr(batch, path[0].name)
+    other = batch_streams([plan_stream([1, 2, IMAGE_TOKEN], [4], window=4, ratio=4)])
+    assert jax.tree.structure(other) != structure  # another size of memory
+    assert jax.tree.unflatten(structure, [x for _, x in leaves]) == batch

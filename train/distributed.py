@@ -1,15 +1,18 @@
 """One run in several processes, on one machine or many: how they start, agree and share batches."""
 
+import itertools
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Collection
+from threading import Thread
 from typing import Any, NoReturn, TypeVar
 from zlib import crc32
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state  # JAX has no public barrier outside devices
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
@@ -24,6 +27,10 @@ Result = TypeVar("Result")
 
 PATIENCE = 60
 """Seconds that a process which ends waits for the others to end; then JAX ends them."""
+
+HOST_WORK_HOURS = 24
+"""Hours that a process waits for the work of the others on their hosts: reading data, measuring it,
+loading weights."""
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -136,8 +143,48 @@ def count_distinct(names: Collection[str]) -> int:
     return int(np.count_nonzero(found))
 
 
+_meetings = itertools.count()
+
+
+def all_fine(fine: bool) -> bool:
+    """Wait for all processes on their hosts and tell whether each is fine; every process has to
+    call it.
+
+    They wait at a barrier of JAX's coordination service. In a collective of devices (`gather`) work
+    of minutes would run into the collective's own time limits.
+
+    Raises: TrainingError if a process does not come: it has died, or hangs.
+    """
+    if jax.process_count() == 1:
+        return fine
+    client: Any = global_state.client
+    meeting = f"vxl_jax/together/{next(_meetings)}/"
+    client.key_value_set(f"{meeting}{jax.process_index()}", str(int(fine)))
+    failed: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            client.wait_at_barrier(meeting, int(HOST_WORK_HOURS * 3_600_000))
+        except Exception as error:
+            failed.append(error)
+
+    # In a thread, so that Ctrl-C ends the wait: the client would not hear it.
+    thread = Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        reason = str(failed[0]).partition("\n")[0]
+        raise TrainingError(
+            f"another process of the run has not come within {HOST_WORK_HOURS:g} hours, or has "
+            f"died; look at what it printed ({reason})"
+        ) from failed[0]
+    return all(bool(int(value)) for _, value in client.key_value_dir_get(meeting))
+
+
 def together(work: Callable[[], Result], turn: bool = True) -> Result:
-    """Do in every process what may fail in one of them; with `turn` False, nothing in this one.
+    """Do on every host what may fail on one of them; with `turn` False, nothing on this one.
+
+    The processes wait for each other outside the devices, as long as it takes (`all_fine`).
 
     Raises: what `work` raises in this process; TrainingError where it raised in another.
     """
@@ -148,7 +195,7 @@ def together(work: Callable[[], Result], turn: bool = True) -> Result:
             result = work()
         except Exception as raised:
             error = raised
-    if gather(error is not None).any():
+    if not all_fine(error is None):
         raise error or TrainingError(
             "another process of the run cannot go on; its own message says why"
         )

@@ -13,8 +13,8 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def run(options: Namespace, config: TrainConfig, prepare: Prepare | None) -> int
         check_same_config(config)
         first_then_others(lambda: start_directory(config, run_dir, write=is_first()))
         first_then_others(lambda: prepare_data(config, prepare))
-        with sure_interrupt():
+        with sure_interrupt(), enough_memory("training", IN_TRAINING):
             stopped = train(config.resolved(), run_dir, profile=options.profile)
     except (
         CheckpointError,
@@ -132,6 +132,39 @@ def run(options: Namespace, config: TrainConfig, prepare: Prepare | None) -> int
     if stopped is not None and is_first():
         print(f"stopped by SIGTERM, step {stopped:,} is saved: {goes_on}", file=sys.stderr)
     return 0
+
+
+IN_TRAINING = (
+    "lower data.max_frames, data.batch_size or data.max_tokens_per_batch, set model.remat to full, "
+    "or cut the model over more devices (mesh.fsdp, mesh.tensor); --plan shows what fits. This run "
+    "can go on from its last checkpoint with another mesh; other values of data and model need a "
+    "new --run-dir"
+)
+
+IN_EVALUATION = (
+    "lower run.eval_batch_size, or cut the model over more devices (mesh.fsdp, mesh.tensor); the "
+    "same command with that goes on from the last checkpoint"
+)
+
+
+@contextmanager
+def enough_memory(what: str, advice: str) -> Iterator[None]:
+    """Turn an error of a device that is out of memory into one line; others stay what they are.
+
+    Raises: TrainingError.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise TrainingError(f"out of device memory in {what} ({reason}): {advice}") from error
+
+
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether XLA, or CUDA under it, could not allocate device memory."""
+    return any(name in str(error) for name in ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY"))
 
 
 def read_options(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
@@ -229,10 +262,12 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
                     values = None
                 else:
                     trained, opt_state, metrics = update(optimizer, trained, opt_state, sums)
-                    values = {name: float(value) for name, value in metrics.items()}
+                    values = {n: float(value) for n, value in jax.device_get(metrics).items()}
                     if not values.pop("finite"):  # then the update has changed nothing
+                        log.keep_unlogged(step)
                         checkpoints.save(step, trained, opt_state, position)
                         raise not_finite(own_dir, step + 1, values, samples)
+                    log.add(values)
                 del sums, placed  # before the next step makes its own
                 step += 1
                 position = replace(position, batch=position.batch + count)
@@ -240,15 +275,16 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
                 signals, found_bad = gather(stop.signal or 0, bad.since_asked()).T
                 stopping = int(signals.max())
                 if values and log.due(step):
-                    log.log(step, values)
+                    log.log(step)
                 score = None
                 if heldout and not stopping and evaluates(config.run, step, last_step):
                     model = nnx.merge(graph, trained, frozen)
-                    with log.aside():
+                    with log.aside(), enough_memory("evaluation", IN_EVALUATION):
                         answered = evaluate(model, heldout, tokenizer, config.run)
                     score = log.evaluated(step, answered)
                 checkpoints.check()
                 if stopping or saves(config.run, step, last_step, score):
+                    log.keep_unlogged(step)
                     checkpoints.save(step, trained, opt_state, position, score)
                 log.progress.update()
                 if found_bad.any():
@@ -262,7 +298,10 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
         del opt_state, loader, stream  # with the media that they keep
         data.pool.close()
         model = nnx.merge(graph, trained, frozen)
-        results, unseen = evaluate_at_end(model, heldout, tokenizer, config.run, show=is_first())
+        with enough_memory("evaluation", IN_EVALUATION):
+            results, unseen = evaluate_at_end(
+                model, heldout, tokenizer, config.run, show=is_first()
+            )
         # Training is done: too many are no reason to lose it. All note theirs before one collects.
         together(lambda: bad.note(unseen, step + 1))
         params_sha256 = fingerprint(trained, frozen)
@@ -271,7 +310,8 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
         bad.collect(run_dir / "processes", jax.process_count())
         summary = {
             "steps": step,
-            "final_loss": log.history[-1]["loss"] if log.history else None,
+            "final_loss": log.final_loss,
+            "steps_without_labels": log.steps_without_labels,
             **results,
             "bad_samples": bad.summary(),
             "parameters": parameters,
@@ -281,6 +321,11 @@ def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | No
         if log.history:
             draw_loss(log.history, run_dir / "loss.png")
         write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if log.steps_without_labels:
+            print(
+                f"{log.steps_without_labels:,} of {step:,} steps had no labelled token and changed "
+                f"nothing: {run_dir}/bad_samples.jsonl lists samples that were left out"
+            )
         print(f"wrote {run_dir}/summary.json, loss.png, metrics.jsonl, checkpoints/{step}")
 
     together(write, turn=is_first())

@@ -45,7 +45,11 @@ class Optimizer:
     seed: int
 
     def schedule(self, step: Array | int) -> Array:
-        """Learning rate after `step` steps: linear warm-up, then cosine to 0 at `steps`."""
+        """Learning rate after `step` steps: linear warm-up from 0, then cosine to 0 at `steps`.
+
+        With warm-up, the first step has rate 0, as in Hugging Face's cosine schedule: it fills the
+        moments and leaves the parameters as they are.
+        """
         peak = self.config.learning_rate
         warmup = min(int(np.ceil(self.steps * self.config.warmup_share)), self.steps - 1)
         start = 0.0 if warmup else peak

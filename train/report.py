@@ -1,6 +1,7 @@
 """What a run shows and writes: progress bar, metrics.jsonl, TensorBoard, loss.png, summary.json."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +22,53 @@ from vxl_jax.cards import card_of
 from vxl_jax.progress import progress_bar
 
 
+class StepMeans:
+    """Sums of the metrics of steps, and their means: the loss and the accuracy weighted by labelled
+    tokens, gradient norms a step each.
+
+    A step without labelled tokens has made no update. It is in no mean; only its learning rate is
+    noted.
+    """
+
+    def __init__(self) -> None:
+        self.sums = dict.fromkeys(("loss", "accuracy", "gradient_norm", "tokens", "steps"), 0.0)
+        self.learning_rate: float | None = None
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """Add one step: the metrics that `train.step.update` returns."""
+        self.learning_rate, tokens = metrics["learning_rate"], metrics["tokens"]
+        for name, value in metrics.items():
+            if name in _MEANS_OF_TOKENS or name.startswith("gradient_norm"):
+                weight = tokens if name in _MEANS_OF_TOKENS else 1
+                self.sums[name] = self.sums.get(name, 0.0) + (value * weight if tokens else 0.0)
+        self.sums["tokens"] += tokens
+        self.sums["steps"] += tokens > 0
+
+    def means(self) -> dict[str, float | None]:
+        """Loss, accuracy and gradient norms, None without a labelled token; and the learning rate
+        of the last step.
+        """
+        found: dict[str, float | None] = {}
+        for name, value in self.sums.items():
+            if name not in ("tokens", "steps"):
+                count = self.sums["tokens" if name in _MEANS_OF_TOKENS else "steps"]
+                found[name] = value / count if count else None
+        return found | {"learning_rate": self.learning_rate}
+
+
+_MEANS_OF_TOKENS = ("loss", "accuracy")
+
+
 class RunLog:
-    """Metrics of the steps of one run, on the terminal and in its directory."""
+    """Metrics of the steps of one run, on the terminal and in its directory.
+
+    A row of metrics is the mean of the steps since the row before. Only the row of a run's last
+    step, where no row would be due otherwise, begins no new mean: a run that is continued past it
+    (with a larger `run.max_steps`) writes the rows of one that went through.
+
+    unlogged.jsonl has, for every checkpoint, the sums that no row has yet; steps_without_labels:
+    how many of all steps had no labelled token.
+    """
 
     def __init__(
         self,
@@ -53,12 +99,43 @@ class RunLog:
         )
         self.evaluations = run_dir / "evaluations.jsonl"
         write_rows(self.evaluations, [r for r in read_rows(self.evaluations) if r["step"] <= start])
+        self.unlogged, self.steps_without_labels = run_dir / "unlogged.jsonl", 0
+        self.steps_since = StepMeans()
+        self._read_unlogged(start)
         self._start_counting()
 
     @property
     def seconds(self) -> float:
         """Wall time of all pieces of the run, without steps that an interruption has undone."""
         return round(time.perf_counter() - self.began, 1)
+
+    @property
+    def final_loss(self) -> float | None:
+        """The loss of the last row that has one."""
+        return next((row["loss"] for row in self.history[::-1] if row["loss"] is not None), None)
+
+    def _read_unlogged(self, start: int) -> None:
+        rows = [row for row in read_rows(self.unlogged) if row["step"] <= start]
+        write_rows(self.unlogged, rows)
+        if not rows:  # of a run that begins, or was saved before there was such a file
+            return
+        self.steps_without_labels = rows[-1]["steps_without_labels"]
+        if rows[-1]["step"] == start:
+            self.steps_since.sums.update(rows[-1]["sums"])
+            self.steps_since.learning_rate = rows[-1]["learning_rate"]
+
+    def keep_unlogged(self, step: int) -> None:
+        """Write down what no row has yet, before the checkpoint of a step: a run that goes on from
+        there writes the same rows.
+        """
+        row = {
+            "step": step,
+            "steps_without_labels": self.steps_without_labels,
+            "learning_rate": self.steps_since.learning_rate,
+            "sums": self.steps_since.sums,
+        }
+        with self.unlogged.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def _start_counting(self) -> None:
         self.counts = dict.fromkeys(("samples", "tokens", "frames", "places", "flops"), 0)
@@ -87,12 +164,23 @@ class RunLog:
         self.counts["places"] += batch.token_places
         self.counts["flops"] += self.flops_of(batch)
 
-    def due(self, step: int) -> bool:
-        """Whether metrics of this step are to be read from the device and logged."""
-        return step % self.log_every == 0 or step in (1, self.steps)
+    def add(self, metrics: dict[str, float]) -> None:
+        """Add the metrics of a step to those of the next row."""
+        self.steps_since.add(metrics)
+        self.steps_without_labels += not metrics["tokens"]
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def due(self, step: int) -> bool:
+        """Whether a row is to be written after this step."""
+        return self._regular(step) or step == self.steps
+
+    def _regular(self, step: int) -> bool:
+        return step % self.log_every == 0 or step == 1
+
+    def log(self, step: int) -> None:
         """Write one row, with rates of all processes since the row before."""
+        metrics = self.steps_since.means()
+        if self._regular(step):
+            self.steps_since = StepMeans()
         seconds = time.perf_counter() - self.since
         counts = [self.counted_share * count for count in self.counts.values()]
         sums = gather(*counts, self.waited).sum(0)
@@ -115,8 +203,8 @@ class RunLog:
         self._write(self.path, row)
         self.progress.set_postfix(
             refresh=False,
-            loss=f"{metrics['loss']:.3f}",
-            lr=f"{metrics['learning_rate']:.1e}",
+            loss="no labels" if metrics["loss"] is None else f"{metrics['loss']:.3f}",
+            lr=f"{metrics['learning_rate'] or 0.0:.1e}",
             **{f"{name}/s": f"{rates[f'{name}_per_second']:.0f}" for name in total},
         )
 
@@ -135,7 +223,8 @@ class RunLog:
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in flatten_dict(row, sep="/").items():
-            self.board.add_scalar(prefix + name, value, row["step"])
+            if value is not None:
+                self.board.add_scalar(prefix + name, value, row["step"])
 
     def close(self) -> None:
         """Flush everything and end the progress bar."""
@@ -192,7 +281,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
-    """Picture of loss and learning rate over the steps."""
+    """Picture of loss and learning rate over the steps; a row without a loss leaves a gap."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -200,7 +289,8 @@ def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
 
     steps = [row["step"] for row in history]
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axis.plot(steps, [row["loss"] for row in history], color="tab:blue", label="loss")
+    losses = [math.nan if row["loss"] is None else row["loss"] for row in history]
+    axis.plot(steps, losses, color="tab:blue", label="loss")
     axis.set(xlabel="step", ylabel="loss (nats per labelled token)", yscale="log")
     rate = axis.twinx()
     rate.plot(steps, [row["learning_rate"] for row in history], color="tab:grey", alpha=0.5)

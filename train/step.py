@@ -114,11 +114,12 @@ def update(
 ) -> tuple[Params, Any, dict[str, Array]]:
     """One optimizer step with the mean gradient over all labelled tokens of the summed batches.
 
-    Nothing changes, and no step is counted, if the loss or a gradient is not finite. Parameters and
-    state are given up (donated).
+    Nothing changes, and no step is counted, if no token has a label, or if the loss or a gradient
+    is not finite. Parameters and state are given up (donated).
 
-    Returns parameters, optimizer state, and metrics: loss, accuracy, gradient_norm, learning_rate,
-    finite (bool).
+    Returns parameters, optimizer state, and metrics: loss and accuracy (NaN without labelled
+    tokens), tokens (labelled), gradient_norm, gradient_norm_PART for each trained part,
+    learning_rate, finite (bool).
     """
     layout = layout_of((trained, opt_state))
     return _update(optimizer, layout, trained, opt_state, sums)
@@ -133,23 +134,32 @@ def lower_update(optimizer: Optimizer, trained: Params, opt_state: Any, sums: Pa
 def _update(
     optimizer: Optimizer, layout: Layout, trained: Params, opt_state: Any, sums: Params
 ) -> tuple[Params, Any, dict[str, Array]]:
+    labelled = sums["tokens"] > 0
     tokens = jnp.maximum(sums["tokens"], 1)
     gradients = sums["gradients"]
-    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(gradients)]
-    loss, norm = sums["loss"] / tokens, jnp.sqrt(sum(squares)) / tokens
+    squares = {
+        path: jnp.sum(jnp.square(x.astype(jnp.float32)))
+        for path, x in sorted(flatten_dict(gradients).items())
+    }
+    loss, norm = sums["loss"] / tokens, jnp.sqrt(sum(squares.values())) / tokens
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     rate = optimizer.rate(opt_state)
     trained, opt_state = lax.cond(
-        finite,
+        finite & labelled,
         optimizer.apply,
         lambda trained, opt_state, *_: (trained, opt_state),
         *(trained, opt_state, gradients, optimizer.clipping(norm) / tokens),
     )
     trained, opt_state = lay_out((trained, opt_state), layout)
+    parts: dict[str, list[Array]] = {}
+    for path, square in squares.items():
+        parts.setdefault(part_of(path), []).append(square)
     metrics = {
-        "loss": loss,
-        "accuracy": sums["correct"] / tokens,
+        "loss": jnp.where(labelled | ~finite, loss, jnp.nan),
+        "accuracy": jnp.where(labelled, sums["correct"] / tokens, jnp.nan),
+        "tokens": sums["tokens"],
         "gradient_norm": norm,
+        **{f"gradient_norm_{name}": jnp.sqrt(sum(own)) / tokens for name, own in parts.items()},
         "learning_rate": rate,
         "finite": finite,
     }

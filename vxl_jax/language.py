@@ -5,7 +5,7 @@ Video-XL (arXiv 2409.14485, section 3.2) for beacon tokens and what they keep.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,10 @@ Angles = tuple[Array, Array]
 # Not in `vxl_jax.stream`: data workers make batches without importing JAX.
 jax.tree_util.register_dataclass(
     StreamBatch,
-    data_fields=[f.name for f in fields(StreamBatch) if f.type is Any],
+    data_fields=[
+        *("kind", "source", "rank", "window_start", "window_memory"),
+        *("last", "length", "label_index", "label"),
+    ],
     meta_fields=["memory", "has_beacons"],
 )
 

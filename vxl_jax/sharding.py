@@ -5,7 +5,7 @@ together when it is used; samples are divided over it as well) and `tensor` (hea
 divided). XLA's partitioner adds the communication; the numbers stay those of one device.
 """
 
-import re
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,23 +24,57 @@ Placement = Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]
 """From a parameter's path and shape to where it lies."""
 
 # Logical axes: `in`, `out` the width of the residual stream, read and written; `heads` whole
-# attention heads; `mlp` and `vocabulary`. Everything else is small, and whole on every device.
+# attention heads; `mlp` and `vocabulary`. None is never cut.
 _MESH_AXIS = {"in": "fsdp", "out": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 
-_TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"language/embed/embedding", ("vocab", "out")),
-    (r"language/head/kernel", ("in", "vocab")),
-    (r"projector/up/kernel", ("in", "mlp")),
-    (r"projector/up/bias", ("mlp",)),
-    (r"projector/down/kernel", ("mlp", "out")),
-    (r"vision/patch_embed/kernel", (None, "out")),
-    (r".*/layers/.*(q|k|v)/kernel", (None, "in", "heads")),
-    (r".*/layers/.*(q|k|v)/bias", (None, "heads")),
-    (r".*/layers/.*o/kernel", (None, "heads", "out")),
-    (r".*/layers/.*(gate|up)/kernel", (None, "in", "mlp")),
-    (r".*/layers/.*(gate|up)/bias", (None, "mlp")),
-    (r".*/layers/.*down/kernel", (None, "mlp", "out")),
-)
+Axes = tuple[str | None, ...]
+
+
+def _linears(block: str, names: str, inputs: str, outputs: str, bias: bool) -> dict[str, Axes]:
+    """Rows of stacked linears; a bias along the residual stream is small, and whole."""
+    bias_axis = None if outputs == "out" else outputs
+    rows: dict[str, Axes] = {}
+    for name in names.split():
+        rows[f"{block}/{name}/kernel"] = (None, inputs, outputs)
+        if bias:
+            rows[f"{block}/{name}/bias"] = (None, bias_axis)
+    return rows
+
+
+_TABLE: dict[str, Axes] = {
+    "language/embed/embedding": ("vocab", "out"),
+    "language/beacon_embed": (None, None),
+    **_linears("language/layers/attention", "q k v", "in", "heads", bias=True),
+    **_linears("language/layers/attention", "beacon_q beacon_k beacon_v", "in", "heads", bias=True),
+    **_linears("language/layers/attention", "o", "heads", "out", bias=False),
+    **_linears("language/layers/mlp", "gate up", "in", "mlp", bias=False),
+    **_linears("language/layers/mlp", "down", "mlp", "out", bias=False),
+    "language/layers/attention_norm/scale": (None, None),
+    "language/layers/mlp_norm/scale": (None, None),
+    "language/norm/scale": (None,),
+    "language/head/kernel": ("in", "vocab"),
+    "projector/up/kernel": ("in", "mlp"),
+    "projector/up/bias": ("mlp",),
+    "projector/down/kernel": ("mlp", "out"),
+    "projector/down/bias": (None,),
+    "vision/class_embed": (None,),
+    "vision/position_embed": (None, None),
+    "vision/patch_embed/kernel": (None, "out"),
+    "vision/pre_norm/scale": (None,),
+    "vision/pre_norm/bias": (None,),
+    **_linears("vision/layers", "q k v", "in", "heads", bias=True),
+    **_linears("vision/layers", "o", "heads", "out", bias=True),
+    **_linears("vision/layers", "up", "in", "mlp", bias=True),
+    **_linears("vision/layers", "down", "mlp", "out", bias=True),
+    "vision/layers/attention_norm/scale": (None, None),
+    "vision/layers/attention_norm/bias": (None, None),
+    "vision/layers/mlp_norm/scale": (None, None),
+    "vision/layers/mlp_norm/bias": (None, None),
+}
+"""Axes of every parameter, by its whole name. Stacked ones have the layer first."""
+
+SMALL = 2**16
+"""Most numbers of a parameter without a row, which is whole on every device."""
 
 
 def make_mesh(
@@ -52,20 +86,29 @@ def make_mesh(
     )
 
 
-def logical_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
-    """Names of a parameter's axes, None for one that is never cut; () if none of them is."""
-    if path and path[-1] in ("lora_a", "lora_b"):  # the kernel's, with the rank in place of one
-        layer, inputs, outputs = logical_axes((*path[:-1], "kernel"))
-        return (layer, inputs, None) if path[-1] == "lora_a" else (layer, None, outputs)
-    return next((axes for row, axes in _TABLE if re.fullmatch(row, "/".join(path))), ())
+def logical_axes(path: tuple[str, ...]) -> Axes | None:
+    """Names of a parameter's axes, None for one that is never cut; None without a row in the table.
+
+    Low-rank updates have the axes of their kernel, with the rank in place of one; scales of an int8
+    kernel those of its columns.
+    """
+    axes = _TABLE.get("/".join(path))
+    if axes is None and path and path[-1] in ("lora_a", "lora_b", "scale"):
+        kernel = _TABLE.get("/".join((*path[:-1], "kernel")))
+        if kernel is not None:
+            *layer, inputs, outputs = kernel
+            derived = {"lora_a": (inputs, None), "lora_b": (None, outputs), "scale": (outputs,)}
+            return (*layer, *derived[path[-1]])
+    return axes
 
 
 def param_placement(mesh: Mesh, config: VideoXLConfig) -> Placement:
     """How the parameters of a model are cut over a mesh: for `load_network` and for training.
 
-    An axis that the mesh does not divide stays whole, and a head is never cut. The optimizer's
-    arrays are placed by the path of the parameter that they belong to; those of another rank are
-    small, and whole.
+    An axis that the mesh does not divide stays whole, and a head is never cut.
+
+    The function raises ValueError for a parameter of more than `SMALL` numbers that has no row in
+    the table, or not as many axes as its row: it would be whole on every device.
     """
     head_size = {
         "language": config.language.head_size,
@@ -74,8 +117,16 @@ def param_placement(mesh: Mesh, config: VideoXLConfig) -> Placement:
 
     def place(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
         axes = logical_axes(path)
+        if axes is None or len(axes) != len(shape):
+            if math.prod(shape) > SMALL:
+                raise ValueError(
+                    f"{'/'.join(path)} {shape}: the table of vxl_jax/sharding.py has "
+                    f"{'no row for it' if axes is None else f'{len(axes)} axes for it'}; add a "
+                    "row that says how it is cut over a mesh"
+                )
+            axes = (None,) * len(shape)
         spec: list[str | None] = []
-        for axis, size in zip(axes, shape, strict=True) if len(axes) == len(shape) else ():
+        for axis, size in zip(axes, shape, strict=True):
             unit = head_size[path[0]] if axis == "heads" else 1
             cut = None if axis is None else _MESH_AXIS[axis]
             parts = mesh.shape[cut] if cut else 1
@@ -88,10 +139,16 @@ def param_placement(mesh: Mesh, config: VideoXLConfig) -> Placement:
 
 
 def place_tree(placement: Placement, tree: Any) -> Any:
-    """Shardings of a tree of arrays whose dictionaries are nested as the parameters are."""
+    """Shardings of a tree of arrays whose dictionaries are nested as the parameters are.
+
+    In an optimizer's state, whose dictionaries are inside tuples, an array of another rank than its
+    parameter is whole: a row or a column of Adafactor's moments, a count.
+    """
 
     def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+        if len(names) < len(path) and leaf.ndim != len(logical_axes(names) or ()):
+            return placement((), ())
         return placement(names, leaf.shape)
 
     return jax.tree_util.tree_map_with_path(of, tree)

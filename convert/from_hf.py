@@ -1,6 +1,6 @@
 """Convert a checkpoint in the published layout into one of this library.
 
-    python -m convert.from_hf SRC DST [--dtype bfloat16] [--vision DIR]
+    python -m convert.from_hf SRC DST [--dtype bfloat16] [--vision DIR] [--adapter DIR]
 
 SRC has config.json, tokenizer files, and one or several safetensors files. DST is enough by itself
 for generation and training; `vxl_jax.checkpoint` describes it. Every tensor is accounted for before
@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from convert.adapter import Adapter, read_adapter
 from convert.command import add_destination, run
 from convert.writing import check_apart, copy_files, new_directory, progress_bar, set_dtype
 from vxl_jax.checkpoint import PARAMS, UNUSED, Shapes, abstract_params, save_params
 from vxl_jax.config import DTYPES, VideoXLConfig
 from vxl_jax.names import Row
-from vxl_jax.published import read_config
+from vxl_jax.published import read_config, refuse_adapter
 from vxl_jax.tensors import (
     CheckpointError,
     Index,
@@ -46,6 +47,7 @@ def convert_from_hf(
     dtype: str | None = None,
     vision: str | Path | None = None,
     ignore: str | None = None,
+    adapter: str | Path | None = None,
     overwrite: bool = False,
 ) -> None:
     """Convert `source`, in the published layout, into `destination`.
@@ -57,6 +59,7 @@ def convert_from_hf(
         vision: directory with the vision tower's config.json, where the source does not have it and
             its `mm_vision_tower` is not a tower known by name.
         ignore: regular expression; tensors whose whole name it matches are left out.
+        adapter: directory of a peft adapter (LoRA) of `source`, which is merged into its weights.
         overwrite: replace a checkpoint at `destination`.
 
     Raises: CheckpointError that lists every missing, unexpected, duplicate or misshapen tensor, and
@@ -64,9 +67,18 @@ def convert_from_hf(
     """
     source, destination = Path(source), Path(destination)
     check_apart(source, destination)
+    refuse_adapter(source)
     left_out: set[str] = set()
     tensors, problems = find_tensors(source, partial(_leave_out, _pattern(ignore), left_out))
-    config = read_config(source, vision=vision, param_dtype=dtype or stored_dtype(tensors))
+    merged = None
+    if adapter is not None:
+        merged = read_adapter(Path(adapter), tensors)
+        tensors |= merged.replaced
+    config = read_config(
+        source, vision=vision, tensors=tensors, param_dtype=dtype or stored_dtype(tensors)
+    )
+    if merged is not None:
+        merged.check(config)
     _, shapes = abstract_params(config)
     problems += check_tensors(tensors, config, shapes, dtype)
     if problems:
@@ -77,12 +89,12 @@ def convert_from_hf(
         print(f"left out {name} (--ignore)", file=sys.stderr)
 
     def write_files(part: Path) -> None:
-        copy_files(source, part, vision)
+        copy_files(source, config, part, vision)
         if dtype:
             set_dtype(part, dtype)
 
     write_checkpoint(
-        source, destination, tensors, config, shapes, write_files, overwrite, unused_dtype=dtype
+        source, destination, tensors, config, shapes, write_files, overwrite, dtype, merged
     )
 
 
@@ -109,11 +121,13 @@ def write_checkpoint(
     write_files: Callable[[Path], None],
     overwrite: bool,
     unused_dtype: str | None,
+    adapter: Adapter | None = None,
 ) -> None:
     """Read tensors that have been checked, and write a checkpoint of `config.param_dtype`.
 
     write_files: writes everything but the weights into the directory it is given. unused_dtype: of
-    the tensors that the network never reads; as they are stored if None.
+    the tensors that the network never reads; as they are stored if None. adapter: merged into the
+    kernels in float32.
     """
     dtype = DTYPES[config.param_dtype]
     unused = unused_tensors(tensors, config)
@@ -126,7 +140,12 @@ def write_checkpoint(
     ):
 
         def read(row: Row, index: Index, out: np.ndarray) -> None:
-            read_part(row, tensors, index, dtype, problems, bar.update, out)
+            if adapter is None or not adapter.touches(row):
+                read_part(row, tensors, index, dtype, problems, bar.update, out)
+                return
+            values = read_part(row, tensors, index, np.float32, problems, bar.update)
+            adapter.merge(row, index, values)
+            out[...] = values
 
         save_params(part / PARAMS, config, shapes, read)
         kept = {}
@@ -149,6 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--vision", type=Path, metavar="DIR", help="directory of the tower's config"
     )
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="peft adapter to merge in")
     parser.add_argument("--ignore", metavar="REGEX", help="leave out tensors with such a name")
     return run(convert_from_hf, parser, arguments)
 

@@ -21,7 +21,7 @@ from convert.writing import check_apart, copy_small_files, published_config, wri
 from vxl_jax.checkpoint import abstract_params
 from vxl_jax.config import VideoXLConfig
 from vxl_jax.names import table
-from vxl_jax.published import Fields, read_language, read_vision
+from vxl_jax.published import Fields, read_language, read_vision, refuse_adapter
 from vxl_jax.tensors import (
     STORED_NAME,
     CheckpointError,
@@ -73,11 +73,12 @@ def init_checkpoint(
         check_apart(source, destination)
     values = Fields(read_json(qwen / "config.json"), qwen / "config.json")
     values.require({"model_type": ("qwen2",)})
+    refuse_adapter(qwen)
     tensors, problems = find_tensors(qwen)
     tower, tower_problems = find_tensors(clip)
     dtype = dtype or stored_dtype(tensors)
     config = VideoXLConfig(
-        vision=read_vision(clip), language=read_language(values), param_dtype=dtype
+        vision=read_vision(clip), language=read_language(values, tensors), param_dtype=dtype
     )
     tensors |= _beacons(tensors, _end_of_sequence(values))
     tensors |= {
@@ -140,7 +141,7 @@ def _new_projector(config: VideoXLConfig, seed: int) -> dict[str, Tensor]:
 
 def _read_projector(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
-        source = open_source(path)
+        source = open_source(path, same_base=False)
         rows = [row for row in table(source.config) if row.ours[0] == "projector"]
         return {
             row.theirs: _in_memory(

@@ -1,5 +1,6 @@
 """Where `to_hf` reads from: a converted checkpoint, a training run, or the published layout."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -16,6 +17,7 @@ from convert.writing import (
     write_json,
     write_tower,
 )
+from train.checkpoints import BASE, compare_base, describe_base, read_about
 from train.config import ModelSection, upgrade
 from vxl_jax.checkpoint import (
     PARAMS,
@@ -23,6 +25,7 @@ from vxl_jax.checkpoint import (
     ParamPath,
     Shapes,
     abstract_params,
+    check_unused_head,
     compare_shapes,
     open_published,
     part_reader,
@@ -30,8 +33,8 @@ from vxl_jax.checkpoint import (
 )
 from vxl_jax.config import PRESETS, ConfigError, LoRAConfig, VideoXLConfig
 from vxl_jax.lora import LORA_NAMES, lora_shapes, merge_kernel
-from vxl_jax.names import Row
-from vxl_jax.published import read_config
+from vxl_jax.names import HEAD, Row
+from vxl_jax.published import read_config, refuse_adapter
 from vxl_jax.tensors import (
     CheckpointError,
     Index,
@@ -46,12 +49,26 @@ from vxl_jax.tensors import (
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What a training run has stored: `read` takes a path and an index of `trained`.
+
+    base: directory of the checkpoint that it began with; None for random weights.
+    """
+
+    lora: LoRAConfig
+    base: Path | None
+    trained: Shapes
+    read: Callable[[ParamPath, Index], np.ndarray]
+
+
+@dataclass(frozen=True)
 class Source:
     """A model that is read part by part.
 
     shapes: shape of every parameter, and the dtype to write unless another is asked for. read: part
     of a row's array, which may have a wider dtype; called by several threads. unused: tensors that
-    the network never reads. write_files: writes what stands beside the weights.
+    the network never reads. write_files: writes what stands beside the weights. run: of a training
+    run, what it stored.
     """
 
     config: VideoXLConfig
@@ -59,21 +76,29 @@ class Source:
     read: Callable[[Row, Index], np.ndarray]
     unused: dict[str, Tensor]
     write_files: Callable[[Path], None]
+    run: Trained | None = None
 
 
-def open_source(directory: Path, step: str | None = None) -> Source:
+def open_source(
+    directory: Path, step: str | None = None, base: Path | None = None, same_base: bool = True
+) -> Source:
     """Tell by its files what a directory is, and check that it is whole.
 
-    step: of a training run; see `saved_step`.
+    step: of a training run; see `saved_step`. base: directory of the run's base checkpoint, where
+    it is no longer at `model.checkpoint`. same_base: refuse a base other than the run began with,
+    and a tokenizer that is missing.
 
     Raises: CheckpointError saying what is missing.
     """
     if step is not None and not (directory / "checkpoints").is_dir():
         raise CheckpointError(f"{directory}: has no steps to choose from, it is no training run")
+    if base is not None and not (directory / "checkpoints").is_dir():
+        raise CheckpointError(f"{directory}: is not a training run, so it has no base checkpoint")
+    refuse_adapter(directory)
     if (directory / PARAMS).is_dir():
         return _converted(directory)
     if (directory / "checkpoints").is_dir():
-        return _run(directory, step)
+        return _run(directory, step, base, same_base)
     if (directory / "config.json").is_file():
         return _published(directory)
     raise CheckpointError(
@@ -86,6 +111,7 @@ def _converted(directory: Path) -> Source:
     shapes = stored_shapes(directory / PARAMS)
     config = read_config(directory)
     raise_problems(directory / PARAMS, compare_shapes(abstract_params(config)[1], shapes))
+    check_unused_head(directory, config, shapes)
     unused = tensors_of(directory / UNUSED) if (directory / UNUSED).exists() else {}
 
     read_stored = part_reader(directory / PARAMS)
@@ -93,7 +119,7 @@ def _converted(directory: Path) -> Source:
     def read(row: Row, index: Index) -> np.ndarray:
         return read_stored(row.ours, index)
 
-    return Source(config, shapes, read, unused, partial(copy_files, directory))
+    return Source(config, shapes, read, unused, partial(copy_files, directory, config))
 
 
 def _published(directory: Path) -> Source:
@@ -106,18 +132,32 @@ def _published(directory: Path) -> Source:
         return values
 
     unused = unused_tensors(tensors, config)
-    return Source(config, shapes, read, unused, partial(copy_files, directory))
+    return Source(config, shapes, read, unused, partial(copy_files, directory, config))
 
 
 # A training run holds what it trained; the rest is in the checkpoint that it began with.
 
 
-def _run(directory: Path, step: str | None) -> Source:
-    section, lora = _sections(directory / "config.json")
+def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool) -> Source:
+    section, lora, run_dir = _sections(directory / "config.json")
     number = saved_step(directory / "checkpoints", step)
     tree = directory / "checkpoints" / str(number) / "state"
     trained = stored_shapes(tree, "params")
-    base = open_source(Path(section.checkpoint)) if section.checkpoint else None
+    noted = read_about(directory / "checkpoints", number).get("base") or {}
+    find = partial(_find, directory, run_dir)
+    base = base_path = tokenizer_path = None
+    if section.tokenizer and same_base:
+        tokenizer_path = find(section.tokenizer, noted.get("tokenizer_directory"), "tokenizer")
+    if section.checkpoint:
+        base_path = moved or find(section.checkpoint, noted.get("directory"), "checkpoint")
+        base = open_source(base_path)
+        if noted and same_base:
+            found = describe_base(base_path, tokenizer_path or base_path, directory / BASE)
+            if changed := compare_base(noted, found):
+                raise CheckpointError(
+                    f"{directory}: {' and '.join(changed)}; restore what the run began with, or "
+                    "name where it is with --base"
+                )
     if base:
         names = ("pool_stride", "ratios")
         changes = {k: v for k, v in section.changes().items() if k in names}
@@ -163,17 +203,52 @@ def _run(directory: Path, step: str | None) -> Source:
         else:
             write_json(part / "config.json", published_config(config))
             write_tower(config.vision, part)
-        if section.tokenizer:
-            tokenizer = Path(section.tokenizer.replace("{run_dir}", str(directory)))
-            copy_small_files(tokenizer, part, leave=("config.json",))
+        if tokenizer_path:
+            copy_small_files(tokenizer_path, part, leave=("config.json",))
 
-    return Source(config, shapes, read, base.unused if base else {}, write_files)
+    unused = dict(base.unused) if base else {}
+    if config.language.tie_embeddings and ("language", "embed", "embedding") in trained:
+        unused.pop(HEAD, None)  # a copy of the embedding as it was before training
+    run = Trained(lora, base_path, trained, lambda path, i: read_stored(("params", *path), i))
+    return Source(config, shapes, read, unused, write_files, run)
 
 
-def _sections(path: Path) -> tuple[ModelSection, LoRAConfig]:
+def _find(directory: Path, run_dir: str, path: str, noted: str | None, field: str) -> Path:
+    """Where a directory is that a run's configuration names.
+
+    If it is not there, it is where the step has noted it. A relative path is where the step has
+    noted it; else it counts from where `run.run_dir` counts from; else from here.
+
+    directory: of the run, where it is now. run_dir: as its configuration has it. path: as the
+    configuration has it. noted: the same absolute, as the step has noted it. field: of `model`.
+
+    Raises: CheckpointError naming the places.
+    """
+    places = [Path(path.replace("{run_dir}", str(directory)))]
+    if noted is not None:
+        places.append(Path(noted))
+    if "{run_dir}" not in path and not places[0].is_absolute():
+        now, before = Path(os.path.abspath(directory)), Path(run_dir)
+        depth = len(before.parts)
+        if not before.is_absolute() and now.parts[-depth:] == before.parts:
+            places.append(Path(*now.parts[:-depth], path))
+        places = [*places[1:], places[0]]
+    for place in places:
+        if place.is_dir():
+            return place
+    how = "name where it is with --base" if field == "checkpoint" else "restore it"
+    raise CheckpointError(
+        f"{directory}: model.{field} {path!r} is not a directory (looked in "
+        f"{', '.join(dict.fromkeys(map(str, places)))}); {how}"
+    )
+
+
+def _sections(path: Path) -> tuple[ModelSection, LoRAConfig, str]:
     try:
         values: Any = upgrade(read_json(path))
-        return _section(ModelSection, values["model"]), _section(LoRAConfig, values.get("lora", {}))
+        model = _section(ModelSection, values["model"])
+        run_dir = str(values.get("run", {}).get("run_dir", ""))
+        return model, _section(LoRAConfig, values.get("lora", {})), run_dir
     except (AttributeError, TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: is not the configuration of a run ({error})") from error
 

@@ -1,6 +1,7 @@
 """Write a checkpoint, or what a training run has come to, in the published PyTorch layout.
 
     python -m convert.to_hf SRC DST [--dtype bfloat16] [--shard-size 5GB]
+    python -m convert.to_hf RUN DST [--step best] [--base DIR] [--adapter]
 
 SRC is a converted checkpoint or the directory of a training run. DST has safetensors (several with
 an index, where they are larger than a shard), config.json and tokenizer files. Converted there and
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.adapter import write_adapter
 from convert.command import add_destination, run
 from convert.sources import Source, open_source
 from convert.writing import (
@@ -55,6 +57,8 @@ def convert_to_hf(
     dtype: str | None = None,
     shard_size: str | int = "5GB",
     step: str | int | None = None,
+    base: str | Path | None = None,
+    adapter: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write `source` in the published layout.
@@ -67,13 +71,25 @@ def convert_to_hf(
         shard_size: most bytes of a safetensors file, a number or text such as "5GB".
         step: of a training run: a number, or "best" of those that were asked held-out questions;
             the last if None.
+        base: of a training run: directory of the checkpoint that it began with, where that has
+            moved. It must have the same weights.
+        adapter: of a run with low-rank updates: write these alone, and the projector and beacons if
+            they were trained, as a peft adapter of the base.
         overwrite: replace a checkpoint at `destination`.
 
-    Raises: CheckpointError if the source cannot be read, or a weight is NaN or infinite.
+    Raises: CheckpointError if the source cannot be read, a weight is NaN or infinite, or the base
+        of a run has other weights than the run began with.
     """
     shard_bytes = read_size(shard_size)
     check_apart(Path(source), Path(destination))
-    found = open_source(Path(source), None if step is None else str(step))
+    found = open_source(
+        Path(source), None if step is None else str(step), None if base is None else Path(base)
+    )
+    if found.run is not None and found.run.base is not None:
+        check_apart(found.run.base, Path(destination))
+    if adapter:
+        write_adapter(found, Path(destination), dtype, overwrite)
+        return
     planned = [*_plan_rows(found, dtype), *_plan_unused(found, dtype)]
     size = sum(tensor.bytes for tensor in planned)
     with new_directory(Path(destination), size, overwrite) as part:
@@ -152,6 +168,12 @@ def main(arguments: list[str] | None = None) -> int:
     add_destination(parser, dtype_of="SRC")
     parser.add_argument("--shard-size", default="5GB", help="most bytes of a file (default: 5GB)")
     parser.add_argument("--step", help="of a run: a number, or best (default: the last)")
+    parser.add_argument(
+        "--base", type=Path, metavar="DIR", help="of a run: its base checkpoint, where it has moved"
+    )
+    parser.add_argument(
+        "--adapter", action="store_true", help="of a LoRA run: a peft adapter, not a whole model"
+    )
     return run(convert_to_hf, parser, arguments)
 
 

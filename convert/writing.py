@@ -121,8 +121,9 @@ def _put_in_place(part: Path, path: Path, old: Path) -> None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a directory holds a model and no training run."""
-    has_weights = (path / PARAMS).is_dir() or any(path.glob("model*.safetensors"))
+    """Whether a directory holds a model or an adapter, and no training run."""
+    files = [*path.glob("model*.safetensors"), *path.glob("adapter_model.safetensors")]
+    has_weights = (path / PARAMS).is_dir() or bool(files)
     return has_weights and not (path / "checkpoints").exists()
 
 
@@ -142,11 +143,19 @@ def copy_small_files(source: Path, destination: Path, leave: Collection[str] = (
                 shutil.copyfile(file, destination / file.name)
 
 
-def copy_files(source: Path, part: Path, vision: str | Path | None = None) -> None:
-    """Copy everything but the weights of a checkpoint, with its tower's configuration."""
+def copy_files(
+    source: Path, config: VideoXLConfig, part: Path, vision: str | Path | None = None
+) -> None:
+    """Copy everything but the weights of a checkpoint, with its tower's configuration.
+
+    config: of the model. Where it uses a head that the source's `tie_word_embeddings` denies, the
+    flag is corrected: other readers would follow it.
+    """
     copy_small_files(source, part)
-    name = read_json(source / "config.json")["mm_vision_tower"]
-    write_tower(find_tower(source, name, vision), part)
+    values = read_json(source / "config.json")
+    if values.get("tie_word_embeddings") and not config.language.tie_embeddings:
+        write_json(part / "config.json", {**values, "tie_word_embeddings": False})
+    write_tower(find_tower(source, values["mm_vision_tower"], vision), part)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -137,6 +137,9 @@ class DataSection:
     """Frames of training are moved later at random, by up to this share of the way to the next."""
     time_prompt: bool = False
     """Tell the model when the frames of a record's video were, in the words of LLaVA-Video."""
+    control_tokens: bool = True
+    """Control tokens that a record's text spells out, such as `<|im_end|>`, become these tokens, as
+    in the published code; False: they stay letters."""
     decoder: Literal["pyav", "decord"] = "pyav"
     """Decoder of video files; decord is the one of the published code, which refuses some kinds."""
     square_pixels: bool = False
@@ -160,9 +163,9 @@ class DataSection:
     """Processes that read and prepare samples; 0: the training process itself, where a damaged file
     that stops a decoder stops the run."""
     sample_seconds: float = 60.0
-    """CPU seconds without progress (no packet or frame decoded) after which a worker is ended. It is
-    also ended after ten times as many seconds on the clock. The record is tried once more; then it
-    is bad. The load of the machine does not count. Not enforced with workers 0."""
+    """CPU seconds without progress (no packet or frame decoded) after which a worker is ended, or
+    ten times as many seconds on the clock. The record is tried once more; then it is bad. The load
+    of the machine does not count. Not enforced with workers 0."""
     buffer_mb: int = 1024
     """Pixels of batches that are prepared ahead at most, in MB; one batch in any case."""
     cache_mb: int = 0
@@ -290,6 +293,10 @@ class RunSection:
     """Directory of everything the run writes; a run that was cut short there is resumed."""
     seed: int = 0
     """Seed of random weights, the order of samples and the ratios."""
+    moved: bool = False
+    """Resume although data.train_json, data.media_root, model.checkpoint or model.tokenizer name
+    another place than before (--moved is short for it). What is there has to be the same: data
+    files, weights and vocabulary are compared by digest."""
     max_steps: int | None = None
     """Stop after this many optimizer steps; the learning rate is scheduled for all. None: no."""
     log_every: int = 10
@@ -409,6 +416,7 @@ CHANGEABLE = frozenset(
         "run.log_every",
         "run.max_new_tokens",
         "run.max_steps",
+        "run.moved",
         "run.run_dir",
         "run.save_every",
         "run.skip_steps",
@@ -416,6 +424,11 @@ CHANGEABLE = frozenset(
 )
 """Fields that a resumed run may change: they do not change what a step does, only how far the run
 goes, which steps are left out, and what it shows and keeps."""
+
+
+MOVABLE = frozenset({"data.media_root", "data.train_json", "model.checkpoint", "model.tokenizer"})
+"""Paths that a resumed run may change with `run.moved`: what is there is compared by digest, but
+for media, of which only the lengths of samples are."""
 
 
 OF_A_MACHINE = frozenset(
@@ -435,10 +448,12 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 
 def upgrade(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved configuration with the values of today: `model.remat` was once a yes or no."""
-    model = saved.get("model", {})
+    """Migrates a saved configuration: `model.remat` used to be a bool, and decord the decoder."""
+    model, data = saved.get("model", {}), saved.get("data", {})
     if isinstance(model.get("remat"), bool):
-        return {**saved, "model": {**model, "remat": "full" if model["remat"] else "none"}}
+        saved = {**saved, "model": {**model, "remat": "full" if model["remat"] else "none"}}
+    if data:
+        saved = {**saved, "data": {"decoder": "decord", **data}}
     return saved
 
 
@@ -446,12 +461,18 @@ def compare(config: TrainConfig, saved: dict[str, Any]) -> list[str]:
     """Differences from a saved configuration that a resumed run must not have, one a line.
 
     A field that the saved one does not have is new since: the run had what is now the default.
+    With `run.moved`, paths in MOVABLE may differ, if both have one.
     """
     new, old = _flat(config_to_dict(config)), {**_defaults(), **_flat(upgrade(saved))}
+
+    def may_differ(name: str) -> bool:
+        moved = config.run.moved and name in MOVABLE
+        return name in CHANGEABLE or (moved and None not in (new.get(name), old.get(name)))
+
     return [
         f"{name} is {new.get(name)!r}, it was {old.get(name)!r}"
         for name in sorted(new.keys() | old.keys())
-        if name not in CHANGEABLE and new.get(name) != old.get(name)
+        if not may_differ(name) and new.get(name) != old.get(name)
     ]
 
 
@@ -546,10 +567,11 @@ def load_config(
     prog: str = "train.finetune",
     description: str = "Train Video-XL.",
 ) -> Loaded:
-    """Read `--config NAME_OR_FILE`, `--run-dir DIR` and `--section.field value`.
+    """Read `--config NAME_OR_FILE`, `--run-dir DIR`, `--moved` and `--section.field value`.
 
     Anything wrong is one message on stderr and SystemExit(2); `--help` prints all fields.
     """
+    argv = [part for a in argv for part in (("--run.moved", "True") if a == "--moved" else (a,))]
     # An abbreviated option would hide a misspelled one.
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", default=default)

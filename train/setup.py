@@ -12,7 +12,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from train.batches import Batch
-from train.config import Prepare, TrainConfig, compare, save_config
+from train.config import MOVABLE, Prepare, TrainConfig, compare, save_config
 from train.dataset import Dataset, open_dataset
 from train.errors import DataError
 from train.evaluate import eval_ratios
@@ -48,9 +48,11 @@ def start_directory(config: TrainConfig, run_dir: Path, write: bool = True) -> N
                 f"{saved} cannot be read ({error}); repair it, or use another --run-dir"
             ) from error
         if changed := compare(config, before):
+            paths = not config.run.moved and {x.partition(" is ")[0] for x in changed} <= MOVABLE
+            moved = ", or --moved if the same files are in another place now" if paths else ""
             raise ConfigError(
                 f"{run_dir} holds a run with another configuration ({'; '.join(changed)}); "
-                "use its configuration to resume it, or another --run-dir"
+                f"use its configuration to resume it, or another --run-dir{moved}"
             )
         return
     if not write:

@@ -5,6 +5,7 @@ files as they are, `vision_tower/` with the tower's configuration, `params/` wit
 an Orbax tree, and `unused.safetensors` with the tensors that the network never reads.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,10 +24,11 @@ from orbax.checkpoint import type_handlers
 
 from vxl_jax.config import DTYPES, ConfigError, VideoXLConfig
 from vxl_jax.model import VideoXL
-from vxl_jax.names import Row, table
-from vxl_jax.published import read_config
+from vxl_jax.names import EMBEDDING, HEAD, LINEAR, Row, table
+from vxl_jax.published import PARAMS, UNUSED, read_config, refuse_adapter
 from vxl_jax.quantize import new_network, quantized
 from vxl_jax.tensors import (
+    STORED_NAME,
     CheckpointError,
     Index,
     Tensor,
@@ -39,10 +41,10 @@ from vxl_jax.tensors import (
     read_part,
     scratch_array,
     stored_dtype,
+    tensors_of,
+    transpose_into,
     whole,
 )
-
-PARAMS, UNUSED = "params", "unused.safetensors"
 
 CHUNK_BYTES = 2**23
 """Most bytes of a stored chunk: small enough for a device to read its part alone."""
@@ -140,11 +142,11 @@ def open_published(
 
     Raises: CheckpointError that lists every missing, unexpected or misshapen tensor.
     """
+    refuse_adapter(directory)
     tensors, problems = find_tensors(directory)
     dtype = changes.get("param_dtype")
-    config = read_config(
-        directory, vision=vision, **_with_dtype(changes, dtype or stored_dtype(tensors))
-    )
+    changes = _with_dtype(changes, dtype or stored_dtype(tensors))
+    config = read_config(directory, vision=vision, tensors=tensors, **changes)
     graph, shapes = abstract_params(config)
     raise_problems(directory, problems + check_tensors(tensors, config, shapes, dtype))
     return tensors, config, graph, shapes
@@ -170,6 +172,7 @@ def _read_converted(
     config = read_config(directory, vision=vision, **_with_dtype(changes, sorted(dtypes)[0]))
     graph, shapes = abstract_params(config)
     raise_problems(directory / PARAMS, compare_shapes(shapes, stored))
+    check_unused_head(directory, config, stored)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {
         path: jax.ShapeDtypeStruct(
@@ -192,6 +195,31 @@ def _converted_arrays(directory: Path, target: Shapes) -> Arrays:
     yield from read_params(directory, some).items() if some else ()
 
 
+def check_unused_head(directory: Path, config: VideoXLConfig, stored: Shapes) -> None:
+    """Refuse a converted checkpoint of which a head with weights of its own was put aside.
+
+    Older versions did so where `tie_word_embeddings` was true.
+
+    Raises: CheckpointError naming the tensor and the flag.
+    """
+    if not config.language.tie_embeddings or not (directory / UNUSED).is_file():
+        return
+    head = tensors_of(directory / UNUSED).get(HEAD)
+    if head is None:
+        return
+    (row,) = (row for row in table(config) if row.theirs == EMBEDDING)
+    read, columns = part_reader(directory / PARAMS), slice(0, stored[row.ours].shape[1])
+    for start, piece in head.pieces():
+        values = piece.read()
+        embedding = read(row.ours, (slice(start, start + len(values)), columns))
+        if not np.array_equal(values.astype("f4"), embedding.astype("f4")):
+            raise CheckpointError(
+                f"{directory}: tie_word_embeddings is true, but the checkpoint that it was "
+                f"converted from had a {HEAD} with other weights than {EMBEDDING}, which was not "
+                "used; convert that checkpoint again"
+            )
+
+
 def _with_dtype(changes: dict[str, Any], dtype: str) -> dict[str, Any]:
     return {"param_dtype": dtype, "dtype": dtype, **changes}
 
@@ -206,6 +234,74 @@ def compare_shapes(ours: Shapes, stored: Shapes) -> list[str]:
         for path in sorted(ours.keys() & stored)
         if ours[path].shape != stored[path].shape
     ]
+
+
+# Digests.
+
+
+def weights_digest(directory: str | Path, progress: Callable[[int], None] = lambda n: None) -> str:
+    """sha256 of all weights that the network reads: names, dtypes, shapes and bytes.
+
+    A checkpoint in the published layout has the same digest whatever its shards are, and so has a
+    converted one of the same dtype. progress: called with the bytes read.
+
+    Raises: CheckpointError if the checkpoint is not whole, or cannot be read.
+    """
+    directory = Path(directory)
+    open_digests = _converted_pieces if (directory / PARAMS).is_dir() else _published_pieces
+    found: dict[str, str] = {}
+
+    def work(name: str, pieces: Iterator[np.ndarray]) -> None:
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+            progress(piece.nbytes)
+        found[name] = digest.hexdigest()
+
+    in_threads(work, open_digests(directory))
+    lines = "".join(f"{name} {found[name]}\n" for name in sorted(found))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+Pieces = Iterator[tuple[str, Iterator[np.ndarray]]]
+"""Of each tensor: name, dtype and shape in one text; its bytes, piece by piece."""
+
+
+def _published_pieces(directory: Path) -> Pieces:
+    tensors, config, _, _ = open_published(directory, param_dtype="float32")
+    for row in table(config):
+        for name in row.names():
+            tensor = tensors[name]
+            pieces = (piece.read() for _, piece in tensor.pieces())
+            yield f"{name} {tensor.dtype} {tensor.shape}", pieces
+
+
+def _converted_pieces(directory: Path) -> Pieces:
+    stored = stored_shapes(directory / PARAMS)
+    config = read_config(directory)
+    raise_problems(directory / PARAMS, compare_shapes(abstract_params(config)[1], stored))
+    read = part_reader(directory / PARAMS)
+    for row in table(config):
+        struct = stored[row.ours]
+        dtype, shape = STORED_NAME[struct.dtype.name], row.published_shape(struct.shape)
+        for layer, name in enumerate(row.names()):
+            yield f"{name} {dtype} {shape}", _as_published(row, layer, struct, read)
+
+
+def _as_published(
+    row: Row, layer: int, struct: jax.ShapeDtypeStruct, read: Callable[[ParamPath, Index], Any]
+) -> Iterator[np.ndarray]:
+    """The numbers of one published tensor in their order, from a converted checkpoint."""
+    one = (1, *struct.shape[1:]) if row.layers else struct.shape
+    for index in parts(one, row.run(one, CHUNK_BYTES // struct.dtype.itemsize)):
+        values = read(row.ours, (slice(layer, layer + 1), *index[1:]) if row.layers else index)
+        values = values[0] if row.layers else values
+        if row.layout is LINEAR:
+            out = scratch_array(values.shape[::-1], values.dtype)
+            transpose_into(out, values)
+            yield out
+        else:
+            yield row.layout.to_theirs(values)
 
 
 # The Orbax tree.
@@ -242,7 +338,7 @@ def save_params(
         ),
     )
     with _failing(directory, "written"), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory.absolute(), args=ocp.args.PyTreeSave(unflatten_dict(shapes)))
+        checkpointer.save(directory.resolve(), args=ocp.args.PyTreeSave(unflatten_dict(shapes)))
     jobs = []
     for row in table(config):
         struct = shapes[row.ours]
@@ -302,7 +398,8 @@ def part_reader(directory: Path) -> Callable[[ParamPath, Index], np.ndarray]:
 def _spec(directory: Path, path: ParamPath) -> dict[str, Any]:
     """What TensorStore has to know of an array of an Orbax tree."""
     layout = read_json(directory / "_METADATA")
-    kvstore: dict[str, Any] = {"driver": "file", "path": f"{directory.absolute()}/"}
+    # TensorStore refuses a path with `..` in it.
+    kvstore: dict[str, Any] = {"driver": "file", "path": f"{directory.resolve()}/"}
     if layout["use_ocdbt"]:
         kvstore = {"driver": "ocdbt", "base": kvstore}
     return {
@@ -319,7 +416,7 @@ def stored_shapes(directory: Path, part: str | None = None) -> Shapes:
     Raises: CheckpointError if the tree cannot be read.
     """
     with _failing(directory, "read"), ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(directory.absolute()).item_metadata.tree
+        tree = checkpointer.metadata(directory.resolve()).item_metadata.tree
         tree = tree if part is None else tree[part]
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -343,4 +440,4 @@ def read_params(directory: Path, target: Shapes) -> Params:
     )
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)
     with _failing(directory, "read"), ocp.Checkpointer(handler) as checkpointer:
-        return flatten_dict(checkpointer.restore(directory.absolute(), args=args))
+        return flatten_dict(checkpointer.restore(directory.resolve(), args=args))

@@ -72,6 +72,7 @@ class Row:
         return (1, *part) if self.layers else part
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
@@ -90,7 +91,7 @@ def _rows(config: VideoXLConfig) -> Iterator[Row]:
     def one(theirs: str, ours: str, layers: int = 0) -> Row:
         return Row(theirs, tuple(ours.split(".")), SAME, layers)
 
-    yield one("model.embed_tokens.weight", "language.embed.embedding")
+    yield one(EMBEDDING, "language.embed.embedding")
     yield one("model.beacon_embed_tokens.weight", "language.beacon_embed")
     there, here, n = "model.layers.{i}.", "language.layers.", config.language.layers
     for name in ("q", "k", "v", "beacon_q", "beacon_k", "beacon_v"):
@@ -134,7 +135,7 @@ def is_unused(name: str, config: VideoXLConfig) -> bool:
     """
     if name.startswith(f"{TOWER}post_layernorm.") or name.endswith("embeddings.position_ids"):
         return True
-    if name == "lm_head.weight":
+    if name == HEAD:
         return config.language.tie_embeddings
     layer = re.match(re.escape(f"{TOWER}encoder.layers.") + r"(\d+)\.", name)
     if layer is None:

@@ -1,9 +1,14 @@
 """Read the configuration of a checkpoint in the published PyTorch layout."""
 
+import dataclasses
 import os
+import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vxl_jax.chat import encode_prompt
 from vxl_jax.config import (
@@ -13,20 +18,31 @@ from vxl_jax.config import (
     VisionConfig,
     cross_check_vocabulary,
 )
-from vxl_jax.tensors import CheckpointError, read_json
+from vxl_jax.names import EMBEDDING, HEAD
+from vxl_jax.tensors import STORED, CheckpointError, Tensor, find_tensors, read_json
+
+PARAMS, UNUSED = "params", "unused.safetensors"
+"""What a converted checkpoint has instead of the published safetensors files."""
 
 TOWER_FOLDER = "vision_tower"
 """Where a checkpoint that stands by itself has the tower's config.json."""
 
 KNOWN_TOWERS = {"openai/clip-vit-large-patch14-336": VisionConfig()}
 
-# What the network computes; a checkpoint that asks for anything else is refused.
-REQUIRED_LANGUAGE: dict[str, tuple[Any, ...]] = {
+KNOWN_PARTS = {name.rpartition("/")[2]: name for name in KNOWN_TOWERS}
+"""Names of `KNOWN_TOWERS` by their last part."""
+
+Required = dict[str, tuple[Any, ...]]
+
+# What the network computes; a checkpoint that asks for anything else is refused. A missing field
+# counts as the first value.
+REQUIRED_LANGUAGE: Required = {
     "hidden_act": ("silu",),
     "rope_scaling": (None,),
     "use_sliding_window": (False,),
+    "attention_dropout": (0.0,),
 }
-REQUIRED_MODEL: dict[str, tuple[Any, ...]] = {
+REQUIRED_MODEL: Required = {
     "model_type": ("llava_qwen",),
     "enable_beacon": (True,),
     "beacon_pos": ("interleave",),
@@ -37,20 +53,55 @@ REQUIRED_MODEL: dict[str, tuple[Any, ...]] = {
     "mm_resampler_type": ("spatial_pool",),
     "mm_spatial_pool_mode": ("average",),
     "mm_vision_select_feature": ("patch",),
+    "mm_patch_merge_type": ("unires",),
 }
-REQUIRED_TOWER = {"hidden_act": ("quick_gelu",), "num_channels": (3,)}
+REQUIRED_TOWER: Required = {
+    "hidden_act": ("quick_gelu",),
+    "model_type": ("clip_vision_model", "clip"),
+    "num_channels": (3,),
+    "attention_dropout": (0.0,),
+}
+REQUIRED_PIXELS: Required = {
+    "do_normalize": (True,),
+    "do_rescale": (True,),
+    "do_convert_rgb": (True, None),
+    "resample": (3,),  # bicubic
+}
+
+# The same for fields that other models have and that this one's checkpoints do not write.
+FOREIGN_LANGUAGE: Required = {
+    "attention_bias": (True, None),
+    "qkv_bias": (True, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
+}
+FOREIGN_MODEL: Required = {
+    "beacon_accum": (True,),
+    "beacon_parallel_window": (1,),
+    "beacon_ratio_mix": ("step-random",),
+    "mm_use_im_start_end": (False, None),
+    "s2": (False, None),
+    "add_faster_video": (False, None),
+}
 
 
 def read_config(
-    directory: Path, *, vision: str | Path | None = None, **changes: Any
+    directory: Path,
+    *,
+    vision: str | Path | None = None,
+    tensors: Any = None,
+    **changes: Any,
 ) -> VideoXLConfig:
     """The model configuration of a published directory; `changes` are fields of VideoXLConfig.
 
     vision: directory of the tower's config.json; by default `vision_tower/` in the directory, or
-    what its `mm_vision_tower` names.
+    what its `mm_vision_tower` names. tensors: `Tensor` by name of the checkpoint, if they are known
+    already; they tell whether embeddings are tied, see `ties_embeddings`.
 
     Raises: CheckpointError if a field is missing or asks for what the network does not compute.
     """
+    refuse_adapter(directory)
     path = directory / "config.json"
     values = Fields(read_json(path), path)
     if "model_type" not in values.values and (directory / "checkpoints").is_dir():
@@ -58,7 +109,7 @@ def read_config(
             f"{directory}: is a training run; python -m convert.to_hf {directory} DIR makes a "
             "checkpoint of it"
         )
-    values.require(REQUIRED_MODEL)
+    values.require(REQUIRED_MODEL | FOREIGN_MODEL)
     if sorted(values.items("beacon_param", str, ["q", "k", "v"])) != ["k", "q", "v"]:
         raise CheckpointError(f"{path}: beacon_param must be q, k and v")
     if values.integer("beacon_window") != values.get(
@@ -71,14 +122,79 @@ def read_config(
     tower = find_tower(directory, name, vision)
     if isinstance(tower, Path):
         tower = read_vision(tower, values.integer("mm_vision_select_layer", -2))
+    else:
+        layer = values.integer("mm_vision_select_layer", tower.feature_layer)
+        tower = dataclasses.replace(tower, feature_layer=layer)
+    if values.get("mm_hidden_size", tower.width) != tower.width:
+        raise CheckpointError(
+            f"{path}: mm_hidden_size is {values['mm_hidden_size']!r}, but the vision tower's "
+            f"hidden_size is {tower.width}"
+        )
+    if tensors is None:
+        tensors = _stored_tensors(directory) if values.get("tie_word_embeddings", False) else {}
     return VideoXLConfig(
         vision=tower,
-        language=read_language(values),
+        language=read_language(values, tensors),
         pool_stride=values.integer("mm_spatial_pool_stride"),
         window=values.integer("beacon_window"),
         ratios=values.items("beacon_ratio", int),
         **changes,
     )
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Refuse a folder that holds a peft adapter instead of a whole model.
+
+    Raises: CheckpointError that names the adapter's base model.
+    """
+    path = directory / "adapter_config.json"
+    weights = [p.name for end in ("safetensors", "bin", "pt") for p in directory.glob(f"*.{end}")]
+    adapters = [name for name in weights if name.startswith("adapter_model.")]
+    if not adapters and (not path.is_file() or any("model" in name for name in weights)):
+        return
+    base = read_json(path).get("base_model_name_or_path") if path.is_file() else None
+    raise CheckpointError(
+        f"{directory}: holds a peft adapter of {base or 'another model'} (adapter_config.json), "
+        "not a whole model; merge it into that model:\n"
+        f"  python -m convert.from_hf {base or 'BASE'} DST --adapter {directory}"
+    )
+
+
+def _stored_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of a published directory; none of one that is converted or has no weights."""
+    if (directory / PARAMS).is_dir() or not any(directory.glob("*.safetensors")):
+        return {}
+    return find_tensors(directory)[0]
+
+
+def ties_embeddings(values: "Fields", tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the logits are read with the token embedding.
+
+    They are if `tie_word_embeddings` says so, unless the checkpoint has an `lm_head.weight` with
+    other weights than `model.embed_tokens.weight`: then that head is used, as by transformers 5.
+
+    Raises: CheckpointError if `tie_word_embeddings` is neither true nor false.
+    """
+    tied = values.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise CheckpointError(
+            f"{values.path}: tie_word_embeddings is {tied!r}; it must be true or false"
+        )
+    if not tied or EMBEDDING not in tensors or HEAD not in tensors:
+        return tied
+    return _same_weights(tensors[EMBEDDING], tensors[HEAD])
+
+
+def _same_weights(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= STORED.keys():
+        return False
+    for start, piece in one.pieces():
+        ours = piece.read().copy()  # the next read uses its buffer
+        theirs = other.rows(start, start + len(ours)).read() if one.shape else other.read()
+        same_bytes = one.dtype == other.dtype and ours.tobytes() == theirs.tobytes()
+        if not same_bytes and not np.array_equal(ours.astype("f4"), theirs.astype("f4")):
+            return False
+    return True
 
 
 def read_max_context(directory: Path) -> int | None:
@@ -185,7 +301,8 @@ class Fields:
 def find_tower(directory: Path, name: str, vision: str | Path | None) -> Path | VisionConfig:
     """Directory with the tower's config.json, or the configuration of a tower known by name.
 
-    name: `mm_vision_tower` of the checkpoint. vision: see `read_config`.
+    name: `mm_vision_tower` of the checkpoint: a directory, or the name of a known tower. A path
+    that does not exist here names the known tower that it ends with. vision: see `read_config`.
 
     Raises: CheckpointError saying where it was looked for.
     """
@@ -193,26 +310,47 @@ def find_tower(directory: Path, name: str, vision: str | Path | None) -> Path | 
         if not (Path(vision) / "config.json").is_file():
             raise CheckpointError(f"{vision}: has no config.json of a vision tower")
         return Path(vision)
-    places = [directory / TOWER_FOLDER, (directory / name).resolve()]
+    places = [directory / TOWER_FOLDER, Path(os.path.abspath(directory / name))]
     for place in places:
-        if (place / "config.json").is_file():
+        if os.path.isfile(place / "config.json"):  # False also where it may not be looked at
             return place
-    if name in KNOWN_TOWERS:
-        return KNOWN_TOWERS[name]
+    if known := known_tower(name):
+        return KNOWN_TOWERS[known]
     raise CheckpointError(
         f"{directory / 'config.json'}: mm_vision_tower {name!r} is neither a directory with a "
         f"config.json (looked in {' and '.join(map(str, places))}) nor one of "
-        f"{sorted(KNOWN_TOWERS)}; give the tower's directory"
+        f"{sorted(KNOWN_TOWERS)}; copy the tower's config.json and preprocessor_config.json to "
+        f"{places[0]}, or name their directory with --vision"
     )
 
 
-def read_language(values: Fields) -> LanguageConfig:
+def known_tower(name: str) -> str | None:
+    """Which of `KNOWN_TOWERS` a name or a path of another machine means; None if none of them.
+
+    A path means the tower that its last part names; one into a Hugging Face cache, that of its
+    `models--OWNER--NAME` part.
+    """
+    parts = [part for part in re.split(r"[/\\]+", name.strip()) if part not in ("", ".")]
+    if len(parts) >= 3 and parts[-2] == "snapshots":
+        parts = parts[-3].split("--")
+    return KNOWN_PARTS.get(parts[-1].lower()) if parts else None
+
+
+def read_language(values: Fields, tensors: Mapping[str, Tensor]) -> LanguageConfig:
     """Sizes of a Qwen2 from its config.json.
+
+    tensors: of the checkpoint; see `ties_embeddings`.
 
     Raises: CheckpointError if a field is missing or asks for what the network does not compute.
     """
-    values.require(REQUIRED_LANGUAGE)
-    return LanguageConfig(
+    values = _without_default_rope(values)
+    values.require(REQUIRED_LANGUAGE | FOREIGN_LANGUAGE)
+    if other := {*values.items("layer_types", str, [])} - {"full_attention"}:
+        raise CheckpointError(
+            f"{values.path}: layer_types has {', '.join(sorted(other))}; only 'full_attention' is "
+            "implemented"
+        )
+    config = LanguageConfig(
         vocab_size=values.integer("vocab_size"),
         width=values.integer("hidden_size"),
         layers=values.integer("num_hidden_layers"),
@@ -221,18 +359,44 @@ def read_language(values: Fields) -> LanguageConfig:
         mlp_width=values.integer("intermediate_size"),
         rope_theta=_rope_theta(values),
         norm_eps=values.number("rms_norm_eps"),
-        tie_embeddings=values.get("tie_word_embeddings", False),
+        tie_embeddings=ties_embeddings(values, tensors),
     )
+    if values.get("head_dim", None) not in (None, config.head_size):
+        raise CheckpointError(
+            f"{values.path}: head_dim is {values['head_dim']!r}; only hidden_size / "
+            f"num_attention_heads, {config.head_size}, is implemented"
+        )
+    return config
+
+
+def _without_default_rope(values: Fields) -> Fields:
+    """The fields without a `rope_scaling` that scales nothing."""
+    scaling = values.get("rope_scaling", None)
+    if isinstance(scaling, dict) and all(value == "default" for value in scaling.values()):
+        return Fields({**values.values, "rope_scaling": None}, values.path)
+    return values
 
 
 def _rope_theta(values: Fields) -> float:
     """`rope_theta`, which transformers writes inside `rope_parameters` since version 5."""
     inner = values.get("rope_parameters", None)
-    if "rope_theta" in values.values or not isinstance(inner, dict):
+    if inner is None:
         return values.number("rope_theta")
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"{values.path}: rope_parameters is {inner!r}; it must be an object")
     fields = Fields(inner, values.path)
-    fields.require({"rope_type": ("default",)})
-    return fields.number("rope_theta")
+    fields.require(
+        {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0, None)}
+    )
+    if "rope_theta" not in inner:
+        return values.number("rope_theta")
+    theta = fields.number("rope_theta")
+    if "rope_theta" in values.values and values.number("rope_theta") != theta:
+        raise CheckpointError(
+            f"{values.path}: rope_theta is {values['rope_theta']!r}, and {inner['rope_theta']!r} "
+            "in rope_parameters; remove the wrong one"
+        )
+    return theta
 
 
 def read_vision(tower: Path, feature_layer: int = -2) -> VisionConfig:
@@ -247,15 +411,17 @@ def read_vision(tower: Path, feature_layer: int = -2) -> VisionConfig:
         raise CheckpointError(f"{path}: vision_config must be an object")
     fields = Fields(inner, path)
     fields.require(REQUIRED_TOWER)
+    size = fields.integer("image_size")
     pixels: dict[str, Any] = {}
     if (tower / "preprocessor_config.json").is_file():
         file = tower / "preprocessor_config.json"
         processor = Fields(read_json(file), file)
+        _check_pixels(processor, size)
         for name in ("image_mean", "image_std"):
             if name in processor.values:
                 pixels[name] = processor.items(name, float)
     return VisionConfig(
-        image_size=fields.integer("image_size"),
+        image_size=size,
         patch_size=fields.integer("patch_size"),
         width=fields.integer("hidden_size"),
         layers=fields.integer("num_hidden_layers"),
@@ -265,3 +431,23 @@ def read_vision(tower: Path, feature_layer: int = -2) -> VisionConfig:
         norm_eps=fields.number("layer_norm_eps", 1e-5),
         **pixels,
     )
+
+
+def _check_pixels(processor: Fields, size: int) -> None:
+    """Refuse an image processor that makes other pixels than this library does.
+
+    size: of the tower's input.
+    """
+    processor.require(REQUIRED_PIXELS)
+    if abs(processor.number("rescale_factor", 1 / 255) * 255 - 1) > 1e-4:
+        raise CheckpointError(
+            f"{processor.path}: rescale_factor is {processor['rescale_factor']!r}; only 1/255 is "
+            "implemented"
+        )
+    for name in ("crop_size", "size"):
+        value = processor.get(name, size)
+        sides = {*value.values()} if isinstance(value, dict) else {value}
+        if sides != {size}:
+            raise CheckpointError(
+                f"{processor.path}: {name} is {value!r}, but the tower's image_size is {size}"
+            )

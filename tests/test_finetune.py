@@ -449,7 +449,7 @@ def test_a_file_without_one_good_record_is_an_error(own: Path):
     stopped = run(own, own / "run", "--data.max-bad-share", "1")
     assert stopped.error == (
         f"error: {own}/train.json: none of its 3 records can be used; the first: the record has no "
-        "conversations"
+        "conversations (or messages); its fields are ['id']"
     )
 
 

@@ -233,8 +233,8 @@ def test_pixels_are_decoded_as_asked(folder: Path):
     media = ["--video", str(folder / "film.mp4"), "--prompt", "What?"]
     for given, expected in (
         ([], MediaOptions()),
-        (["--decoder", "decord", "--tone-map"], MediaOptions("decord", tone_map=True)),
-        (["--square-pixels", "--color-profile"], MediaOptions("pyav", True, False, True)),
+        (["--decoder", "decord", "--color-profile"], MediaOptions("decord", color_profile=True)),
+        (["--square-pixels", "--tone-map"], MediaOptions("pyav", True, True, False)),
     ):
         options = read_options(["--model", "hf", *media, *given])
         assert read_media_options(options) == expected

@@ -673,11 +673,11 @@ class _Saved:
             if self.about["block"] is None:
                 return entries, None
             block = Block(entries)
-            block.features = jnp.array(self.tensors["features"].read())
+            block.features = jnp.array(np.array(self.tensors["features"].read()))
             for name in BLOCK_FIELDS:
                 setattr(block, name, self.about["block"][name])
             return entries, block
 
     def _layer(self, name: str, index: int) -> Array:
-        """Copied: the buffer is that of the next read."""
-        return jnp.array(self.tensors[name].rows(index, index + 1).read()[0])
+        """Copied on the host: the next read overwrites the buffer, and a device may copy later."""
+        return jnp.array(np.array(self.tensors[name].rows(index, index + 1).read()[0]))

@@ -251,3 +251,18 @@ class Processes:
 
     def _text(self, index: int, name: str) -> str:
         return (self.logs / f"{index}.{name}").read_text()
+
+
+def run_on_four_devices(code: str) -> str:
+    """What a program prints in a process with four CPU devices; it has to end well."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **flags},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,10 +1,6 @@
 """AdamW and Adafactor: what they compute, what room they take, how bfloat16 is rounded."""
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +10,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 
+from tests.runs import run_on_four_devices
 from train.config import OptimSection
 from train.optimizer import Optimizer, is_stacked, round_stochastic
 from train.step import lower_update
@@ -407,14 +404,4 @@ print("equal on every mesh")
 
 
 def test_every_mesh_arrives_at_the_same_parameters():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", ON_FOUR_DEVICES],
-        env={**os.environ, **flags},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "equal on every mesh" in done.stdout
+    assert "equal on every mesh" in run_on_four_devices(ON_FOUR_DEVICES)

@@ -1,10 +1,6 @@
 """The training step: parts, accumulation, numbers that are not finite, fingerprint."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +10,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tests.runs import run_on_four_devices
 from train.config import OptimSection, Part, part_of
 from train.optimizer import Optimizer
 from train.setup import random_model
@@ -261,17 +258,7 @@ print("nothing changed")
 
 
 def test_a_step_without_labels_changes_nothing_on_a_mesh():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", ON_FOUR_DEVICES],
-        env={**os.environ, **flags},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "nothing changed" in done.stdout
+    assert "nothing changed" in run_on_four_devices(ON_FOUR_DEVICES)
 
 
 def test_gradient_norms_by_part(model: VideoXL):

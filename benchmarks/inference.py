@@ -66,11 +66,12 @@ def make_model(size: str, weights: str | None = None) -> Any:
     return model
 
 
-def begin(model: Any) -> Any:
-    """A memory with the fourteen tokens that come before a film."""
+def begin(model: Any, text: int = 14) -> Any:
+    """A memory of text; fourteen tokens come before a film."""
     from vxl_jax import VisualMemory
 
-    memory = VisualMemory(np.arange(14, dtype=np.int32))
+    ids = np.arange(text, dtype=np.int32) % model.config.language.vocab_size
+    memory = VisualMemory(ids)
     memory.attach(model)
     return memory
 
@@ -112,30 +113,30 @@ def prefill(size: str, weights: str | None) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from vxl_jax.flops import Work, forward_flops
+    from vxl_jax.inference.watching import Watcher, begin_block
     from vxl_jax.stream import IMAGE_TOKEN, plan_stream
-    from vxl_jax.visual_memory import Block
 
     model = make_model(size, None if weights == "none" else weights)
     memory = begin(model)
     config = model.config
     frames = 2048 if size == "7b" else 64
-    entries = memory.growing
-    entries.reserve(frames * config.tokens_per_frame // RATIO + 2000)
-    block = Block(entries)
-    tokens = model.windows_at_once * config.window
+    entries, start = memory.entries, memory.snapshot().length
+    entries.reserve(start + frames * config.tokens_per_frame // RATIO + 2000)
+    at_once = model.windows_at_once * config.window // config.tokens_per_frame
+    tokens = at_once * config.tokens_per_frame
     features = jnp.ones((tokens, config.language.width), config.dtype)
+    watcher = Watcher(entries, begin_block(config, start))
 
     def step() -> None:
-        block.features, block.ratios = features, [RATIO] * model.windows_at_once
-        block._absorb(tokens)
+        watcher.take(features, np.zeros(at_once), RATIO)
 
-    step()
-    jax.block_until_ready(entries.memory)
-    steps = frames * config.tokens_per_frame // tokens
+    step(), step()
+    jax.block_until_ready(entries.arrays(entries.length))
+    steps = frames // at_once
     began = time.perf_counter()
     for _ in range(steps):
         step()
-    jax.block_until_ready(entries.memory)
+    watcher.finish()
     seconds = time.perf_counter() - began
     stream = plan_stream([IMAGE_TOKEN], [steps * tokens], window=config.window, ratio=RATIO)
     work = Work.of(stream, prefill=True)
@@ -150,10 +151,8 @@ def prefill(size: str, weights: str | None) -> dict[str, Any]:
 def answers(size: str, batch: int, weights: str | None) -> dict[str, Any]:
     """Answer questions of 32 tokens together, about a memory of 2048 (CPU) or 18,446 entries."""
     model = make_model(size, None if weights == "none" else weights)
-    memory = begin(model)
-    length = 2048 if size == "cpu" else 18_446
+    memory = begin(model, 2048 if size == "cpu" else 18_446)
     vocabulary = model.config.language.vocab_size
-    memory.growing.read_text(np.arange(14, length, dtype=np.int32) % vocabulary)
     draw = np.random.default_rng(0)
     prompts = [draw.integers(0, vocabulary, 32) for _ in range(batch)]
 

@@ -27,8 +27,7 @@ def test_bytes_are_those_of_a_model_and_its_memory(weights: str | None, dtype: s
     memory.attach(model)
     memory.extend(np.zeros((9, 56, 56, 3), np.uint8), ratio=8)
     assert memory.length == 3 + video_entries(config, 9, 8)
-    held = memory.entries()
-    assert tree_bytes((held.keys, held.values)) == held.capacity * entry_bytes(config)
+    assert tree_bytes(memory.arrays()) == memory.length * entry_bytes(config)
 
 
 @pytest.mark.parametrize("ratio", [2, 16, None])

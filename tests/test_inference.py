@@ -21,18 +21,17 @@ from vxl_jax import (
     VisualMemoryError,
     load_memory,
     load_network,
-    visual_memory,
 )
 from vxl_jax.chat import IMAGE_TOKEN, encode_follow_up, encode_prompt
 from vxl_jax.config import demo
 from vxl_jax.decode import Sampling, generate
+from vxl_jax.errors import CheckpointError, MediaError
 from vxl_jax.film import open_film
+from vxl_jax.inference import entries as entries_module
+from vxl_jax.inference.memory import Watched
 from vxl_jax.interrupts import held_interrupts
-from vxl_jax.media import MediaError
 from vxl_jax.model import VideoXL
 from vxl_jax.stream import batch_streams, plan_stream
-from vxl_jax.tensors import CheckpointError
-from vxl_jax.visual_memory import Watched
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -53,8 +52,7 @@ def frames(count: int, seed: int = 0) -> np.ndarray:
 
 def entries(memory: VisualMemory) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values in use."""
-    held = memory.entries()
-    return tuple(np.asarray(x)[:, 0, :, : memory.length] for x in (held.keys, held.values))
+    return memory.arrays()
 
 
 def assert_same(one: VisualMemory, other: VisualMemory) -> None:
@@ -92,7 +90,9 @@ def test_ten_questions_of_one_memory_are_ten_fresh_runs(model: Model):
     prompts = [model.first_turn(1, question) for question in questions]
     assert [model.ask_ids(memory, [ids], max_new_tokens=8)[0] for ids in prompts] == expected
     assert model.ask_ids(memory, prompts, max_new_tokens=8) == expected
-    assert model.ask(memory, questions, max_new_tokens=8) == [model._text(ids) for ids in expected]
+    assert model.ask(memory, questions, max_new_tokens=8) == [
+        model.text_of(ids) for ids in expected
+    ]
     for now, then in zip(entries(memory), before, strict=True):
         assert np.array_equal(now, then)
 
@@ -135,7 +135,7 @@ def test_each_window_has_the_ratio_of_its_first_frame(model: Model):
     assert model.watch(pixels, ratio={0: 4, 2: 8, 4.1: 16}).length == length + 4 + 2 + 2 + 1
     ids = fresh(model, [pixels.source], "Which?", [4, 8, 8, 16])
     memory = model.watch(pixels, ratio={0: 4, 2: 8, 4.1: 16})
-    assert model.ask(memory, "Which?", max_new_tokens=8) == model._text(ids)
+    assert model.ask(memory, "Which?", max_new_tokens=8) == model.text_of(ids)
 
 
 def test_several_videos_and_images_are_blocks_of_one_memory(model: Model):
@@ -146,7 +146,7 @@ def test_several_videos_and_images_are_blocks_of_one_memory(model: Model):
     assert (memory.ids == IMAGE_TOKEN).sum() == 3
     tiles = next(iter(open_film(Picture(picture), 56).chunks(99)))[0]
     expected = fresh(model, [first, tiles, second], "What differs?", 4)
-    assert model.ask(memory, "What differs?", max_new_tokens=8) == model._text(expected)
+    assert model.ask(memory, "What differs?", max_new_tokens=8) == model.text_of(expected)
 
 
 # A memory in a file.
@@ -178,7 +178,7 @@ def test_a_file_is_not_replaced_unless_told(model: Model, tmp_path: Path):
     memory.save(tmp_path / "film", overwrite=True)
     with pytest.raises(VisualMemoryError, match="is a name for pickles"):
         memory.save(tmp_path / "film.pt")
-    with pytest.raises(VisualMemoryError, match="no name of a file"):
+    with pytest.raises(VisualMemoryError, match="the parent directory does not exist"):
         memory.save(tmp_path / "none" / "film")
 
 
@@ -240,7 +240,7 @@ def test_a_conversation_is_that_of_a_fresh_run_and_leaves_the_memory(model: Mode
             max_new_tokens=new,
             stop_ids=tuple(model.stop_ids),
         )
-        assert chat.ask(f"Question {i}?", max_new_tokens=new) == model._text(expected)
+        assert chat.ask(f"Question {i}?", max_new_tokens=new) == model.text_of(expected)
         other.ask(f"Something else {i}?", max_new_tokens=4)
         ids += [*expected, *encode_follow_up(f"Question {i + 1}?", model.tokenizer)]
     assert len(chat.turns) == 8
@@ -269,7 +269,7 @@ def test_media_may_come_with_any_question(model: Model):
         blocks = [first] if memory else []
         answer = chat.ask("What is new?", [Picture(picture)], ratio=4, max_new_tokens=6)
         blocks.append(tiles)
-        assert answer == model._text(fresh(model, blocks, "What is new?", 4, new=6))
+        assert answer == model.text_of(fresh(model, blocks, "What is new?", 4, new=6))
         ids = encode_prompt("<image>" * len(blocks) + "What is new?", model.tokenizer).tolist()
         ids += fresh(model, blocks, "What is new?", 4, new=6)
         ids += encode_follow_up("Is <image> it?", model.tokenizer).tolist()
@@ -279,7 +279,9 @@ def test_media_may_come_with_any_question(model: Model):
         pixels = np.concatenate(blocks)[None]
         stop = tuple(model.stop_ids)
         (last,) = generate(model.network, streams, pixels, max_new_tokens=6, stop_ids=stop)
-        assert chat.ask("Is <image> it?", [second], ratio=4, max_new_tokens=6) == model._text(last)
+        assert chat.ask("Is <image> it?", [second], ratio=4, max_new_tokens=6) == model.text_of(
+            last
+        )
 
 
 def test_what_is_watched_later_is_not_seen_by_a_conversation(model: Model):
@@ -476,7 +478,7 @@ def test_ctrl_c_between_a_step_and_its_result(
     memory = model.watch(frames(9), ratio=4)
     chat, other = model.chat(memory), model.chat(memory)
     pixels = frames(30)
-    step = getattr(visual_memory, name)
+    step = getattr(entries_module, name)
 
     def interrupted(*arguments: Any) -> Any:
         result = step(*arguments)
@@ -484,7 +486,7 @@ def test_ctrl_c_between_a_step_and_its_result(
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(visual_memory, name, interrupted)
+        patch.setattr(entries_module, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             chat.ask("What?", max_new_tokens=6)
         if name == "read":
@@ -524,12 +526,12 @@ def test_questions_of_other_lengths_compile_nothing(model: Model):
     memory = model.watch(frames(5), ratio=4)
     chat = model.chat(memory)
     chat.ask("What?", max_new_tokens=2)
-    programs = [step._cache_size() for step in (visual_memory.read, visual_memory.decode_step)]
+    programs = [step._cache_size() for step in (entries_module.read, entries_module.decode_step)]
     for words in (2, 9, 16):
         model.ask(memory, "what is red " * words, max_new_tokens=words)
         chat.ask("what is blue " * words, max_new_tokens=words)
     assert programs == [
-        step._cache_size() for step in (visual_memory.read, visual_memory.decode_step)
+        step._cache_size() for step in (entries_module.read, entries_module.decode_step)
     ]
 
 
@@ -555,7 +557,7 @@ def test_a_step_for_which_there_is_no_room(model: Model, monkeypatch: pytest.Mon
         raise VisualMemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(visual_memory.Growing, "reserve", full)
+        patch.setattr(entries_module.Entries, "reserve", full)
         with pytest.raises(VisualMemoryError, match="no room"):
             memory.extend(iter(pixels[5:]), ratio=4)
     assert (memory.length, memory.watched[0].frames) == (before, 5)
@@ -589,11 +591,11 @@ def test_ctrl_c_waits_once():
 def test_a_camera_compiles_for_few_sizes(model: Model):
     """One frame after another: a program for each room that is made, and not for each frame."""
     memory = model.watch(frames(1), ratio=4)
-    before = visual_memory.read._cache_size()
+    before = entries_module.read._cache_size()
     for frame in frames(60):
         memory.extend(frame[None], ratio=4)
     assert memory.length > 60
-    assert visual_memory.read._cache_size() - before <= 4
+    assert entries_module.read._cache_size() - before <= 4
 
 
 def test_questions_and_ratios_that_cannot_be(model: Model):

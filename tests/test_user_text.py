@@ -22,10 +22,10 @@ def model(demo_tokenizer: Any) -> Model:
 @pytest.fixture
 def seen(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Ids of every text that is read before an answer."""
-    from vxl_jax.visual_memory import Growing
+    from vxl_jax.inference.entries import Continuation
 
     ids: list[list[int]] = []
-    plan, read_text = Growing.plan_text, Growing.read_text
+    plan, read_text = Continuation.plan_text, Continuation.read_text
 
     def plan_text(self: Any, text: Any, *rest: Any) -> Any:
         ids.append(np.asarray(text).tolist())
@@ -35,8 +35,8 @@ def seen(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         ids.append(np.asarray(text).tolist())
         return read_text(self, text, *rest)
 
-    monkeypatch.setattr(Growing, "plan_text", plan_text)
-    monkeypatch.setattr(Growing, "read_text", read)
+    monkeypatch.setattr(Continuation, "plan_text", plan_text)
+    monkeypatch.setattr(Continuation, "read_text", read)
     return ids
 
 

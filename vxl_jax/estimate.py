@@ -5,6 +5,7 @@ allocates for the same programs in float32: more than bfloat16 needs. (In bfloat
 float32 copies of the whole memory, which no accelerator does.)
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +16,10 @@ import numpy as np
 from flax import nnx
 
 from vxl_jax import attention
+from vxl_jax.cards import Card
 from vxl_jax.chat import IMAGE_TOKEN
 from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.errors import ConfigError
 from vxl_jax.memory import Memory
 from vxl_jax.model import decode_step, encode, read
 from vxl_jax.quantize import new_network
@@ -36,9 +39,24 @@ TEXT = 512
 STEP_TOKENS = 8192
 """Visual tokens that are put into a memory at once on an accelerator."""
 
+OWN_SLOTS = 1024
+"""Least capacity of what a question adds behind a memory."""
+
 
 MOST_FRAMES = 2**24
 """Frames up to which it is looked for what fits."""
+
+
+def memory_of(card: Card, memory_gb: float | None) -> int:
+    """Bytes that a program gets on a card, or `memory_gb` (10^9 bytes) where that is given.
+
+    Raises: ConfigError if that is not a positive number.
+    """
+    if memory_gb is None:
+        return int(card.memory * USABLE)
+    if not 0 < memory_gb < math.inf:
+        raise ConfigError(f"--memory-gb {memory_gb}: give a positive number")
+    return int(memory_gb * 1e9)
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,7 @@ class Estimator:
         visual = jax.ShapeDtypeStruct((1, tokens, c.language.width), DTYPES[c.dtype])
         stream = plan_stream([IMAGE_TOKEN], [tokens], window=c.window, ratio=ratio)
         batch = batch_streams([stream], StreamShape.of(stream).padded(8))
-        film, own = self._memory(capacity), self._memory(TEXT)
+        film, step, own = map(self._memory, (capacity, max(1, stream.persistent), OWN_SLOTS))
         token = jax.ShapeDtypeStruct((1,), np.int32)
         model = self.graph, self.params
         # Pixels and features of the next step stand while this one runs.
@@ -119,8 +137,8 @@ class Estimator:
         with attention.made_for("gpu"):
             lowered = (
                 encode.lower(*model, pixels),
-                read.lower(*model, film, batch, visual),
-                decode_step.lower(*model, own, token, film),
+                read.lower(*model, step, batch, visual, (film,)),
+                decode_step.lower(*model, own, token, (film,)),
             )
         return waiting + max(_extra_bytes(program) for program in lowered)
 

@@ -20,7 +20,7 @@ class Memory:
     length: [B] int32, slots in use
 
     Writes past the capacity M are dropped by XLA without a word, so the host checks it first
-    (`stream.batch_streams`, `Growing.reserve`).
+    (`stream.batch_streams`, `inference.entries.Continuation`).
     """
 
     keys: Array

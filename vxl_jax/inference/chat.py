@@ -1,0 +1,210 @@
+"""Conversations about a memory: turns, and media that come with them."""
+
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from vxl_jax.chat import IMAGE_MARK, IMAGE_TOKEN, encode_follow_up
+from vxl_jax.decode import GREEDY, Sampling, check_new_tokens
+from vxl_jax.errors import ArgumentError
+from vxl_jax.estimate import OWN_SLOTS
+from vxl_jax.film import FRAMES, Film, Media, as_media, open_film
+from vxl_jax.inference.entries import Base, Continuation, Entries, append_text
+from vxl_jax.inference.memory import VisualMemory
+from vxl_jax.inference.ratios import Ratios
+from vxl_jax.inference.runtime import Runtime
+from vxl_jax.inference.watching import Watcher, begin_block, watch_film
+from vxl_jax.interrupts import held_interrupts
+
+NEW_TOKENS = 256
+"""Most tokens of an answer, unless told."""
+
+
+class Chat:
+    """A conversation about a memory. Turns and further media are its own; the memory stays as it
+    is, and what the memory watches later is not seen.
+
+    One question is answered at a time: a thread that asks while another does waits.
+
+    turns: {"from": "human" | "gpt", "value": text}, as in data files.
+    """
+
+    def __init__(self, model: Runtime, memory: VisualMemory):
+        memory.attach(model)
+        now = memory.snapshot()
+        self.model, self.memory = model, memory
+        self.turns: list[dict[str, str]] = []
+        self._blocks = len(now.watched)
+        self._base: Base = (memory.entries, now.length)
+        self._entries = Entries(model)  # of all turns, after the memory's
+        self._rest = np.empty(0, np.int32)  # ids of the last answer that are not in the entries
+        self._answering: Generator[str, None, None] | None = None
+        self._lock = threading.RLock()
+
+    def ask(
+        self,
+        question: str,
+        media: Media | Sequence[Media] = (),
+        *,
+        ratio: Ratios | Literal["model"] = "model",
+        frames: int | None = FRAMES,
+        max_new_tokens: int = NEW_TOKENS,
+        sampling: Sampling = GREEDY,
+    ) -> str:
+        """The answer to the next question.
+
+        media: videos and images that are new in it, one for each `<image>` of the question; without
+        such marks they come before its text. Other arguments as for `Model.watch` and `Model.ask`.
+
+        Raises: as these. The conversation is then as it was before.
+        """
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+        with self._lock:
+            pieces = self.stream(question, media, ratio=ratio, frames=frames, **options)
+            return "".join(pieces).strip()
+
+    def stream(
+        self,
+        question: str,
+        media: Media | Sequence[Media] = (),
+        *,
+        ratio: Ratios | Literal["model"] = "model",
+        frames: int | None = FRAMES,
+        max_new_tokens: int = NEW_TOKENS,
+        sampling: Sampling = GREEDY,
+    ) -> Iterator[str]:
+        """As `ask`, giving the answer in pieces as they come. Stopped early, or followed by another
+        question, the conversation has what was answered until then.
+        """
+        check_question(question)
+        media = as_list(media)
+        if media and IMAGE_MARK not in question:
+            question = IMAGE_MARK * len(media) + question
+        if question.count(IMAGE_MARK) != len(media):
+            raise ArgumentError(
+                f"{question.count(IMAGE_MARK)} {IMAGE_MARK} marks in the question for {len(media)} "
+                "videos and images"
+            )
+        ratios = self.model.checked_ratios(ratio)
+        size = self.model.config.vision.image_size
+        films = [open_film(as_media(item, frames=frames), size) for item in media]
+        check_new_tokens(max_new_tokens)
+        with self._lock:
+            if self._answering is not None:
+                self._answering.close()
+            answer = self._answer(question, films, ratios, max_new_tokens, sampling)
+            self._answering = answer
+        return self._pieces(answer)
+
+    def _pieces(self, answer: Generator[str, None, None]) -> Iterator[str]:
+        """The pieces of an answer, each made while no other thread uses the conversation."""
+        try:
+            while True:
+                with self._lock:
+                    piece = next(answer, None)
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            with self._lock:
+                answer.close()
+
+    def _answer(
+        self,
+        question: str,
+        films: list[Film],
+        ratios: Ratios,
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> Generator[str, None, None]:
+        model, before = self.model, self._entries.length
+        if self.turns:
+            follow_up = encode_follow_up(question, model.tokenizer, control_tokens=False)
+            ids = np.append(self._rest, follow_up)
+        else:
+            ids = model.first_turn(self._blocks, question)
+        try:
+            text_ids = self._watch(ids, films, ratios)
+            turn = self._begin_turn(len(text_ids) + max_new_tokens)
+            logits = turn.read_text(text_ids)
+        except BaseException:
+            self._entries.truncate(before)
+            raise
+        answer: list[int] = []
+        shown, stopped = "", None
+        try:
+            for (token,) in turn.decode(logits, max_new_tokens, sampling):
+                if token in model.stop_ids:
+                    break
+                answer.append(int(token))
+                text = model.text_of(answer)
+                if not text.endswith("\ufffd"):  # the rest of a character is to come
+                    yield text[len(shown) :]
+                    shown = text
+        except (GeneratorExit, KeyboardInterrupt) as error:  # what was answered until then stands
+            stopped = error
+        except BaseException:
+            self._entries.truncate(before)
+            raise
+        self._keep(question, turn, answer, before)
+        if stopped is not None:
+            raise stopped
+        text = model.text_of(answer)
+        if text != shown:
+            yield text[len(shown) :]
+
+    def _watch(self, ids: np.ndarray, films: Sequence[Film], ratios: Ratios) -> np.ndarray:
+        """Append the media of a turn, and the text before each; returns the text after the last."""
+        marks = np.flatnonzero(ids == IMAGE_TOKEN)
+        pieces = np.split(ids[ids != IMAGE_TOKEN], marks - np.arange(len(marks)))
+        for text, film in zip(pieces, films, strict=False):
+            if len(text):
+                append_text(self._entries, text, [self._base])
+            block = begin_block(self.model.config, self._entries.length)
+            watch_film(Watcher(self._entries, block, [self._base]), film, ratios)
+        return pieces[-1]
+
+    def _begin_turn(self, slots: int) -> Continuation:
+        """What follows the turns before, with room for text and answer, also to be kept."""
+        held = self._entries.length
+        self.model.check_context(self._base[1] + held + slots, "the conversation")
+        self._entries.reserve(max(held + slots, OWN_SLOTS))
+        bases = [self._base, (self._entries, held)] if held else [self._base]
+        return Continuation(self.model, bases, slots=slots)
+
+    def _keep(self, question: str, turn: Continuation, answer: list[int], before: int) -> None:
+        """Append a turn, as far as it was answered; if that fails, forget it."""
+        held = min(len(answer), turn.decoded)
+        with held_interrupts():
+            try:
+                self._entries.append(turn.memory, 0, int(turn.lengths[0]) + held)
+            except BaseException:
+                self._entries.truncate(before)
+                raise
+            self._rest = np.array(answer[held:], np.int32)
+            said = self.model.text_of(answer).strip()
+            self.turns += [{"from": "human", "value": question}, {"from": "gpt", "value": said}]
+
+
+def as_list(media: Media | Sequence[Media]) -> list[Media]:
+    """One or several, as several."""
+    return list(media) if isinstance(media, list | tuple) else [media]
+
+
+def check_question(question: Any, media: bool = True) -> None:
+    """Refuse what is no text, and marks for media where there are none.
+
+    Raises: ArgumentError.
+    """
+    if not isinstance(question, str):
+        raise ArgumentError(f"a question must be text, got {type(question).__name__}")
+    if not question.replace(IMAGE_MARK, "").strip():
+        raise ArgumentError("the question has no text")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:  # of a terminal with another encoding
+        raise ArgumentError(f"the question is not valid Unicode ({error})") from None
+    if IMAGE_MARK in question and not media:
+        raise ArgumentError(f"{IMAGE_MARK} in a question: more media belong to a `chat`")

@@ -1,0 +1,326 @@
+"""Entries of a memory on the device: appended to, read by any number of threads, never lost.
+
+A step never writes into the entries that it reads. It puts its own into a small memory behind them
+(`Continuation`), and what succeeded is appended afterwards (`Entries.append`), a copy in place that
+allocates next to nothing. A step that fails, for want of device memory for example, costs what it
+was reading and nothing else. One contiguous buffer, and not a list of segments, is what a fused
+attention kernel reads best.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from vxl_jax.cards import DEVICE_ERRORS, is_out_of_memory
+from vxl_jax.decode import Sampling, decode
+from vxl_jax.errors import VisualMemoryError
+from vxl_jax.estimate import OWN_SLOTS, entry_bytes
+from vxl_jax.inference.runtime import Runtime
+from vxl_jax.interrupts import held_interrupts
+from vxl_jax.memory import Memory, empty_memory
+from vxl_jax.model import decode_step, read
+from vxl_jax.stream import Stream, StreamShape, batch_streams, plan_stream, round_up
+
+APPEND_SLOTS = 128
+"""Entries that are copied at once by `Entries.append`, which bounds its temporaries."""
+
+OWN_SLOTS_OF_MANY, TEXT_STEP = 128, 64
+"""Least capacity of a continuation of several samples (`OWN_SLOTS` for one), and the step to which
+text is padded: questions of other lengths use programs that are compiled already."""
+
+
+@contextmanager
+def device_memory(step: str) -> Iterator[None]:
+    """Turn an allocation failure of the device into VisualMemoryError. step: what was done."""
+    try:
+        yield
+    except DEVICE_ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
+        raise VisualMemoryError(
+            f"out of device memory {step}; use fewer frames, a higher ratio, or int8 weights"
+        ) from error
+
+
+class Entries:
+    """Append-only entries of one stream on the device, shared by threads.
+
+    Entries below `length` never change, so that a reader that has noted a length sees the same
+    whatever is appended. The buffer is replaced under `lock`, and each program that reads it is
+    dispatched under `lock` (`reading`): a thread whose program is being compiled keeps the others
+    waiting for that long.
+    """
+
+    def __init__(self, runtime: Runtime):
+        self.runtime, self.length = runtime, 0
+        self.lock = threading.RLock()
+        self._memory: Memory | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Entries that have room."""
+        return 0 if self._memory is None else self._memory.capacity
+
+    @contextmanager
+    def reading(self, length: int) -> Iterator[Memory]:
+        """The first `length` entries, for programs that are dispatched inside the block.
+
+        Raises: VisualMemoryError if the device has failed while it was appending.
+        """
+        with self.lock:
+            if self._memory is None:
+                self.reserve(1)
+            assert self._memory is not None
+            if isinstance(self._memory.keys, Array) and self._memory.keys.is_deleted():
+                raise VisualMemoryError(
+                    "the device failed while it was extending this memory, whose entries are lost; "
+                    "watch again, or load a saved memory"
+                )
+            yield replace(self._memory, length=jnp.full((1,), length, jnp.int32))
+
+    def arrays(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Copies of the first keys and values on the host, [L, K, length, H]."""
+        with self.reading(length) as memory:
+            cut = [x[:, 0, :, :length] for x in (memory.keys, memory.values)]
+        return np.array(cut[0]), np.array(cut[1])
+
+    def reserve(self, slots: int) -> None:
+        """Grow the capacity to at least `slots`, one of a small set of sizes, each of which is
+        compiled for once: half as much again as it was, or else what is needed, or else that by way
+        of the host's memory, where the device cannot hold both buffers.
+
+        Raises: VisualMemoryError if the device has no room; everything stays as it was.
+        """
+        with self.lock:
+            if slots <= self.capacity:
+                return
+            exact = round_up(slots, 16)
+            roomy = round_up(max(slots, self.capacity * 3 // 2), 16)
+            ways: list[Callable[[], Memory]] = [partial(self._grown, roomy)]
+            if exact != roomy:
+                ways.append(partial(self._grown, exact))
+            if self._memory is not None and jax.default_backend() != "cpu":
+                ways.append(partial(self._grown_on_host, exact))
+            for way in ways:
+                try:
+                    with held_interrupts():
+                        self._memory = way()
+                    return
+                except DEVICE_ERRORS as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    failure = error
+            size = exact * entry_bytes(self.runtime.config) / 1e9
+            raise VisualMemoryError(
+                f"the device has no room for {exact:,} entries ({size:.1f} GB): use fewer frames, "
+                "a higher ratio, or int8 weights"
+            ) from failure
+
+    def _grown(self, capacity: int) -> Memory:
+        """The buffer with more room, beside the one that there is."""
+        if self._memory is None:
+            new = empty_memory(self.runtime.config, 1, capacity)
+        else:
+            new = _padded(self._memory, capacity)
+        return jax.block_until_ready(new)
+
+    def _grown_on_host(self, capacity: int) -> Memory:
+        """The buffer with more room, after the old one has left the device for the host."""
+        old = self._memory
+        assert old is not None
+        host = Memory(np.array(old.keys), np.array(old.values), old.length)  # type: ignore[arg-type]
+        old.keys.delete()
+        old.values.delete()
+        try:
+            return self._from_host(host, capacity)
+        except BaseException:
+            self._memory = host  # programs take NumPy arrays as well, should the device be full
+            self._memory = self._from_host(host, host.capacity)
+            raise
+
+    def _from_host(self, host: Memory, capacity: int) -> Memory:
+        """Arrays of the host as a buffer of the device."""
+        new = empty_memory(self.runtime.config, 1, capacity)
+        keys, values = new.keys, new.values
+        for i in range(len(host.keys)):
+            keys = _put_layer(keys, np.asarray(host.keys[i]), i)
+            values = _put_layer(values, np.asarray(host.values[i]), i)
+        return jax.block_until_ready(replace(new, keys=keys, values=values))
+
+    def append(self, memory: Memory, first: int, count: int) -> None:
+        """Append the slots from `first` on of a memory of one sample; `reserve` comes before.
+
+        memory: it is waited for, since the buffer must not depend on a step that failed.
+        """
+        jax.block_until_ready(memory)
+        with self.lock:
+            if self.length + count > self.capacity:
+                raise ValueError(f"{count} entries after {self.length}: capacity {self.capacity}")
+            if count:
+                at = np.int32(self.length), np.int32(first), np.int32(count)
+                with held_interrupts():
+                    self._memory = _appended(self._memory, memory, *at)
+                    self.length += count
+
+    def truncate(self, length: int) -> None:
+        """Forget entries from `length` on. Only for entries that no other thread reads."""
+        with self.lock:
+            self.length = min(self.length, length)
+
+    def fill(self, length: int, layers: Iterator[tuple[Array, Array]]) -> None:
+        """Put in the first entries: keys and values [K, length, H] of one layer after another.
+
+        No other thread has these entries yet.
+        """
+        self.reserve(length)
+        assert self._memory is not None
+        keys, values = self._memory.keys, self._memory.values
+        for i, (of_keys, of_values) in enumerate(layers):
+            keys, values = _put_layer(keys, of_keys, i), _put_layer(values, of_values, i)
+        self._memory, self.length = replace(self._memory, keys=keys, values=values), length
+
+
+Base = tuple[Entries, int]
+"""Entries, and how many of them are read: later ones are not seen."""
+
+
+class Continuation:
+    """A memory behind entries: text of questions, or a step of a film. [B] samples.
+
+    Each sample follows the same entries by itself. bases: the entries before, in their order.
+    slots: most entries of a sample. capacity: instead, the exact size of the memory.
+
+    Raises: VisualMemoryError if the device has no room.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        bases: Sequence[Base],
+        samples: int = 1,
+        *,
+        slots: int = 1,
+        capacity: int | None = None,
+    ):
+        self.runtime, self.bases = runtime, tuple(bases)
+        self.before = sum(length for _, length in self.bases)
+        self.lengths = np.zeros(samples, np.int32)
+        self.decoded = 0
+        if capacity is None:
+            least = OWN_SLOTS if samples == 1 else OWN_SLOTS_OF_MANY
+            capacity = least * round_up(-(-slots // least), 1)
+        with device_memory(f"of {samples} x {capacity:,} entries"):
+            self.memory = empty_memory(runtime.config, samples, capacity)
+
+    def plan_text(self, ids: Sequence[int] | np.ndarray, sample: int = 0) -> Stream:
+        """Text that follows the entries of a sample."""
+        before = self.before + int(self.lengths[sample])
+        return plan_stream(ids, [], window=self.runtime.config.window, ratio=None, before=before)
+
+    def read(
+        self, streams: Sequence[Stream], visual: Array | None = None, tokens: int = 0
+    ) -> Array:
+        """Put streams into the memory; returns the logits [B, V] after each.
+
+        streams: one a sample, planned after `before` and its length. visual: features [1, V, D] of
+        a stream with a visual block. tokens: padded size; the next multiple of `TEXT_STEP` if 0.
+
+        Raises: VisualMemoryError if the device runs out of memory: this continuation is lost then.
+        """
+        shape = reduce(StreamShape.union, map(StreamShape.of, streams))
+        lengths = self.lengths + np.array([s.persistent for s in streams], np.int32)
+        if lengths.max() > self.memory.capacity:
+            raise ValueError(f"{lengths.max()} entries: capacity {self.memory.capacity}")
+        tokens = tokens or -(-shape.tokens // TEXT_STEP) * TEXT_STEP
+        # Slots are this memory's own: programs must not be compiled for those that a plan needs.
+        batch = batch_streams(streams, replace(shape, tokens=tokens, memory=tokens))
+        self.memory = replace(self.memory, length=jnp.array(self.lengths))
+        with device_memory("reading what follows the memory"):
+            logits = self._run(read, replace(batch, memory=0), visual)
+        self.lengths = lengths
+        return logits
+
+    def read_text(self, ids: np.ndarray) -> Array:
+        """Put text into the memory of the one sample; returns the logits [1, V] after it."""
+        return self.read([self.plan_text(ids)])
+
+    def decode(
+        self, logits: Array, max_new_tokens: int, sampling: Sampling
+    ) -> Iterator[np.ndarray]:
+        """Yield the next token of every sample [B] from the logits before it on.
+
+        The memory has room for them. `lengths` is left to the caller: `decoded` of the tokens that
+        were given have an entry.
+
+        Raises: VisualMemoryError if the device runs out of memory: this continuation is lost then.
+        """
+        self.memory = replace(self.memory, length=jnp.array(self.lengths))
+        with device_memory("writing an answer"):
+            for before, tokens in enumerate(decode(self._step, logits, max_new_tokens, sampling)):
+                self.decoded = before
+                yield tokens
+
+    def _step(self, token: Array) -> Array:
+        """Put a token of every sample into the memory; returns the logits after it."""
+        return self._run(decode_step, token)
+
+    def _run(self, program: Callable[..., tuple[Array, Memory]], *arguments: Any) -> Array:
+        """Dispatch a program that takes over the memory and reads the bases; returns logits."""
+        with ExitStack() as reading, held_interrupts():
+            bases = tuple(reading.enter_context(one.reading(length)) for one, length in self.bases)
+            graph, params = self.runtime.graph, self.runtime.params
+            logits, self.memory = program(graph, params, self.memory, *arguments, bases)
+        return logits
+
+
+def append_text(entries: Entries, ids: np.ndarray, before: Sequence[Base] = ()) -> None:
+    """Append text to entries. before: entries before these.
+
+    Raises: VisualMemoryError if the device has no room; the entries stay as they were.
+    """
+    entries.reserve(entries.length + len(ids))
+    own = Continuation(entries.runtime, [*before, (entries, entries.length)], slots=len(ids))
+    own.read_text(ids)
+    with device_memory("reading text"):
+        entries.append(own.memory, 0, len(ids))
+
+
+@partial(jax.jit, static_argnums=1)
+def _padded(memory: Memory, capacity: int) -> Memory:
+    room = [(0, 0)] * 3 + [(0, capacity - memory.capacity), (0, 0)]
+    return replace(memory, keys=jnp.pad(memory.keys, room), values=jnp.pad(memory.values, room))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _appended(memory: Memory, own: Memory, at: Any, first: Any, count: Any) -> Memory:
+    """Copy `count` slots of `own` from `first` on into the memory from `at` on, in place."""
+    size = min(APPEND_SLOTS, memory.capacity)
+
+    def copy(i: Any, parts: tuple[Array, Array]) -> tuple[Array, Array]:
+        start = jnp.minimum(at + i * size, memory.capacity - size)
+        slot = start + jnp.arange(size)
+        new = ((slot >= at) & (slot < at + count))[:, None]
+
+        def put(x: Array, source: Array) -> Array:
+            taken = jnp.take(source, slot - at + first, axis=3, mode="clip")
+            old = lax.dynamic_slice_in_dim(x, start, size, axis=3)
+            return lax.dynamic_update_slice_in_dim(x, jnp.where(new, taken, old), start, axis=3)
+
+        return put(parts[0], own.keys), put(parts[1], own.values)
+
+    keys, values = lax.fori_loop(0, -(-count // size), copy, (memory.keys, memory.values))
+    return replace(memory, keys=keys, values=values)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put_layer(x: Array, layer: Array, index: Any) -> Array:
+    """Put keys or values [K, S, H] or [1, K, S, H] into the first slots of one layer."""
+    return lax.dynamic_update_slice(x, layer.reshape(1, 1, *layer.shape[-3:]), (index, 0, 0, 0, 0))

@@ -1,0 +1,261 @@
+"""The memory of what was watched: asked, extended and saved, by several threads at once."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from vxl_jax.chat import IMAGE_TOKEN
+from vxl_jax.errors import MediaError, PartlyWatched, VisualMemoryError
+from vxl_jax.film import FRAMES, Film, Media, as_media, open_film
+from vxl_jax.inference.entries import Entries, append_text
+from vxl_jax.inference.memory_file import SavedMemory, check_fingerprint, check_free, write_memory
+from vxl_jax.inference.ratios import Ratios
+from vxl_jax.inference.runtime import Runtime
+from vxl_jax.inference.watching import Block, Watcher, begin_block, films_entries, watch_film
+from vxl_jax.media import DEFAULT_OPTIONS, MediaOptions
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One visual block of a memory: its name, frames, and the seconds of its first and last."""
+
+    name: str
+    is_video: bool
+    frames: int
+    first: float
+    last: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A memory at one moment: how many entries, and what they stand for.
+
+    ids: all text and blocks, int32, `IMAGE_TOKEN` for each block. block: the last one.
+    """
+
+    length: int
+    ids: np.ndarray
+    watched: tuple[Watched, ...] = ()
+    block: Block | None = None
+
+
+class VisualMemory:
+    """What a model keeps of the videos and images that it has watched, to be asked about.
+
+    Any number of threads may ask about it, save it, and extend it at the same time: each sees it as
+    it was at one moment, and one extension waits for another. Made by `Model.watch` and
+    `load_memory`.
+    """
+
+    def __init__(self, ids: np.ndarray, watched: Sequence[Watched] = ()):
+        self._lock, self._extending = threading.RLock(), threading.RLock()
+        self._entries: Entries | None = None
+        self._saved: SavedMemory | None = None
+        # Text is read when the room for what follows it is known.
+        self._snapshot = Snapshot(0, ids, tuple(watched))
+
+    @classmethod
+    def of_file(cls, saved: SavedMemory) -> "VisualMemory":
+        """A memory whose entries are read from a file when a model takes it."""
+        with saved.damaged():
+            ids = np.array(saved.about["ids"], np.int32)
+            memory = cls(ids, [Watched(**watched) for watched in saved.about["watched"]])
+        memory._saved = saved
+        return memory
+
+    @property
+    def watched(self) -> list[Watched]:
+        """The visual blocks, in order."""
+        return list(self._snapshot.watched)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """All text and blocks, int32, `IMAGE_TOKEN` for each block."""
+        return self._snapshot.ids
+
+    @property
+    def length(self) -> int:
+        """Entries of the memory, of all its text and blocks."""
+        with self._lock:
+            return self._saved.length if self._saved is not None else self.snapshot().length
+
+    def __repr__(self) -> str:
+        blocks = ", ".join(f"{block.name} ({block.frames} frames)" for block in self.watched)
+        return f"VisualMemory({blocks or 'nothing'}; {self.length:,} entries)"
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Copies of keys and values, [L, K, length, H] in the compute dtype.
+
+        Axis letters as in CONTRIBUTING.md. Keys are rotated at their position.
+        """
+        return self.entries.arrays(self.snapshot().length)
+
+    def extend(
+        self,
+        media: Media,
+        *,
+        frames: int | None = FRAMES,
+        ratio: Ratios | Literal["model"] = "model",
+        sample_fps: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        options: MediaOptions = DEFAULT_OPTIONS,
+        new_block: bool | None = None,
+        progress: bool = False,
+    ) -> None:
+        """Watch more: the video that was watched last goes on, or something new begins.
+
+        The result is that of watching all of it at once: also where a window of frames is not full
+        yet, which keeps the ratio that it has begun with.
+
+        Args:
+            media: one video or image, as for `Model.watch`.
+            frames: as there, and likewise `ratio`, `sample_fps`, `start` and `end`.
+            ratio: from here on.
+            sample_fps: frames a second of a file.
+            start: first second of a file.
+            end: last second of a file.
+            options: how the pixels of a file are decoded.
+            new_block: whether another video begins. By default, a file does unless it is the one
+                that was watched last, and arrays, folders and live sources go on. After an image,
+                and for one, a block always begins.
+            progress: show a bar.
+
+        Raises: MediaError if it cannot be opened; PartlyWatched if it ends early;
+            VisualMemoryError if there is no room, in the context or on the device. What was watched
+            before stays usable in each case, as it does after Ctrl-C.
+        """
+        runtime = self.entries.runtime
+        ratios = runtime.checked_ratios(ratio)
+        media = as_media(
+            media, frames=frames, sample_fps=sample_fps, start=start, end=end, options=options
+        )
+        self.watch(open_film(media, runtime.config.vision.image_size), ratios, new_block, progress)
+
+    def watch(
+        self, film: Film, ratios: Ratios, new_block: bool | None = True, progress: bool = False
+    ) -> None:
+        """As `extend`, of a film that is open already."""
+        with self._extending:
+            old = self.snapshot()
+            last = old.watched[-1] if old.watched else None
+            goes_on = last is not None and last.is_video and film.is_video
+            if goes_on and new_block is None:
+                goes_on = film.step is not None or film.name == old.watched[-1].name
+            elif goes_on:
+                goes_on = not new_block
+            shift = old.watched[-1].last + film.step if goes_on and film.step else 0.0
+            block = old.block if goes_on else None
+            if block is None:
+                block = begin_block(self.entries.runtime.config, old.length)
+            name, is_video = film.name, film.is_video
+
+            def noted(block: Block, frames: int, first: float, last: float) -> None:
+                """Of the frames that were appended; the entries are locked."""
+                new = Watched(name, is_video, frames, first, last)
+                ids, before = old.ids, old.watched
+                if goes_on:
+                    frames += before[-1].frames
+                    new, before = replace(before[-1], frames=frames, last=last), before[:-1]
+                else:
+                    ids = np.append(ids, np.int32(IMAGE_TOKEN))
+                self._snapshot = Snapshot(self.entries.length, ids, (*before, new), block)
+
+            try:
+                watcher = Watcher(self.entries, block, noted=noted)
+                watch_film(watcher, film, ratios, shift, progress)
+            except MediaError as error:
+                if not self.watched:
+                    raise
+                raise PartlyWatched(
+                    f"{error}; what was watched can be used, of {self._end()}", self
+                ) from error
+            except VisualMemoryError as error:
+                if self._snapshot is old:
+                    raise
+                end = f"what was watched can be used, of {self._end()}"
+                raise VisualMemoryError(f"{error}; {end}") from (error.__cause__ or error)
+
+    def _end(self) -> str:
+        last = self.watched[-1]
+        return f"{last.name} {last.frames:,} frames, up to second {last.last:.1f}"
+
+    def check_room(self, films: Sequence[Film], ratios: Ratios, text: int = 0) -> None:
+        """Check that the context and the device have room for films, and reserve it.
+
+        text: tokens of a question and its answer, for which the context has to have room as well.
+
+        Raises: VisualMemoryError if they have not.
+        """
+        entries, held = self.entries, self._snapshot
+        before = held.length or len(held.ids)
+        entries.reserve(films_entries(entries.runtime, before, films, ratios, text))
+
+    @property
+    def entries(self) -> Entries:
+        """Its entries on the device.
+
+        Raises: VisualMemoryError if it was loaded without a model, and none has taken it yet.
+        """
+        if self._entries is None:
+            raise VisualMemoryError(
+                "this memory has no model yet: use load_memory(path, model), or ask it something"
+            )
+        return self._entries
+
+    def snapshot(self) -> Snapshot:
+        """What it is now, to be read up to its length whatever is watched later."""
+        with self._lock:
+            entries, now = self.entries, self._snapshot
+            if now.length == 0 and len(now.ids):
+                append_text(entries, now.ids)
+                self._snapshot = replace(now, length=len(now.ids))
+            return self._snapshot
+
+    def attach(self, runtime: Runtime) -> None:
+        """Let a model use the memory; one that was loaded is read from its file now.
+
+        Raises: VisualMemoryError if another model has made it, or the device has no room;
+            CheckpointError if its file is damaged.
+        """
+        with self._lock:
+            if self._saved is not None:
+                self._entries, block = self._saved.read(runtime)
+                self._snapshot = replace(self._snapshot, length=self._saved.length, block=block)
+                self._saved = None
+            elif self._entries is None:
+                self._entries = Entries(runtime)
+            elif self._entries.runtime is not runtime:
+                theirs = self._entries.runtime.fingerprint
+                check_fingerprint("this memory", theirs, runtime.fingerprint)
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the memory to one safetensors file, with the fingerprint of its model: whole, or
+        not at all. What is watched meanwhile is left out.
+
+        Raises: VisualMemoryError if there is a file already, or no room for it.
+        """
+        path, entries = Path(path), self.entries
+        check_free(path, overwrite)
+        now = self.snapshot()
+        about = {"ids": now.ids.tolist(), "watched": [asdict(block) for block in now.watched]}
+        write_memory(path, entries, now.length, now.block, about)
+
+
+def load_memory(path: str | Path, model: Runtime | None = None) -> VisualMemory:
+    """A memory that `VisualMemory.save` has written, for the model that has made it.
+
+    model: reads the entries at once. Without it, they are read when a model is first asked about
+    them.
+
+    Raises: CheckpointError if the file is damaged or not a memory; VisualMemoryError if another
+        model has made it.
+    """
+    memory = VisualMemory.of_file(SavedMemory(Path(path)))
+    if model is not None:
+        memory.attach(model)
+    return memory

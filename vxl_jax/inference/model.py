@@ -1,0 +1,194 @@
+"""Watch once, ask as often as you like.
+
+    model = vxl_jax.load("checkpoints/Video_XL")
+    memory = model.watch("film.mp4", frames=2048, ratio=16)
+    print(model.ask(memory, "What happens?"))
+
+The memory is read by every question and changed by none: what a question and its answer add lies in
+a small memory of their own, behind it.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from vxl_jax.cards import claim_memory
+from vxl_jax.chat import DEFAULT_SYSTEM
+from vxl_jax.checkpoint import load_network
+from vxl_jax.decode import GREEDY, Sampling, check_new_tokens, until_stopped
+from vxl_jax.film import FRAMES, Media, as_media, open_film
+from vxl_jax.inference.chat import NEW_TOKENS, Chat, as_list, check_question
+from vxl_jax.inference.entries import Continuation
+from vxl_jax.inference.memory import VisualMemory
+from vxl_jax.inference.ratios import Ratios
+from vxl_jax.inference.runtime import Runtime
+from vxl_jax.media import DEFAULT_OPTIONS, MediaOptions
+from vxl_jax.published import load_tokenizer, read_config, read_max_context
+
+
+def load(
+    directory: str | Path,
+    *,
+    vision: str | Path | None = None,
+    max_context: int | Literal["model"] | None = "model",
+    **changes: Any,
+) -> "Model":
+    """The model of a checkpoint directory, with its tokenizer, to watch and to answer.
+
+    Args:
+        directory: in the published layout or converted, with the files of a tokenizer.
+        vision: directory of the vision tower's config.json, where the checkpoint has none.
+        max_context: most positions, entries and text together; None: any number. By default as many
+            as the model has learned, the `max_position_embeddings` of its config.json.
+        changes: as for `load_network`: `weights`, `dtype` and other fields of VideoXLConfig.
+
+    Raises: CheckpointError or ConfigError if files are missing, damaged or do not fit together.
+    """
+    claim_memory()
+    directory = Path(directory)
+    config = read_config(directory, vision=vision)
+    tokenizer = load_tokenizer(directory, config.language)
+    if max_context == "model":
+        max_context = read_max_context(directory)
+    return Model(load_network(directory, vision=vision, **changes), tokenizer, max_context)
+
+
+class Model(Runtime):
+    """A network with its tokenizer: it watches media, and answers questions about them."""
+
+    def watch(
+        self,
+        media: Media | Sequence[Media],
+        *,
+        frames: int | None = FRAMES,
+        ratio: Ratios | Literal["model"] = "model",
+        sample_fps: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        options: MediaOptions = DEFAULT_OPTIONS,
+        system: str = DEFAULT_SYSTEM,
+        progress: bool = False,
+    ) -> VisualMemory:
+        """Watch videos and images, in their order, into a new memory.
+
+        Args:
+            media: one or a list, each a path, a Pillow image, pixels, or a `Video` or `Picture`.
+                Image files, by their content, are images; all else are videos, see `Video`.
+            frames: of each video file, evenly from its first to its last; all if None. What is no
+                file is taken whole.
+            ratio: see `Ratios`; by default the largest that the model has learned.
+            sample_fps: take so many frames a second instead, where these are fewer than `frames`.
+            start: second of each video file where frames are taken from; its beginning if None.
+            end: second where that ends; the file's end if None.
+            options: how the pixels of files are decoded.
+            system: the system turn of conversations about the memory.
+            progress: show bars.
+
+        Raises: MediaError if a file cannot be opened; PartlyWatched, which has the memory of what
+            came before, if a video is damaged; VisualMemoryError if it is more than the context of
+            the model or the memory of the device has room for, before anything is watched.
+        """
+        ratios = self.checked_ratios(ratio)
+        fields: dict[str, Any] = {"frames": frames, "sample_fps": sample_fps}
+        fields |= {"start": start, "end": end, "options": options}
+        size = self.config.vision.image_size
+        films = [open_film(as_media(item, **fields), size) for item in as_list(media)]
+        memory = self.remember(system)
+        memory.check_room(films, ratios)
+        for film in films:
+            memory.watch(film, ratios, progress=progress)
+        return memory
+
+    def remember(self, system: str = DEFAULT_SYSTEM) -> VisualMemory:
+        """A memory that has watched nothing yet, for `VisualMemory.extend`."""
+        memory = VisualMemory(self.head_ids(system))
+        memory.attach(self)
+        return memory
+
+    @overload
+    def ask(
+        self,
+        memory: VisualMemory,
+        question: str,
+        *,
+        max_new_tokens: int = ...,
+        sampling: Sampling = ...,
+    ) -> str: ...
+
+    @overload
+    def ask(
+        self,
+        memory: VisualMemory,
+        question: list[str],
+        *,
+        max_new_tokens: int = ...,
+        sampling: Sampling = ...,
+    ) -> list[str]: ...
+
+    def ask(
+        self,
+        memory: VisualMemory,
+        question: str | list[str],
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+        sampling: Sampling = GREEDY,
+    ) -> str | list[str]:
+        """Answer one question about a memory, or several at once, each by itself.
+
+        Raises: ValueError for a question without text; VisualMemoryError if another model has made
+            the memory, or the context has no room for question and answer.
+        """
+        questions = [question] if isinstance(question, str) else question
+        for text in questions:
+            check_question(text, media=False)
+        new = self.ask_ids(
+            memory,
+            [self.first_turn(len(memory.watched), text) for text in questions],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+        )
+        answers = [self.text_of(ids).strip() for ids in new]
+        return answers[0] if isinstance(question, str) else answers
+
+    def stream(
+        self,
+        memory: VisualMemory,
+        question: str,
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+        sampling: Sampling = GREEDY,
+    ) -> Iterator[str]:
+        """As `ask`, giving the answer in pieces as they come."""
+        return self.chat(memory).stream(question, max_new_tokens=max_new_tokens, sampling=sampling)
+
+    def ask_ids(
+        self,
+        memory: VisualMemory,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+        sampling: Sampling = GREEDY,
+    ) -> list[list[int]]:
+        """New token ids that follow the memory and each prompt, up to and without a stop token.
+
+        prompts: token ids of what comes after the memory's last block, to where the answer begins.
+        """
+        check_new_tokens(max_new_tokens)
+        memory.attach(self)
+        if not prompts:
+            return []
+        base = memory.entries, memory.snapshot().length
+        longest = max(map(len, prompts)) + max_new_tokens
+        self.check_context(base[1] + longest, "the question")
+        entries = Continuation(self, [base], len(prompts), slots=longest)
+        logits = entries.read([entries.plan_text(ids, i) for i, ids in enumerate(prompts)])
+        tokens = entries.decode(logits, max_new_tokens, sampling)
+        return until_stopped(tokens, self.stop_ids, np.zeros(len(prompts), bool))
+
+    def chat(self, memory: VisualMemory | None = None, system: str = DEFAULT_SYSTEM) -> "Chat":
+        """A conversation of several turns about a memory, which stays as it is, or about nothing
+        yet. system: of one without a memory.
+        """
+        return Chat(self, self.remember(system) if memory is None else memory)

@@ -1,0 +1,36 @@
+"""Compression ratios of what is watched: one for all windows, or by second."""
+
+from collections.abc import Mapping
+from numbers import Integral
+
+from vxl_jax.errors import ArgumentError
+
+Ratios = int | None | Mapping[float, int | None]
+"""How frames are compressed: one ratio; or from which second on which ratio, such as
+`{0: 16, 60: 4, 90: 16}`. None leaves visual tokens as they are. A window of frames has the ratio of
+its first frame."""
+
+
+def ratio_at(ratios: Ratios, second: float) -> int | None:
+    """The ratio of a window whose first frame is at a second."""
+    if isinstance(ratios, Mapping):
+        # Files that were joined may have times before their start.
+        ratios = ratios[max(start for start in ratios if start <= max(second, 0.0))]
+    return None if ratios is None else int(ratios)
+
+
+def check_ratios(ratios: Ratios, window: int) -> None:
+    """Refuse ratios that no window can have.
+
+    Raises: ArgumentError.
+    """
+    pairs = ratios if isinstance(ratios, Mapping) else {0: ratios}
+    if not pairs or min(pairs) > 0:
+        raise ArgumentError(f"ratio {ratios!r}: say which one holds from second 0 on")
+    for ratio in pairs.values():
+        whole = isinstance(ratio, Integral) and not isinstance(ratio, bool)
+        if ratio is not None and not (whole and 1 <= ratio <= window):
+            raise ArgumentError(
+                f"ratio {ratio!r}: it must be a whole number from 1 to {window}, the visual tokens "
+                "of a window, or None for no compression"
+            )

@@ -1,0 +1,123 @@
+"""A network ready to run, with its tokenizer, its limits and its digest."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import flatten_dict
+from jax import Array, lax
+
+from vxl_jax.chat import DEFAULT_SYSTEM, IMAGE_MARK, IMAGE_TOKEN, encode_prompt
+from vxl_jax.config import VideoXLConfig
+from vxl_jax.errors import VisualMemoryError
+from vxl_jax.estimate import STEP_TOKENS
+from vxl_jax.inference.ratios import Ratios, check_ratios
+from vxl_jax.model import VideoXL
+
+CPU_STEP_TOKENS = 2048
+"""Visual tokens that are put into a memory at once on a CPU."""
+
+
+class Runtime:
+    """A network with its tokenizer and its limits. Any number of threads may use it.
+
+    default_ratio: the largest ratio the network was trained with, None if there is none.
+    max_context: trained positions, entries and text together; None: unknown. windows_at_once:
+    windows of frames that are put into a memory in one step; memory and speed depend on it, the
+    result does not.
+    """
+
+    def __init__(self, network: VideoXL, tokenizer: Any, max_context: int | None = None):
+        self.network, self.tokenizer, self.max_context = network, tokenizer, max_context
+        self.config: VideoXLConfig = network.config
+        self.graph, self.params = nnx.split(network)
+        self.default_ratio = max(self.config.ratios, default=None)
+        tokens = CPU_STEP_TOKENS if jax.default_backend() == "cpu" else STEP_TOKENS
+        self.windows_at_once = max(1, tokens // self.config.window)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of configuration and parameters: equal digests make equal memories.
+
+        Computed on the device that holds the parameters.
+        """
+        digest = hashlib.sha256(repr(sorted(_of_memory(self.config).items())).encode())
+        flat = flatten_dict(nnx.to_pure_dict(self.params))
+        for path in sorted(flat, key=str):
+            leaf = flat[path]
+            name = f"{'/'.join(map(str, path))} {leaf.dtype} {leaf.shape}"
+            digest.update(f"{name} {np.asarray(_digest(leaf)).tolist()}\n".encode())
+        return digest.hexdigest()
+
+    def checked_ratios(self, ratio: Ratios | Literal["model"]) -> Ratios:
+        """A usable ratio; "model" stands for the default.
+
+        Raises: ArgumentError if a window cannot have it.
+        """
+        ratios: Any = self.default_ratio if isinstance(ratio, str) and ratio == "model" else ratio
+        check_ratios(ratios, self.config.window)
+        return ratios
+
+    def check_context(self, positions: int, name: str) -> None:
+        """Check that `positions` is within the trained context.
+
+        Raises: VisualMemoryError.
+        """
+        if self.max_context is not None and positions > self.max_context:
+            raise VisualMemoryError(
+                f"{name}: makes {positions:,} positions with what is there already, and the model "
+                f"has learned {self.max_context:,}; use fewer frames, a higher ratio or a shorter "
+                "answer, or load the model with another max_context"
+            )
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids("<|im_end|>")}
+        return sorted(ends - {None})
+
+    def head_ids(self, system: str = DEFAULT_SYSTEM) -> np.ndarray:
+        """Ids of a conversation before its first block, or its first question without one."""
+        ids = encode_prompt(IMAGE_MARK, self.tokenizer, system, control_tokens=False)
+        return ids[: int(np.flatnonzero(ids == IMAGE_TOKEN)[0])]
+
+    def first_turn(self, blocks: int, question: str) -> np.ndarray:
+        """Ids of the first question after a memory with `blocks` visual blocks, to where its answer
+        begins.
+        """
+        # What people type is text: a control token in it stays letters.
+        prompt = IMAGE_MARK * blocks + question
+        ids = encode_prompt(prompt, self.tokenizer, control_tokens=False)
+        return ids[len(self.head_ids()) + blocks :]
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of an answer."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _of_memory(config: VideoXLConfig) -> dict[str, Any]:
+    """Fields of a configuration on which the entries of a memory depend, beside the parameters."""
+    unused = ("remat", "ratios", "param_dtype")
+    return {name: value for name, value in asdict(config).items() if name not in unused}
+
+
+@jax.jit
+def _digest(x: Array) -> Array:
+    """Two sums, uint32 [2], over the bits of all numbers, each weighted by its place."""
+    size = jnp.dtype(x.dtype).itemsize
+    bits = lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size])
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, length in enumerate(x.shape):
+        place = place * jnp.uint32(length) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+
+    def total(factor: int, shift: int) -> Array:
+        weight = (place * jnp.uint32(factor)) ^ (place >> shift)
+        return jnp.sum((bits.astype(jnp.uint32) + jnp.uint32(1)) * (2 * weight + 1))
+
+    return jnp.stack([total(0x9E3779B1, 15), total(0x85EBCA77, 13)])

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.networks import gradients, graph_of, noisy_model, relative_error, training_sample
 from tests.oracle import Oracle
-from vxl_jax import attention, language
+from vxl_jax import language
 from vxl_jax import model as model_module
-from vxl_jax.config import tiny
 from vxl_jax.language import make_group
 from vxl_jax.memory import empty_memory
 from vxl_jax.model import (
-    VideoXL,
     decode_step,
     loss_and_metrics,
     prefill,
@@ -33,17 +32,7 @@ I = IMAGE_TOKEN
 
 @pytest.fixture(scope="module")
 def model():
-    """Random biases, norms and beacon parameters too, so that no swap goes unseen."""
-    graph, state = nnx.split(nnx.jit(lambda: VideoXL(tiny(), rngs=nnx.Rngs(0)))())
-    leaves, tree = jax.tree.flatten(nnx.to_pure_dict(state))
-    rng = np.random.default_rng(1)
-    noisy = [x + 0.2 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
-    return nnx.merge(graph, jax.tree.unflatten(tree, noisy))
-
-
-def graph_of(**changes):
-    """Graph of a tiny model, to be merged with parameters; nothing is computed."""
-    return nnx.graphdef(nnx.eval_shape(lambda: VideoXL(tiny(**changes), rngs=nnx.Rngs(0))))
+    return noisy_model()
 
 
 @nnx.jit
@@ -122,16 +111,11 @@ def our_logits(model, names, windows_per_group=None, shape=None):
     return [rows[(kind == 0) | (kind == 1)] for rows, kind in zip(logits, kinds, strict=True)]
 
 
-def error(ours, expected):
-    assert ours.shape == expected.shape
-    return np.linalg.norm(ours - expected) / np.linalg.norm(expected)
-
-
 @pytest.mark.parametrize("name", STREAMS)
 def test_logits_equal_the_oracle(name, model):
     expected, _ = oracle_logits(name, model)
     (ours,) = our_logits(model, [name])
-    assert error(ours, expected) < 1e-5
+    assert relative_error(ours, expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["video", "images with text between", "long text"])
@@ -139,7 +123,7 @@ def test_logits_equal_the_oracle(name, model):
 def test_windows_per_group_do_not_matter(name, windows_per_group, model):
     (expected,) = our_logits(model, [name])
     (ours,) = our_logits(model, [name], windows_per_group)
-    assert error(ours, expected) < 1e-5
+    assert relative_error(ours, expected) < 1e-5
 
 
 @pytest.mark.parametrize("windows_per_group", [None, 1])
@@ -154,7 +138,7 @@ def test_batch_neighbours_and_padding_do_not_matter(windows_per_group, model):
     for shape in (None, replace(wide, beacons=1)):
         together = our_logits(model, names, windows_per_group, shape)
         for ours, expected in zip(together, alone, strict=True):
-            assert error(ours, expected) < 1e-5
+            assert relative_error(ours, expected) < 1e-5
 
 
 def test_padding_features_do_not_matter(model):
@@ -180,7 +164,7 @@ def test_memory_equals_the_oracle(model):
     assert int(memory.length[0]) == stream.persistent
     for layer in range(model.config.language.layers):
         ours = np.asarray(memory.values[layer, 0, :, : stream.persistent])
-        assert error(ours.swapaxes(0, 1), oracle.values[layer]) < 1e-5
+        assert relative_error(ours.swapaxes(0, 1), oracle.values[layer]) < 1e-5
     assert not np.asarray(memory.keys[:, :, :, stream.persistent :]).any()
 
 
@@ -199,7 +183,7 @@ def test_cached_decoding_equals_one_forward_pass(name, model):
     for token in new:
         logits, memory = decode_step(graph, params, memory, jnp.array([token], jnp.int32))
         ours.append(np.asarray(logits[0]))
-    assert error(np.array(ours), expected) < 1e-5
+    assert relative_error(np.array(ours), expected) < 1e-5
 
 
 def test_scan_over_layers_equals_a_python_loop(model):
@@ -220,34 +204,8 @@ def test_scan_over_layers_equals_a_python_loop(model):
             x, keys, values = one(x, arrays, keys, values, layer)
         return model.logits(x)
 
-    assert (
-        error(np.asarray(loop(model, batch, visual)), np.asarray(run(model, batch, visual))) < 1e-5
-    )
-
-
-def gradients(model, streams, pixels):
-    graph, params = nnx.split(model)
-
-    def loss(params):
-        total, metrics = loss_and_metrics(nnx.merge(graph, params), streams, pixels)
-        return total / metrics["tokens"]
-
-    value, grads = jax.jit(jax.value_and_grad(loss))(params)
-    return float(value), nnx.to_pure_dict(grads)
-
-
-def training_sample(model, frames=10, seed=0):
-    rng = np.random.default_rng(seed)
-    labels = [IGNORE, IGNORE, IGNORE, 4, 5]
-    stream = plan_stream(
-        [1, 2, I, 4, 5],
-        [frames * model.config.tokens_per_frame],
-        window=model.config.window,
-        ratio=[2, 8, 4],
-        labels=labels,
-    )
-    size = model.config.vision.image_size
-    return stream, rng.integers(0, 256, (1, frames, size, size, 3), np.uint8)
+    expected = run(model, batch, visual)
+    assert relative_error(loop(model, batch, visual), expected) < 1e-5
 
 
 def test_gradients_do_not_depend_on_groups_remat_or_padding(model):
@@ -317,26 +275,6 @@ def test_loss_is_the_mean_over_labelled_tokens(model):
     assert float(total) == pytest.approx(expected, rel=1e-5)
 
 
-def test_bfloat16_runs_close_to_float32(model):
-    stream, pixels = training_sample(model)
-    graph = graph_of(dtype="bfloat16", param_dtype="bfloat16")
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), nnx.to_pure_dict(nnx.state(model)))
-    half = nnx.merge(graph, params)
-    rounded = nnx.merge(graph_of(), jax.tree.map(lambda x: x.astype(jnp.float32), params))
-    loss, expected = gradients(rounded, batch_streams([stream]), pixels)
-    ours, grads = gradients(half, batch_streams([stream]), pixels)
-    assert ours == pytest.approx(loss, rel=0.02)
-    assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(grads))
-    for part in ("vision", "projector", "language"):
-        pairs = zip(jax.tree.leaves(grads[part]), jax.tree.leaves(expected[part]), strict=True)
-        a, b = zip(*((np.float32(a).ravel(), b.ravel()) for a, b in pairs), strict=True)
-        a, b = np.concatenate(a), np.concatenate(b)
-        assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b), part
-    visual = encode(half, pixels)
-    assert visual.dtype == jnp.bfloat16
-    assert run(half, batch_streams([stream]), visual).dtype == jnp.float32
-
-
 def test_one_compilation_for_a_bucket(model):
     """Streams of other lengths, kinds and ratios in one padded shape run the same program."""
     graph, params = nnx.split(model)
@@ -382,7 +320,7 @@ def test_frames_encoded_in_blocks_give_the_same_features_and_gradients(model, mo
     frame_bytes = 4 * model.config.vision.heads * (model.config.vision.grid**2 + 1) ** 2
     monkeypatch.setattr(model_module, "FRAME_BLOCK_BYTES", 3 * frame_bytes)
     features, gradient = run_both()
-    assert error(np.asarray(features), np.asarray(expected)) < 1e-5
+    assert relative_error(np.asarray(features), np.asarray(expected)) < 1e-5
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
@@ -415,99 +353,3 @@ def test_logits_made_a_few_labels_at_a_time_give_the_same_loss_and_gradients(
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-TILES = [(1, 1), (3, 5), (8, 4), (7, 32), (64, 64)]
-
-
-def dense_attention(q, k, v, keys, values, window_start, window_memory):
-    """Softmax over the whole row of scores, in NumPy's float64."""
-    group = q.shape[2] // k.shape[2]
-    out = np.zeros(q.shape)
-    for b, t, n in np.ndindex(q.shape[:3]):
-        own, past = slice(window_start[b, t], t + 1), slice(window_memory[b, t])
-        seen = np.concatenate([k[b, own, n // group], keys[b, n // group, past]])
-        p = np.exp(seen.astype(np.float64) @ q[b, t, n] / np.sqrt(q.shape[3]))
-        read = np.concatenate([v[b, own, n // group], values[b, n // group, past]])
-        out[b, t, n] = p @ read / p.sum()
-    return out
-
-
-def attention_case(tokens=30, slots=13):
-    """Two samples whose windows differ, the second with padding (windows of one token) behind."""
-    rng = np.random.default_rng(0)
-    q = rng.normal(size=(2, tokens, 4, 8)).astype(np.float32)
-    k, v = rng.normal(size=(2, 2, tokens, 2, 8)).astype(np.float32)
-    keys, values = rng.normal(size=(2, 3, 2, 2, slots, 8)).astype(np.float32)
-    start = np.array([[0] * 10 + [10] * 13 + [23] * 7, [0] * 4 + [4] * 20 + [*range(24, 30)]])
-    seen = np.array([[0] * 10 + [5] * 13 + [12] * 7, [0] * 4 + [3] * 20 + [0] * 6])
-    return (q, k, v, keys, values), (1, start.astype(np.int32), seen.astype(np.int32))
-
-
-@pytest.mark.parametrize("tile", TILES)
-def test_attention_by_tiles_equals_a_softmax_over_whole_rows(tile):
-    (q, k, v, keys, values), (layer, start, seen) = attention_case()
-    ours = attention.window_attention(q, k, v, keys, values, layer, start, seen, tile)
-    expected = dense_attention(q, k, v, keys[layer], values[layer], start, seen)
-    np.testing.assert_allclose(ours, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("tile", TILES)
-def test_gradients_of_attention_are_those_of_a_softmax_over_whole_rows(tile):
-    arrays, (layer, start, seen) = attention_case()
-    direction = np.random.default_rng(1).normal(size=arrays[0].shape).astype(np.float32)
-
-    def ours(*arrays):
-        return (attention.window_attention(*arrays, layer, start, seen, tile) * direction).sum()
-
-    def whole_rows(q, k, v, keys, values):
-        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
-        keys, values = (jnp.repeat(x[layer], 2, axis=1) for x in (keys, values))
-        own = jnp.einsum("BTNH,BSNH->BNTS", q, k)
-        past = jnp.einsum("BTNH,BNMH->BNTM", q, keys)
-        index = jnp.arange(own.shape[-1])
-        own_seen = (start[..., None] <= index) & (index <= index[:, None])
-        past_seen = jnp.arange(past.shape[-1]) < seen[..., None]
-        scores = jnp.concatenate([own, past], -1) / np.sqrt(q.shape[-1])
-        visible = jnp.concatenate([own_seen, past_seen], -1)[:, None]
-        p = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-        values = jnp.concatenate([jnp.moveaxis(v, 1, 2), values], axis=2)
-        return (jnp.einsum("BNTS,BNSH->BTNH", p, values) * direction).sum()
-
-    wanted = range(len(arrays))
-    expected = jax.jit(jax.grad(whole_rows, wanted))(*arrays)
-    for a, b in zip(jax.jit(jax.grad(ours, wanted))(*arrays), expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-@pytest.mark.parametrize("source", ["memory", "own window"])
-def test_tiles_that_nobody_sees_are_not_computed(source):
-    """A value that is NaN would spoil every query that computes with it, at whatever weight."""
-    (q, k, v, keys, values), (layer, start, seen) = attention_case(slots=16)
-    q, k, v, keys, values = q[:1], k[:1], v[:1], keys[:, :1], values[:, :1]
-    start, seen = start[:1], seen[:1]
-
-    # The queries from 24 on are in a window that starts at 23; nobody sees a slot from 12 on.
-    queries = slice(24, 30) if source == "own window" else slice(0, 30)
-
-    def total(q, k, v, keys, values):
-        out = attention.window_attention(q, k, v, keys, values, layer, start, seen, (8, 4))
-        return (out[:, queries] ** 2).sum()
-
-    gradient = jax.jit(jax.value_and_grad(total))
-    expected = gradient(q, k, v, keys, values)
-    if source == "own window":
-        k[:, :20], v[:, :20] = np.nan, np.nan
-    else:
-        keys[:, :, :, 12:], values[:, :, :, 12:] = np.nan, np.nan
-    ours = gradient(q, k, v, keys, values)
-    np.testing.assert_array_equal(ours[0], expected[0])
-    np.testing.assert_array_equal(ours[1][:, queries], expected[1][:, queries])
-
-
-def test_a_memory_without_slots():
-    (q, k, v, keys, values), (layer, start, seen) = attention_case()
-    none = keys[:, :, :, :0], values[:, :, :, :0]
-    ours = attention.window_attention(q, k, v, *none, layer, start, 0 * seen)
-    expected = dense_attention(q, k, v, keys[layer], values[layer], start, 0 * seen)
-    np.testing.assert_allclose(ours, expected, atol=1e-5)

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from convert.from_hf import convert_from_hf
 from vxl_jax import Model, VisualMemory, VisualMemoryError, load_network
-from vxl_jax.config import ConfigError
+from vxl_jax.errors import ConfigError
 from vxl_jax.quantize import LINEARS, is_quantized, quantize, quantize_kernel
 from vxl_jax.stream import IMAGE_TOKEN, batch_streams, plan_stream
 

@@ -4,7 +4,7 @@ Shapes follow the axis legend of `vxl_jax`. Source: Qwen2 (arXiv 2407.10671) for
 Video-XL (arXiv 2409.14485, section 3.2) for beacon tokens and what they keep.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from vxl_jax.stream import BEACON, TEXT, VISUAL, StreamBatch
 
 Angles = tuple[Array, Array]
 
-# Not in `vxl_jax.stream`: data workers make batches without importing JAX.
+# Registered here and not in `vxl_jax.stream`: data workers make batches without importing JAX.
 jax.tree_util.register_dataclass(
     StreamBatch,
     data_fields=[
@@ -39,27 +39,34 @@ class Group:
     """One group of windows on the device: a `StreamBatch` without its group axis."""
 
     is_beacon: Array | None  # [B, T], None where the stream has no beacon
-    slot: Array  # [B, T] in the memory
+    slot: Array  # [B, T] in the memory; past its end for transient tokens
     window_start: Array  # [B, T]
     window_memory: Array  # [B, T] slots of the memory that each token sees
-    window_base: Array  # [B, T] and those of the memory before it
+    window_base: tuple[Array, ...]  # [B, T] for each base: slots of it that each token sees
     own_angles: Angles  # [B, T, 1, H/2] at the position in the own window
     memory_angles: Angles  # [B, T, 1, H/2] at the rank
 
 
-def make_group(config: LanguageConfig, streams: StreamBatch, base_length: Array | int = 0) -> Group:
+def make_group(
+    config: LanguageConfig, streams: StreamBatch, base_lengths: Sequence[Array] = ()
+) -> Group:
     """Device arrays that all layers share, from a batch whose group axis is taken off.
 
-    base_length: entries before those of the memory.
+    base_lengths: entries [1] of each base, in stream order.
     """
+    before: Array | int = 0
+    window_base = []
+    for length in base_lengths:
+        window_base.append(jnp.clip(streams.window_memory - before, 0, length))
+        before = before + length
     offset = jnp.arange(streams.kind.shape[1]) - streams.window_start
     angles = partial(rope_angles, head_size=config.head_size, theta=config.rope_theta)
     return Group(
         is_beacon=streams.kind == BEACON if streams.has_beacons else None,
-        slot=streams.rank - base_length,
+        slot=streams.rank - before,
         window_start=streams.window_start,
-        window_memory=jnp.maximum(streams.window_memory - base_length, 0),
-        window_base=jnp.minimum(streams.window_memory, base_length),
+        window_memory=jnp.maximum(streams.window_memory - before, 0),
+        window_base=tuple(window_base),
         own_angles=angles(streams.window_memory + offset),
         memory_angles=angles(streams.rank),
     )
@@ -80,7 +87,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention over memory and own window; beacons have q, k, v of their own."""
+    """Grouped-query attention over memory and own window; beacons have separate q, k and v."""
 
     def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
         c = config.language
@@ -117,31 +124,35 @@ class Attention(nnx.Module):
         keys: Array,
         values: Array,
         layer: Array | int,
-        base: Memory | None = None,
+        bases: Sequence[Memory] = (),
     ) -> tuple[Array, Array, Array]:
         """Write the group's persistent tokens into `layer` of the memory, then attend.
 
-        x [B, T, D]; keys and values [L, B, K, M, H]; base: see `LanguageModel.run_group`. Returns
+        x [B, T, D]; keys and values [L, B, K, M, H]; bases: see `LanguageModel.run_group`. Returns
         the output [B, T, D] and the updated memory. The group's own entries are in the memory
         before anyone reads it: a window sees only the slots before its start.
         """
         q, k, v = self.project(x, group.is_beacon)
         keys = write(keys, layer, group.slot, rotate(k, group.memory_angles))
         values = write(values, layer, group.slot, v)
-        q, k = rotate(q, group.own_angles), rotate(k, group.own_angles)
+        q = rotate(q, group.own_angles, scale=self.head_size**-0.5)
+        k = rotate(k, group.own_angles)
         start, seen = group.window_start, group.window_memory
-        before = None if base is None else (base.keys, base.values, group.window_base)
-        out = window_attention(q, k, v, keys, values, layer, start, seen, base=before)
+        before = [
+            (base.keys, base.values, base_seen)
+            for base, base_seen in zip(bases, group.window_base, strict=True)
+        ]
+        out = window_attention(q, k, v, keys, values, layer, start, seen, bases=before)
         return self.o(out.reshape(x.shape)), keys, values
 
 
 def _take(x: Array, index: Array) -> Array:
-    """Rows `index` [B, I] of x [B, T, ...] -> [B, I, ...]; the indices are in bounds."""
+    """Rows `index` [B, I] of x [B, T, ...] -> [B, I, ...]; indices must be in bounds."""
     return jax.vmap(lambda row, i: row.at[i].get(mode="promise_in_bounds"))(x, index)
 
 
 MLP_BYTES = 2**28
-"""Most bytes of an MLP's hidden values on a device at once; above it, tokens take turns."""
+"""Most bytes of an MLP's hidden values on a device at once; larger inputs are split by tokens."""
 
 
 class MLP(nnx.Module):
@@ -188,10 +199,10 @@ class DecoderLayer(nnx.Module):
         keys: Array,
         values: Array,
         layer: Array | int,
-        base: Memory | None = None,
+        bases: Sequence[Memory] = (),
     ) -> tuple[Array, Array, Array]:
         """See `Attention.__call__`."""
-        y, keys, values = self.attention(self.attention_norm(x), group, keys, values, layer, base)
+        y, keys, values = self.attention(self.attention_norm(x), group, keys, values, layer, bases)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), keys, values
 
@@ -210,7 +221,11 @@ class LanguageModel(nnx.Module):
         self.layers = stacked(partial(DecoderLayer, config), c.layers, rngs)
         self.norm = RMSNorm(c.width, c.norm_eps, param_dtype)
         if not c.tie_embeddings:
-            self.head = _linear(config, rngs, c.width, c.vocab_size)
+            self.head = _linear(
+                *(config, rngs, c.width, c.vocab_size),
+                preferred_element_type=jnp.float32,
+                dot_general=_dot_in_float32,
+            )
 
     def embed_group(self, streams: StreamBatch, visual: Array | None) -> Array:
         """Input of the first layer, [B, T, D].
@@ -225,19 +240,19 @@ class LanguageModel(nnx.Module):
         return by_sample(jnp.where(kind == BEACON, self.beacon_embed[0].astype(x.dtype), x))
 
     def run_group(
-        self, x: Array, group: Group, memory: Memory, base: Memory | None = None
+        self, x: Array, group: Group, memory: Memory, bases: Sequence[Memory] = ()
     ) -> tuple[Array, Memory]:
-        """All layers over one group, writing its persistent tokens into the memory in place.
+        """Run all layers over one group, writing its persistent tokens into the memory in place.
 
-        base: a memory of one sample that comes before those of all samples, and stays as it is. x
-        [B, T, D] -> hidden states after the last layer [B, T, D]. `memory.length` is left to the
-        caller.
+        bases: memories of one sample each, shared by all samples, which come before the memory in
+        stream order, one after another; they are only read. x [B, T, D] -> hidden states after the
+        last layer [B, T, D]. `memory.length` is left to the caller.
         """
         graph, params = nnx.split(self.layers)
 
         def body(carry: tuple[Array, Array, Array], scanned: tuple[Any, Array]) -> tuple[Any, None]:
             layer_params, layer = scanned
-            x, *memory = nnx.merge(graph, layer_params)(carry[0], group, *carry[1:], layer, base)
+            x, *memory = nnx.merge(graph, layer_params)(carry[0], group, *carry[1:], layer, bases)
             return (by_sample(x), *(by_sample(part, axis=1) for part in memory)), None
 
         layers = jnp.arange(self.config.language.layers)
@@ -245,10 +260,10 @@ class LanguageModel(nnx.Module):
         return x, replace(memory, keys=keys, values=values)
 
     def run_group_alone(self, x: Array, group: Group, capacity: int) -> Array:
-        """All layers over a group that has all windows of its samples, keeping no memory.
+        """Run all layers over a group that has all windows of its samples; return no memory.
 
-        The form for training: each layer's memory lives only inside the layer, and `remat` makes
-        the backward pass linear in the length of the stream. x [B, T, D] -> [B, T, D].
+        For training: each layer's memory exists only inside the layer, and with `remat` the
+        backward pass takes memory linear in the length of the stream. x [B, T, D] -> [B, T, D].
         """
         c = self.config.language
         graph, params = nnx.split(self.layers)
@@ -262,15 +277,47 @@ class LanguageModel(nnx.Module):
         return by_sample(lax.scan(recomputed(body, self.config.remat), residual(x), params)[0])
 
     def logits(self, hidden: Array) -> Array:
-        """Hidden states [..., D] after the last layer -> logits [..., V] float32."""
+        """Hidden states [..., D] after the last layer -> logits [..., V] float32.
+
+        The head multiplies in the compute dtype and returns the float32 sums without rounding.
+        """
         hidden = self.norm(hidden)
         if self.config.language.tie_embeddings:
-            return self.embed.attend(hidden).astype(jnp.float32)
-        return self.head(hidden).astype(jnp.float32)
+            table = self.embed.embedding[...].astype(self.embed.dtype)
+            return product_in_float32(hidden, table.T)
+        return self.head(hidden)
+
+
+@jax.custom_vjp
+def product_in_float32(x: Array, kernel: Array) -> Array:
+    """x [..., D] times kernel [D, V] -> [..., V] float32, without rounding to the dtype of x.
+
+    Gradients are products in the dtype of x, rounded to it: JAX's own rule would make a float32
+    copy of the kernel.
+    """
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return product_in_float32(x, kernel), (x, kernel)
+
+
+def _product_backward(factors: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, kernel = factors
+    gradient = gradient.astype(x.dtype)
+    return jnp.matmul(gradient, kernel.T), jnp.einsum("...D,...V->DV", x, gradient)
+
+
+product_in_float32.defvjp(_product_forward, _product_backward)
+
+
+def _dot_in_float32(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """`product_in_float32` with the arguments of `nnx.Linear.dot_general`."""
+    return product_in_float32(x, kernel)
 
 
 def stacked(make: Any, layers: int, rngs: nnx.Rngs) -> Any:
-    """`layers` modules with their own random weights as one module with a leading layer axis."""
+    """Build `layers` modules with different random weights, as one with a leading layer axis."""
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap(in_axes=(0,), out_axes=0)
@@ -281,7 +328,7 @@ def stacked(make: Any, layers: int, rngs: nnx.Rngs) -> Any:
 
 
 def recomputed(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    """The body of a scan over layers that keeps what `remat` says for its backward pass."""
+    """Checkpoint the body of a scan over layers: `remat` says what its backward pass may keep."""
     if remat == "none":
         return body
     keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -290,7 +337,7 @@ def recomputed(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
 
 
 def map_in_blocks(function: Callable[[Array], Array], x: Array, rows: int) -> Array:
-    """`function` over the first axis of x, at most `rows` at a time, recomputed for gradients."""
+    """Map over the first axis of x, at most `rows` at a time, recomputing for gradients."""
     if len(x) <= rows:
         return function(x)
     blocks = -(-len(x) // rows)
@@ -300,7 +347,12 @@ def map_in_blocks(function: Callable[[Array], Array], x: Array, rows: int) -> Ar
 
 
 def _linear(
-    config: VideoXLConfig, rngs: nnx.Rngs, inputs: int, outputs: int, use_bias: bool = False
+    config: VideoXLConfig,
+    rngs: nnx.Rngs,
+    inputs: int,
+    outputs: int,
+    use_bias: bool = False,
+    **options: Any,
 ) -> nnx.Linear:
     return nnx.Linear(
         inputs,
@@ -309,4 +361,5 @@ def _linear(
         dtype=DTYPES[config.dtype],
         param_dtype=DTYPES[config.param_dtype],
         rngs=rngs,
+        **options,
     )

@@ -23,7 +23,8 @@ GROUP_FIELDS = ("kind", "source", "rank", "window_start", "window_memory")
 
 
 FRAME_BLOCK_BYTES = 2**29
-"""Attention scores of the tower on a device at once; above it frames are encoded in turn."""
+"""Most bytes of the vision tower's attention scores on a device at once; above it, frames are
+encoded in blocks."""
 
 
 class VideoXL(nnx.Module):
@@ -39,7 +40,7 @@ class VideoXL(nnx.Module):
     def encode(self, pixels: Array | np.ndarray) -> Array:
         """Frames or tiles [B, F, S, S, 3] -> visual tokens [B, F * tokens_per_frame, D].
 
-        uint8 RGB, or floats that are normalised already.
+        uint8 RGB, or floats that are already normalised.
         """
         vision, batch = self.config.vision, pixels.shape[0]
         frame_bytes = 4 * vision.heads * (vision.grid**2 + 1) ** 2
@@ -57,7 +58,7 @@ class VideoXL(nnx.Module):
         return by_sample(rearrange(tokens, "F B P D -> B (F P) D"))
 
     def __call__(self, streams: StreamBatch, visual: Array | None = None) -> Array:
-        """Hidden states after the last layer of all tokens, [B, G * T, D], for `logits`.
+        """Return the hidden states of all tokens after the last layer, [B, G * T, D].
 
         visual [B, V, D] from `encode`; None for streams of text alone.
         """
@@ -76,7 +77,7 @@ class VideoXL(nnx.Module):
 
 
 def start_beacons(language: LanguageModel, key: Array) -> None:
-    """Start the beacon projections as copies of q, k and v, the beacon embedding as a token's."""
+    """Initialise beacon projections from q, k, v, and the beacon embedding from a random token."""
     attention = language.layers.attention
     for name in ("q", "k", "v"):
         nnx.update(getattr(attention, f"beacon_{name}"), nnx.state(getattr(attention, name)))
@@ -85,12 +86,12 @@ def start_beacons(language: LanguageModel, key: Array) -> None:
 
 
 def take_group(streams: StreamBatch, index: Any) -> StreamBatch:
-    """The batch with its group axis taken off at `index`."""
+    """Select group `index` of a batch; the result has no group axis."""
     return replace(streams, **{name: getattr(streams, name)[index] for name in GROUP_FIELDS})
 
 
 def map_by_sample(fn: Callable[[Any, int], Any], streams: StreamBatch) -> StreamBatch:
-    """The batch with `fn(array, axis of samples)` in place of each array."""
+    """Replace each array of a batch with `fn(array, axis of samples)`."""
     arrays = {
         name: fn(value, 1 if name in GROUP_FIELDS else 0)
         for name, value in vars(streams).items()
@@ -105,25 +106,26 @@ def scan_groups(
     visual: Array | None,
     memory: Memory,
     keep_hidden: bool,
-    base: Memory | None = None,
+    bases: tuple[Memory, ...] = (),
 ) -> tuple[Array, Memory]:
     """Run the groups one after another, the memory carried from each to the next.
 
-    base: a memory of one sample that all samples share; the ranks of the streams go on after it.
+    bases: memories of one sample each, shared by all samples, which come before `memory` in stream
+    order, one after another; the ranks of the streams go on after the sum of their lengths.
 
     Returns hidden states, [G, B, T, D] if `keep_hidden`, else [B, T, D] of the last group alone;
     and the memory with the persistent tokens of all groups.
     """
     language_config = model.config.language
     graph, params = nnx.split(model.language)
-    before = 0 if base is None else base.length
+    base_lengths = [base.length for base in bases]
 
     def step(carry: tuple[Memory, Array], arrays: dict[str, Array]) -> tuple[Any, Array | None]:
         language = nnx.merge(graph, params)
         group = replace(streams, **arrays)  # type: ignore[arg-type]
         x = language.embed_group(group, visual)
-        device_group = make_group(language_config, group, before)
-        x, memory = language.run_group(x, device_group, carry[0], base)
+        device_group = make_group(language_config, group, base_lengths)
+        x, memory = language.run_group(x, device_group, carry[0], bases)
         return (memory, x), x if keep_hidden else None
 
     arrays = {name: getattr(streams, name) for name in GROUP_FIELDS}
@@ -137,10 +139,10 @@ def scan_groups(
 def loss_and_metrics(
     model: VideoXL, streams: StreamBatch, pixels: Array | np.ndarray | None
 ) -> tuple[Array, dict[str, Array]]:
-    """Summed next-token cross-entropy in float32, with `tokens` (labelled) and `correct` beside it.
+    """Summed next-token cross-entropy in float32, and counts of `tokens` (labelled) and `correct`.
 
-    Divide by `tokens` for the loss of the published code; a sum lets accumulated batches weigh
-    every labelled token alike. pixels as for `VideoXL.encode`, or None.
+    Divide by `tokens` for the loss of the published code; with a sum, gradient accumulation gives
+    every labelled token the same weight. pixels: as for `VideoXL.encode`, or None.
     """
     visual = None if pixels is None else model.encode(pixels)
     hidden = model(streams, visual)
@@ -149,13 +151,13 @@ def loss_and_metrics(
 
 
 LOGITS_BYTES = 2**28
-"""Most bytes of logits that stand at once on a device while a loss is taken."""
+"""Most bytes of logits on a device at once in `cross_entropy`."""
 
 
 def cross_entropy(model: VideoXL, hidden: Array, label: Array) -> tuple[Array, dict[str, Array]]:
     """Summed cross-entropy of hidden states [B, N, D] with labels [B, N], as `loss_and_metrics`.
 
-    Logits are made some labels at a time, and made again for gradients.
+    Logits are computed for a block of labels at a time, and recomputed for gradients.
     """
     batch, count = label.shape
     vocabulary = model.config.language.vocab_size
@@ -201,16 +203,15 @@ def read(
     memory: Memory,
     streams: StreamBatch,
     visual: Array | None,
-    base: Memory | None = None,
+    bases: tuple[Memory, ...] = (),
 ) -> tuple[Array, Memory]:
-    """Put the streams' persistent tokens into the memory.
+    """Run the streams through the model and append their persistent tokens to the memory.
 
-    visual: features [B, V, D] that the streams' sources count in, None for text alone. base: a
-    memory of one sample that comes before, and stays as it is; the ranks of the streams go on after
-    it. Returns logits [B, V] float32 after each sample's last token, and the memory; the one passed
-    in is given up (donated). The caller sees to it that there is room.
+    visual: features [B, V, D] that the streams' sources count in, None for text alone. bases: see
+    `scan_groups`; they are not donated. Returns logits [B, V] float32 after each sample's last
+    token, and the memory; the one passed in is donated. The caller checks that there is room.
     """
-    return _read(nnx.merge(graph, params), memory, streams, visual, base)
+    return _read(nnx.merge(graph, params), memory, streams, visual, bases)
 
 
 def _read(
@@ -218,9 +219,9 @@ def _read(
     memory: Memory,
     streams: StreamBatch,
     visual: Array | None,
-    base: Memory | None = None,
+    bases: tuple[Memory, ...] = (),
 ) -> tuple[Array, Memory]:
-    hidden, memory = scan_groups(model, streams, visual, memory, keep_hidden=False, base=base)
+    hidden, memory = scan_groups(model, streams, visual, memory, keep_hidden=False, bases=bases)
     last = jax.vmap(lambda rows, index: rows[index])(hidden, streams.last)
     return model.logits(last), memory
 
@@ -244,16 +245,16 @@ def prefill(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode_step(
-    graph: Any, params: Any, memory: Memory, token: Array, base: Memory | None = None
+    graph: Any, params: Any, memory: Memory, token: Array, bases: tuple[Memory, ...] = ()
 ) -> tuple[Array, Memory]:
-    """One more text token for every sample: a group of one window of one token.
+    """Append one text token to every sample: a group of one window of one token.
 
-    token [B] int32. base: a memory of one sample that comes before, and stays as it is. Returns
-    logits [B, V] float32 and the memory, one entry longer; the memory passed in is given up
-    (donated). The caller sees to it that there is room: a full memory would drop the entry.
+    token [B] int32. bases: see `scan_groups`; they are not donated. Returns logits [B, V] float32
+    and the memory, one entry longer; the memory passed in is donated. The caller checks that there
+    is room: a full memory would drop the entry.
     """
     model = nnx.merge(graph, params)
-    rank = memory.length if base is None else base.length + memory.length
+    rank = sum((base.length for base in bases), memory.length)  # [B]
     one = rank[None, :, None]  # [G, B, T]
     zero = jnp.zeros_like(one)
     streams = StreamBatch(
@@ -269,7 +270,7 @@ def decode_step(
         memory=memory.capacity,
         has_beacons=False,
     )
-    hidden, memory = scan_groups(model, streams, None, memory, keep_hidden=False, base=base)
+    hidden, memory = scan_groups(model, streams, None, memory, keep_hidden=False, bases=bases)
     return model.logits(hidden[:, 0]), memory
 
 

@@ -1,8 +1,9 @@
 """Weight-only int8 for the language model: half the bytes of bfloat16, for inference.
 
-Each column of a kernel is a scale times whole numbers from -127 to 127, rounded to the nearest
+Each column of a kernel is a float32 scale times integers from -127 to 127, rounded to nearest
 (symmetric, per output channel; Dettmers et al. 2022, arXiv 2208.07339, section 2.1). Activations
-and products keep the compute dtype; embeddings, norms, biases, vision tower and projector theirs.
+and products keep the compute dtype, logits are float32. Embeddings, norms, biases, the vision tower
+and the projector are not quantized.
 """
 
 from typing import Any, get_args
@@ -20,8 +21,11 @@ LINEARS = get_args(LoRATarget)
 
 
 class Int8Linear(nnx.Module):
-    """x kernel * scale + bias. kernel int8 [L, in, out], scale float32 [L, out]; without L inside a
-    layer.
+    """x kernel * scale + bias, summed in float32.
+
+    kernel int8 [L, in, out], scale float32 [L, out]; without L inside a layer. The result is
+    rounded to the linear's `preferred_element_type` if it has one (the head: float32), else to its
+    compute dtype.
     """
 
     def __init__(self, linear: nnx.Linear):
@@ -29,6 +33,7 @@ class Int8Linear(nnx.Module):
         self.kernel, self.scale = nnx.Param(kernel), nnx.Param(scale)
         self.bias = linear.bias
         self.dtype, self.out_features = linear.dtype, linear.out_features
+        self.out_dtype = linear.preferred_element_type or linear.dtype
 
     def __call__(self, inputs: Array) -> Array:
         """[..., in] -> [..., out]."""
@@ -38,13 +43,13 @@ class Int8Linear(nnx.Module):
         y = lax.dot_general(x, kernel, last, preferred_element_type=jnp.float32) * self.scale[...]
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
-        return y.astype(self.dtype)
+        return y.astype(self.out_dtype)
 
 
 def quantize(model: VideoXL) -> None:
-    """Make the language model's linears and its head int8, in place.
+    """Quantize the language model's linears and its head to int8, in place.
 
-    The model has weights, or is traced (jit, eval_shape).
+    The model has weights, or is being traced (jit, eval_shape).
     """
     language = model.language
     for block in (language.layers.attention, language.layers.mlp, language):
@@ -55,8 +60,9 @@ def quantize(model: VideoXL) -> None:
 
 
 def new_network(config: VideoXLConfig, weights: str | None = None) -> VideoXL:
-    """A network with random weights, or its shapes under `nnx.eval_shape`; weights: as for
-    `load_network`.
+    """Build a network with random weights (under `nnx.eval_shape`, its shapes).
+
+    weights: as for `load_network`.
     """
     model = VideoXL(config, rngs=nnx.Rngs(0))
     if weights == "int8":
@@ -65,13 +71,13 @@ def new_network(config: VideoXLConfig, weights: str | None = None) -> VideoXL:
 
 
 def is_quantized(path: tuple[str, ...]) -> bool:
-    """Whether the parameter at a path is one that `quantize` makes int8."""
+    """Whether `quantize` turns the parameter at a path into int8."""
     return path[0] == "language" and path[-1] == "kernel"
 
 
 @jax.jit
 def quantize_kernel(kernel: Array) -> tuple[Array, Array]:
-    """Kernel [..., in, out] -> int8 of its shape and float32 scale [..., out]."""
+    """Kernel [..., in, out] -> int8 kernel of the same shape and float32 scale [..., out]."""
 
     def one(kernel: Array) -> tuple[Array, Array]:
         wide = kernel.astype(jnp.float32)
@@ -82,7 +88,7 @@ def quantize_kernel(kernel: Array) -> tuple[Array, Array]:
 
 
 def quantized(path: tuple[str, ...], array: Any) -> dict[tuple[str, ...], Any]:
-    """What a parameter becomes: itself, or its int8 kernel and scale, by path."""
+    """Parameters that replace the one at a path, by path: int8 kernel and scale, or itself."""
     if not is_quantized(path):
         return {path: array}
     kernel, scale = quantize_kernel(array)

@@ -19,9 +19,9 @@ from vxl_jax.sharding import by_sample
 
 
 def normalize_pixels(pixels: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """RGB uint8 [..., 3] -> float32 with CLIP's mean and standard deviation taken off.
+    """RGB uint8 [..., 3] -> float32, normalised by mean and standard deviation of each channel.
 
-    Pixels that are floating point already are taken as normalised and returned as they are.
+    Floating-point pixels are assumed to be normalised and returned unchanged.
     """
     if jnp.issubdtype(pixels.dtype, jnp.floating):
         return pixels
@@ -53,7 +53,7 @@ class VisionLayer(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """CLIP's vision transformer up to the hidden state that is used as features."""
+    """CLIP's vision transformer, up to the layer whose hidden states are the features."""
 
     def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
         c = config.vision
@@ -69,7 +69,7 @@ class VisionTower(nnx.Module):
     def __call__(self, pixels: Array) -> Array:
         """Frames [F, S, S, 3] -> features [F, P, D] without the class token.
 
-        uint8 RGB, or floats that are normalised already.
+        uint8 RGB, or floats that are already normalised.
         """
         c = self.config.vision
         dtype = DTYPES[self.config.dtype]

@@ -125,13 +125,13 @@ def prefill(size: str, weights: str | None) -> dict[str, Any]:
     at_once = model.windows_at_once * config.window // config.tokens_per_frame
     tokens = at_once * config.tokens_per_frame
     features = jnp.ones((tokens, config.language.width), config.dtype)
-    watcher = Watcher(entries, begin_block(config, start))
+    watcher = Watcher([(entries, start)], begin_block(config, start))
 
     def step() -> None:
         watcher.take(features, np.zeros(at_once), RATIO)
 
     step(), step()
-    jax.block_until_ready(entries.arrays(entries.length))
+    jax.block_until_ready(watcher.block.features)
     steps = frames // at_once
     began = time.perf_counter()
     for _ in range(steps):
@@ -258,7 +258,8 @@ def attention_error(size: str) -> list[dict[str, Any]]:
         exact = np.asarray(jax.jit(library("xla"))(q, k, v), np.float64)
     rows = []
     for name, way in ways.items():
-        arrays = [x.astype(dtype) for x in (q, k, v)]
+        scaled = q * language.head_size**-0.5 if name == "tiles" else q
+        arrays = [x.astype(dtype) for x in (scaled, k, v)]
         call = jax.jit(way)
         out = np.asarray(call(*arrays), np.float64)
         seconds = []

@@ -9,6 +9,7 @@ import json
 import re
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,13 +27,22 @@ ROOM = 2**20
 """Bytes that a starved program may still allocate."""
 
 
+def address_space() -> int:
+    """Bytes of address space that the process has."""
+    size = re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert size
+    return int(size[1]) * 1024
+
+
 @contextmanager
 def starved(room: int = ROOM) -> Iterator[None]:
     """No more than `room` bytes of address space beside what the process has."""
-    size = re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert size
+    sizes = [address_space()]
+    while len(sizes) < 5 or len(set(sizes[-5:])) > 1:  # threads that end still give back theirs
+        time.sleep(0.05)
+        sizes.append(address_space())
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (int(size[1]) * 1024 + room, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (sizes[-1] + room, before[1]))
     try:
         yield
     finally:

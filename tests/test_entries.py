@@ -31,16 +31,19 @@ def random_memory(capacity: int, seed: int = 0) -> Memory:
 @pytest.mark.parametrize("counts", [[1], [128], [129, 0, 1, 300], [5, 127, 128, 256]])
 def test_appended_slots_are_those_of_the_source(runtime: Runtime, counts: list[int]):
     """Also where the last block of slots would go past the end of either buffer."""
-    entries, expected = Entries(runtime), []
+    entries, expected, length = Entries(runtime), [], 0
     entries.reserve(sum(counts))
     for seed, count in enumerate(counts):
         source = random_memory(count + 3, seed)
-        entries.append(source, 3, count)
+        entries.append(length, source, 3, count)
+        length += count
         expected.append(source.keys[:, 0, :, 3:])
-    keys, _ = entries.arrays(entries.length)
+    keys, _ = entries.arrays(length)
     assert np.array_equal(keys, np.concatenate(expected, axis=2))
     with pytest.raises(ValueError, match="capacity"):
-        entries.append(source, 0, entries.capacity)
+        entries.append(1, source, 0, entries.capacity)
+    with pytest.raises(ValueError, match="-1 entries"):
+        entries.append(1, source, 0, -1)
 
 
 def test_append_allocates_next_to_nothing():
@@ -62,18 +65,18 @@ def test_growth_by_way_of_the_host_keeps_the_entries(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ):
     entries = Entries(runtime)
-    append_text(entries, np.arange(40, dtype=np.int32))
-    before, capacity = entries.arrays(40), entries.capacity
+    append_text([(entries, 0)], np.arange(40, dtype=np.int32))
+    before = entries.arrays(40)
     grown = entries._grown_on_host(96)
     assert grown.capacity == 96
     entries._memory = grown
     for then, now in zip(before, entries.arrays(40), strict=True):
         assert np.array_equal(then, now)
 
-    make = entries_module.empty_memory
+    make, most = entries_module.empty_memory, [50]
 
     def full(config: Any, samples: int, slots: int) -> Memory:
-        if slots > capacity + 96:
+        if slots > most[0]:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
         return make(config, samples, slots)
 
@@ -83,13 +86,17 @@ def test_growth_by_way_of_the_host_keeps_the_entries(
     with pytest.raises(VisualMemoryError, match="the device has no room for 1,024 entries"):
         entries.reserve(1000)
     assert entries.capacity == 96
+    with pytest.raises(VisualMemoryError, match="bringing a memory back to the device"):
+        entries.arrays(40)
+    most[0] = 96
     for then, now in zip(before, entries.arrays(40), strict=True):
         assert np.array_equal(then, now)
+    assert isinstance(entries._memory.keys, jax.Array)
 
 
 def test_entries_that_a_failed_device_has_taken_are_named(runtime: Runtime):
     entries = Entries(runtime)
-    append_text(entries, np.arange(4, dtype=np.int32))
+    append_text([(entries, 0)], np.arange(4, dtype=np.int32))
     assert entries._memory is not None
     entries._memory.keys.delete()
     with pytest.raises(VisualMemoryError, match="whose entries are lost; watch again"):

@@ -13,6 +13,7 @@ from flax import nnx
 
 from train.config import Part
 from train.step import part_of
+from vxl_jax.attention import tile_unit
 from vxl_jax.config import LanguageConfig, VideoXLConfig, VisionConfig, video_xl_7b
 from vxl_jax.flops import (
     PARTS,
@@ -149,8 +150,9 @@ def example(ratio, frames, text=6):
 
 
 def all_pairs(streams):
-    """What the network makes of two samples' attention in one tile: every pair."""
-    tokens = streams.kind.shape[-1]
+    """Pairs that the network computes for two samples in one tile: all, tokens in whole units."""
+    unit = tile_unit()
+    tokens = -(-streams.kind.shape[-1] // unit) * unit
     return 2 * tokens * (tokens + streams.memory)
 
 

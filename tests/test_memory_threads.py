@@ -37,21 +37,17 @@ def frames(piece: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def alone(model: Model) -> dict[int, list[int]]:
     """Ids of the answer, by entries, after each step of one thread that extends a memory."""
-    memory, answers = model.watch(frames(0), ratio=4), {}
-    noted = set()
-    commit = memory.entries.append
+    memory = model.watch(frames(0), ratio=4)
+    lengths, append = {memory.length}, memory.entries.append
 
-    def append(*arguments: Any) -> None:
-        commit(*arguments)
-        noted.add(memory.entries.length)
+    def noted(at: int, own: Any, first: int, count: int) -> None:
+        append(at, own, first, count)
+        lengths.add(at + count)
 
-    memory.entries.append = append  # type: ignore[method-assign]
-    noted.add(memory.length)
+    memory.entries.append = noted  # type: ignore[method-assign]
     for piece in range(1, PIECES):
         memory.extend(frames(piece), ratio=4)
-    for length in noted:
-        answers[length] = answer(model, memory, length)
-    return answers
+    return {length: answer(model, memory, length) for length in lengths}
 
 
 def answer(model: Model, memory: VisualMemory, length: int) -> list[int]:

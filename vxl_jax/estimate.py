@@ -132,8 +132,8 @@ class Estimator:
         film, step, own = map(self._memory, (capacity, max(1, stream.persistent), OWN_SLOTS))
         token = jax.ShapeDtypeStruct((1,), np.int32)
         model = self.graph, self.params
-        # Pixels and features of the next step stand while this one runs.
-        waiting = 2 * tree_bytes((pixels, visual))
+        # Pixels and features of the next step stand while this one runs, and what the step makes.
+        waiting = 2 * tree_bytes((pixels, visual)) + tree_bytes(step)
         with attention.made_for("gpu"):
             lowered = (
                 encode.lower(*model, pixels),

@@ -38,7 +38,7 @@ class Chat:
         self.turns: list[dict[str, str]] = []
         self._blocks = len(now.watched)
         self._base: Base = (memory.entries, now.length)
-        self._entries = Entries(model)  # of all turns, after the memory's
+        self._entries, self._length = Entries(model), 0  # of all turns, after the memory's
         self._rest = np.empty(0, np.int32)  # ids of the last answer that are not in the entries
         self._answering: Generator[str, None, None] | None = None
         self._lock = threading.RLock()
@@ -108,8 +108,12 @@ class Chat:
                     return
                 yield piece
         finally:
-            with self._lock:
-                answer.close()
+            # Whoever has the lock closes the answer; the garbage collector must not wait for it.
+            if self._lock.acquire(blocking=False):
+                try:
+                    answer.close()
+                finally:
+                    self._lock.release()
 
     def _answer(
         self,
@@ -119,21 +123,21 @@ class Chat:
         max_new_tokens: int,
         sampling: Sampling,
     ) -> Generator[str, None, None]:
-        model, before = self.model, self._entries.length
+        model = self.model
         if self.turns:
             follow_up = encode_follow_up(question, model.tokenizer, control_tokens=False)
             ids = np.append(self._rest, follow_up)
         else:
             ids = model.first_turn(self._blocks, question)
-        try:
-            text_ids = self._watch(ids, films, ratios)
-            turn = self._begin_turn(len(text_ids) + max_new_tokens)
-            logits = turn.read_text(text_ids)
-        except BaseException:
-            self._entries.truncate(before)
-            raise
+        self._entries.reserve(OWN_SLOTS)
+        length, text_ids = self._watch(ids, films, ratios)
+        slots = len(text_ids) + max_new_tokens
+        model.check_context(self._base[1] + length + slots, "the conversation")
+        self._entries.reserve(length + slots)  # to keep the turn
+        turn = Continuation(model, [self._base, (self._entries, length)], slots=slots)
+        logits = turn.read_text(text_ids)
         answer: list[int] = []
-        shown, stopped = "", None
+        shown = ""
         try:
             for (token,) in turn.decode(logits, max_new_tokens, sampling):
                 if token in model.stop_ids:
@@ -143,48 +147,44 @@ class Chat:
                 if not text.endswith("\ufffd"):  # the rest of a character is to come
                     yield text[len(shown) :]
                     shown = text
-        except (GeneratorExit, KeyboardInterrupt) as error:  # what was answered until then stands
-            stopped = error
-        except BaseException:
-            self._entries.truncate(before)
+        except (GeneratorExit, KeyboardInterrupt):  # what was answered until then stands
+            self._keep(question, turn, answer, length)
             raise
-        self._keep(question, turn, answer, before)
-        if stopped is not None:
-            raise stopped
+        self._keep(question, turn, answer, length)
         text = model.text_of(answer)
         if text != shown:
             yield text[len(shown) :]
 
-    def _watch(self, ids: np.ndarray, films: Sequence[Film], ratios: Ratios) -> np.ndarray:
-        """Append the media of a turn, and the text before each; returns the text after the last."""
+    def _watch(
+        self, ids: np.ndarray, films: Sequence[Film], ratios: Ratios
+    ) -> tuple[int, np.ndarray]:
+        """Append the media of a turn, and the text before each; returns how many entries there are
+        then, and the text after the last. They count when the turn is kept.
+        """
+        length = self._length
         marks = np.flatnonzero(ids == IMAGE_TOKEN)
         pieces = np.split(ids[ids != IMAGE_TOKEN], marks - np.arange(len(marks)))
         for text, film in zip(pieces, films, strict=False):
             if len(text):
-                append_text(self._entries, text, [self._base])
-            block = begin_block(self.model.config, self._entries.length)
-            watch_film(Watcher(self._entries, block, [self._base]), film, ratios)
-        return pieces[-1]
+                length = append_text([self._base, (self._entries, length)], text)
+            bases = [self._base, (self._entries, length)]
+            watcher = Watcher(bases, begin_block(self.model.config, length))
+            watch_film(watcher, film, ratios)
+            length = watcher.length
+        return length, pieces[-1]
 
-    def _begin_turn(self, slots: int) -> Continuation:
-        """What follows the turns before, with room for text and answer, also to be kept."""
-        held = self._entries.length
-        self.model.check_context(self._base[1] + held + slots, "the conversation")
-        self._entries.reserve(max(held + slots, OWN_SLOTS))
-        bases = [self._base, (self._entries, held)] if held else [self._base]
-        return Continuation(self.model, bases, slots=slots)
+    def _keep(self, question: str, turn: Continuation, answer: list[int], length: int) -> None:
+        """Append a turn, as far as it was answered, after `length` entries.
 
-    def _keep(self, question: str, turn: Continuation, answer: list[int], before: int) -> None:
-        """Append a turn, as far as it was answered; if that fails, forget it."""
+        Raises: VisualMemoryError if a step has failed; the conversation is as it was before.
+        """
         held = min(len(answer), turn.decoded)
+        kept = int(turn.lengths[0]) + held
+        said = self.model.text_of(answer).strip()
         with held_interrupts():
-            try:
-                self._entries.append(turn.memory, 0, int(turn.lengths[0]) + held)
-            except BaseException:
-                self._entries.truncate(before)
-                raise
+            self._entries.append(length, turn.memory, 0, kept)
+            self._length = length + kept
             self._rest = np.array(answer[held:], np.int32)
-            said = self.model.text_of(answer).strip()
             self.turns += [{"from": "human", "value": question}, {"from": "gpt", "value": said}]
 
 

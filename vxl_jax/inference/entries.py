@@ -39,7 +39,7 @@ text is padded: questions of other lengths use programs that are compiled alread
 
 @contextmanager
 def device_memory(step: str) -> Iterator[None]:
-    """Turn an allocation failure of the device into VisualMemoryError. step: what was done."""
+    """Turn an allocation failure of the device into VisualMemoryError; `step` is what failed."""
     try:
         yield
     except DEVICE_ERRORS as error:
@@ -51,18 +51,18 @@ def device_memory(step: str) -> Iterator[None]:
 
 
 class Entries:
-    """Append-only entries of one stream on the device, shared by threads.
+    """A buffer of entries on the device, shared by threads: their owners know how many count.
 
-    Entries below `length` never change, so that a reader that has noted a length sees the same
-    whatever is appended. The buffer is replaced under `lock`, and each program that reads it is
-    dispatched under `lock` (`reading`): a thread whose program is being compiled keeps the others
-    waiting for that long.
+    Entries that an owner has published never change: `append` is called with a place behind them,
+    so that a reader that has noted a length sees the same whatever is appended. The buffer is
+    replaced under `lock`, and each program that reads it is dispatched under `lock` (`reading`): a
+    thread whose program is being compiled keeps the others waiting for that long.
     """
 
     def __init__(self, runtime: Runtime):
-        self.runtime, self.length = runtime, 0
+        self.runtime = runtime
         self.lock = threading.RLock()
-        self._memory: Memory | None = None
+        self._memory: Memory | None = None  # of NumPy arrays where the device had no room
 
     @property
     def capacity(self) -> int:
@@ -73,13 +73,17 @@ class Entries:
     def reading(self, length: int) -> Iterator[Memory]:
         """The first `length` entries, for programs that are dispatched inside the block.
 
-        Raises: VisualMemoryError if the device has failed while it was appending.
+        Raises: VisualMemoryError if the device has no room for them, or has failed while it was
+            appending.
         """
         with self.lock:
             if self._memory is None:
                 self.reserve(1)
             assert self._memory is not None
-            if isinstance(self._memory.keys, Array) and self._memory.keys.is_deleted():
+            if isinstance(self._memory.keys, np.ndarray):
+                with device_memory("bringing a memory back to the device"):
+                    self._memory = self._from_host(self._memory, self.capacity)
+            if self._memory.keys.is_deleted():
                 raise VisualMemoryError(
                     "the device failed while it was extending this memory, whose entries are lost; "
                     "watch again, or load a saved memory"
@@ -88,25 +92,30 @@ class Entries:
 
     def arrays(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Copies of the first keys and values on the host, [L, K, length, H]."""
-        with self.reading(length) as memory:
-            cut = [x[:, 0, :, :length] for x in (memory.keys, memory.values)]
-        return np.array(cut[0]), np.array(cut[1])
+        layers = []
+        for layer in range(self.runtime.config.language.layers):
+            with self.reading(length) as memory:
+                cut = [x[layer, 0, :, :length] for x in (memory.keys, memory.values)]
+            layers.append([np.asarray(x) for x in cut])
+        keys, values = zip(*layers, strict=True)
+        return np.stack(keys), np.stack(values)
 
     def reserve(self, slots: int) -> None:
-        """Grow the capacity to at least `slots`, one of a small set of sizes, each of which is
-        compiled for once: half as much again as it was, or else what is needed, or else that by way
-        of the host's memory, where the device cannot hold both buffers.
+        """Grow the capacity to at least `slots`, one of a small set of sizes: few programs.
 
-        Raises: VisualMemoryError if the device has no room; everything stays as it was.
+        Tried in turn: half as much again as there is; what is needed; what is needed, with the old
+        buffer on the host meanwhile.
+
+        Raises: VisualMemoryError if the device has no room; the entries stay as they were.
         """
         with self.lock:
             if slots <= self.capacity:
                 return
             exact = round_up(slots, 16)
             roomy = round_up(max(slots, self.capacity * 3 // 2), 16)
-            ways: list[Callable[[], Memory]] = [partial(self._grown, roomy)]
-            if exact != roomy:
-                ways.append(partial(self._grown, exact))
+            ways = [partial(self._grown, roomy), partial(self._grown, exact)]
+            if exact == roomy:
+                ways.pop()
             if self._memory is not None and jax.default_backend() != "cpu":
                 ways.append(partial(self._grown_on_host, exact))
             for way in ways:
@@ -117,7 +126,7 @@ class Entries:
                 except DEVICE_ERRORS as error:
                     if not is_out_of_memory(error):
                         raise
-                    failure = error
+                    failure = error.with_traceback(None)  # which holds the arrays of `way`
             size = exact * entry_bytes(self.runtime.config) / 1e9
             raise VisualMemoryError(
                 f"the device has no room for {exact:,} entries ({size:.1f} GB): use fewer frames, "
@@ -125,7 +134,7 @@ class Entries:
             ) from failure
 
     def _grown(self, capacity: int) -> Memory:
-        """The buffer with more room, beside the one that there is."""
+        """A larger buffer, beside the old one."""
         if self._memory is None:
             new = empty_memory(self.runtime.config, 1, capacity)
         else:
@@ -133,21 +142,22 @@ class Entries:
         return jax.block_until_ready(new)
 
     def _grown_on_host(self, capacity: int) -> Memory:
-        """The buffer with more room, after the old one has left the device for the host."""
+        """A larger buffer, after the old one has left the device; if that fails, it stays on the
+        host until it is read (`reading`).
+        """
         old = self._memory
         assert old is not None
-        host = Memory(np.array(old.keys), np.array(old.values), old.length)  # type: ignore[arg-type]
-        old.keys.delete()
-        old.values.delete()
-        try:
-            return self._from_host(host, capacity)
-        except BaseException:
-            self._memory = host  # programs take NumPy arrays as well, should the device be full
-            self._memory = self._from_host(host, host.capacity)
-            raise
+        keys: Any = np.array(old.keys)
+        values: Any = np.array(old.values)
+        host = replace(old, keys=keys, values=values)
+        self._memory = host
+        for x in (old.keys, old.values):
+            if isinstance(x, Array):
+                x.delete()
+        return self._from_host(host, capacity)
 
     def _from_host(self, host: Memory, capacity: int) -> Memory:
-        """Arrays of the host as a buffer of the device."""
+        """A buffer of the device from arrays of the host."""
         new = empty_memory(self.runtime.config, 1, capacity)
         keys, values = new.keys, new.values
         for i in range(len(host.keys)):
@@ -155,37 +165,37 @@ class Entries:
             values = _put_layer(values, np.asarray(host.values[i]), i)
         return jax.block_until_ready(replace(new, keys=keys, values=values))
 
-    def append(self, memory: Memory, first: int, count: int) -> None:
-        """Append the slots from `first` on of a memory of one sample; `reserve` comes before.
+    def append(self, at: int, memory: Memory, first: int, count: int) -> None:
+        """Put slots `first` to `first + count` of a memory of one sample in, from entry `at` on.
 
-        memory: it is waited for, since the buffer must not depend on a step that failed.
+        `reserve` comes before. The memory is waited for, since the buffer must not depend on a step
+        that failed.
+
+        Raises: VisualMemoryError if that step ran out of memory; the entries stay as they were.
         """
-        jax.block_until_ready(memory)
-        with self.lock:
-            if self.length + count > self.capacity:
-                raise ValueError(f"{count} entries after {self.length}: capacity {self.capacity}")
-            if count:
-                at = np.int32(self.length), np.int32(first), np.int32(count)
-                with held_interrupts():
-                    self._memory = _appended(self._memory, memory, *at)
-                    self.length += count
-
-    def truncate(self, length: int) -> None:
-        """Forget entries from `length` on. Only for entries that no other thread reads."""
-        with self.lock:
-            self.length = min(self.length, length)
+        if count < 0 or at + count > self.capacity:
+            raise ValueError(f"{count} entries from {at} on: capacity {self.capacity}")
+        with device_memory("extending a memory"):
+            jax.block_until_ready(memory)
+            with self.lock, held_interrupts():
+                self._memory = _appended(
+                    self._memory, memory, np.int32(at), np.int32(first), np.int32(count)
+                )
 
     def fill(self, length: int, layers: Iterator[tuple[Array, Array]]) -> None:
         """Put in the first entries: keys and values [K, length, H] of one layer after another.
 
         No other thread has these entries yet.
+
+        Raises: VisualMemoryError if the device has no room.
         """
         self.reserve(length)
         assert self._memory is not None
         keys, values = self._memory.keys, self._memory.values
-        for i, (of_keys, of_values) in enumerate(layers):
-            keys, values = _put_layer(keys, of_keys, i), _put_layer(values, of_values, i)
-        self._memory, self.length = replace(self._memory, keys=keys, values=values), length
+        with device_memory("loading a memory"):
+            for i, (of_keys, of_values) in enumerate(layers):
+                keys, values = _put_layer(keys, of_keys, i), _put_layer(values, of_values, i)
+            self._memory = jax.block_until_ready(replace(self._memory, keys=keys, values=values))
 
 
 Base = tuple[Entries, int]
@@ -217,7 +227,7 @@ class Continuation:
         if capacity is None:
             least = OWN_SLOTS if samples == 1 else OWN_SLOTS_OF_MANY
             capacity = least * round_up(-(-slots // least), 1)
-        with device_memory(f"of {samples} x {capacity:,} entries"):
+        with device_memory(f"making room for {samples} x {capacity:,} entries"):
             self.memory = empty_memory(runtime.config, samples, capacity)
 
     def plan_text(self, ids: Sequence[int] | np.ndarray, sample: int = 0) -> Stream:
@@ -243,7 +253,7 @@ class Continuation:
         # Slots are this memory's own: programs must not be compiled for those that a plan needs.
         batch = batch_streams(streams, replace(shape, tokens=tokens, memory=tokens))
         self.memory = replace(self.memory, length=jnp.array(self.lengths))
-        with device_memory("reading what follows the memory"):
+        with device_memory("reading what follows a memory"):
             logits = self._run(read, replace(batch, memory=0), visual)
         self.lengths = lengths
         return logits
@@ -281,16 +291,17 @@ class Continuation:
         return logits
 
 
-def append_text(entries: Entries, ids: np.ndarray, before: Sequence[Base] = ()) -> None:
-    """Append text to entries. before: entries before these.
+def append_text(bases: Sequence[Base], ids: np.ndarray) -> int:
+    """Append text to the last of the bases; returns how many entries it has then.
 
     Raises: VisualMemoryError if the device has no room; the entries stay as they were.
     """
-    entries.reserve(entries.length + len(ids))
-    own = Continuation(entries.runtime, [*before, (entries, entries.length)], slots=len(ids))
-    own.read_text(ids)
-    with device_memory("reading text"):
-        entries.append(own.memory, 0, len(ids))
+    entries, length = bases[-1]
+    entries.reserve(length + len(ids))
+    turn = Continuation(entries.runtime, bases, slots=len(ids))
+    turn.read_text(ids)
+    entries.append(length, turn.memory, 0, len(ids))
+    return length + len(ids)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -301,8 +312,13 @@ def _padded(memory: Memory, capacity: int) -> Memory:
 
 @partial(jax.jit, donate_argnums=0)
 def _appended(memory: Memory, own: Memory, at: Any, first: Any, count: Any) -> Memory:
-    """Copy `count` slots of `own` from `first` on into the memory from `at` on, in place."""
+    """Copy `count` slots of `own` from `first` on into the memory from `at` on, in place.
+
+    The number of blocks is that of a full `own`: a GPU would ask the host about a bound that it has
+    computed, in every turn of the loop.
+    """
     size = min(APPEND_SLOTS, memory.capacity)
+    blocks = -(-own.capacity // size)
 
     def copy(i: Any, parts: tuple[Array, Array]) -> tuple[Array, Array]:
         start = jnp.minimum(at + i * size, memory.capacity - size)
@@ -316,7 +332,7 @@ def _appended(memory: Memory, own: Memory, at: Any, first: Any, count: Any) -> M
 
         return put(parts[0], own.keys), put(parts[1], own.values)
 
-    keys, values = lax.fori_loop(0, -(-count // size), copy, (memory.keys, memory.values))
+    keys, values = lax.fori_loop(0, blocks, copy, (memory.keys, memory.values))
     return replace(memory, keys=keys, values=values)
 
 

@@ -15,7 +15,14 @@ from vxl_jax.inference.entries import Entries, append_text
 from vxl_jax.inference.memory_file import SavedMemory, check_fingerprint, check_free, write_memory
 from vxl_jax.inference.ratios import Ratios
 from vxl_jax.inference.runtime import Runtime
-from vxl_jax.inference.watching import Block, Watcher, begin_block, films_entries, watch_film
+from vxl_jax.inference.watching import (
+    Block,
+    Progress,
+    Watcher,
+    begin_block,
+    films_entries,
+    watch_film,
+)
 from vxl_jax.media import DEFAULT_OPTIONS, MediaOptions
 
 
@@ -150,39 +157,38 @@ class VisualMemory:
                 goes_on = not new_block
             shift = old.watched[-1].last + film.step if goes_on and film.step else 0.0
             block = old.block if goes_on else None
-            if block is None:
-                block = begin_block(self.entries.runtime.config, old.length)
-            name, is_video = film.name, film.is_video
+            block = block or begin_block(self.entries.runtime.config, old.length)
 
-            def noted(block: Block, frames: int, first: float, last: float) -> None:
-                """Of the frames that were appended; the entries are locked."""
-                new = Watched(name, is_video, frames, first, last)
-                ids, before = old.ids, old.watched
-                if goes_on:
-                    frames += before[-1].frames
-                    new, before = replace(before[-1], frames=frames, last=last), before[:-1]
-                else:
+            def noted(now: Progress) -> None:
+                """Publish what is in the entries; they are locked."""
+                ids, watched = old.ids, old.watched
+                if not goes_on:
                     ids = np.append(ids, np.int32(IMAGE_TOKEN))
-                self._snapshot = Snapshot(self.entries.length, ids, (*before, new), block)
+                    new = Watched(film.name, film.is_video, now.frames, now.first, now.last)
+                    watched = (*watched, new)
+                elif now.frames:
+                    frames = watched[-1].frames + now.frames
+                    new = replace(watched[-1], frames=frames, last=now.last)
+                    watched = (*watched[:-1], new)
+                self._snapshot = Snapshot(now.length, ids, watched, now.block)
 
+            watcher = Watcher([(self.entries, old.length)], block, noted)
             try:
-                watcher = Watcher(self.entries, block, noted=noted)
                 watch_film(watcher, film, ratios, shift, progress)
             except MediaError as error:
                 if not self.watched:
                     raise
-                raise PartlyWatched(
-                    f"{error}; what was watched can be used, of {self._end()}", self
-                ) from error
+                raise PartlyWatched(f"{error}; {self._end()}", self) from error
             except VisualMemoryError as error:
                 if self._snapshot is old:
                     raise
-                end = f"what was watched can be used, of {self._end()}"
-                raise VisualMemoryError(f"{error}; {end}") from (error.__cause__ or error)
+                cause = error.__cause__ or error
+                raise VisualMemoryError(f"{error}; {self._end()}", self) from cause
 
     def _end(self) -> str:
         last = self.watched[-1]
-        return f"{last.name} {last.frames:,} frames, up to second {last.last:.1f}"
+        end = f"{last.name} {last.frames:,} frames, up to second {last.last:.1f}"
+        return f"what was watched can be used, of {end}"
 
     def check_room(self, films: Sequence[Film], ratios: Ratios, text: int = 0) -> None:
         """Check that the context and the device have room for films, and reserve it.
@@ -212,8 +218,8 @@ class VisualMemory:
         with self._lock:
             entries, now = self.entries, self._snapshot
             if now.length == 0 and len(now.ids):
-                append_text(entries, now.ids)
-                self._snapshot = replace(now, length=len(now.ids))
+                length = append_text([(entries, 0)], now.ids)
+                self._snapshot = replace(now, length=length)
             return self._snapshot
 
     def attach(self, runtime: Runtime) -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from vxl_jax.errors import CheckpointError, VisualMemoryError
+from vxl_jax.errors import CheckpointError, VisualMemoryError, VxlError
 from vxl_jax.inference.entries import Entries
 from vxl_jax.inference.runtime import Runtime
 from vxl_jax.inference.watching import Block, begin_block
@@ -67,8 +68,7 @@ def write_memory(
     """
     config = entries.runtime.config
     language = config.language
-    block = block or None
-    about |= {
+    about = about | {
         "model": entries.runtime.fingerprint,
         "length": length,
         "block": block and {"start": block.start, "ratios": block.ratios, "tokens": block.tokens},
@@ -91,7 +91,7 @@ def write_memory(
             f"{path}: {needed / 1e9:.2f} GB will be written, and the disk has "
             f"{free / 1e9:.2f} GB left; make room, or choose another disk"
         )
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         write_tensors(part, planned, {"format": FORMAT, "about": json.dumps(about)})
         part.replace(path)
@@ -133,7 +133,7 @@ class SavedMemory:
         try:
             yield
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError | VisualMemoryError):
+            if isinstance(error, VxlError):
                 raise
             raise CheckpointError(f"{self.path}: is damaged ({error!r}); watch again") from error
 
@@ -150,14 +150,14 @@ class SavedMemory:
             for name, expected in (("keys", shape), ("values", shape), ("features", waiting)):
                 if self.tensors[name].shape != expected:
                     raise ValueError(f"{name} has shape {self.tensors[name].shape}, not {expected}")
-            about = self.about["block"]
-            entries, block = Entries(runtime), None
-            entries.fill(self.length, map(self._layer, range(language.layers)))
+            block, about = None, self.about["block"]
             if about is not None:
                 features = jnp.array(np.array(self.tensors["features"].read()))
                 ratios = tuple(about["ratios"])
                 block = Block(int(about["start"]), features, ratios, int(about["tokens"]))
-            return entries, block
+        entries = Entries(runtime)
+        entries.fill(self.length, map(self._layer, range(language.layers)))
+        return entries, block
 
     def _layer(self, index: int) -> tuple[Array, Array]:
         """Keys and values [K, length, H] of a layer. Copied on the host: the next read overwrites

@@ -20,7 +20,7 @@ from vxl_jax.checkpoint import load_network
 from vxl_jax.decode import GREEDY, Sampling, check_new_tokens, until_stopped
 from vxl_jax.film import FRAMES, Media, as_media, open_film
 from vxl_jax.inference.chat import NEW_TOKENS, Chat, as_list, check_question
-from vxl_jax.inference.entries import Continuation
+from vxl_jax.inference.entries import Base, Continuation
 from vxl_jax.inference.memory import VisualMemory
 from vxl_jax.inference.ratios import Ratios
 from vxl_jax.inference.runtime import Runtime
@@ -143,12 +143,12 @@ class Model(Runtime):
         questions = [question] if isinstance(question, str) else question
         for text in questions:
             check_question(text, media=False)
-        new = self.ask_ids(
-            memory,
-            [self.first_turn(len(memory.watched), text) for text in questions],
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-        )
+        check_new_tokens(max_new_tokens)
+        memory.attach(self)
+        now = memory.snapshot()  # another thread may be extending it
+        prompts = [self.first_turn(len(now.watched), text) for text in questions]
+        base = memory.entries, now.length
+        new = self._answers(base, prompts, max_new_tokens, sampling)
         answers = [self.text_of(ids).strip() for ids in new]
         return answers[0] if isinstance(question, str) else answers
 
@@ -177,14 +177,23 @@ class Model(Runtime):
         """
         check_new_tokens(max_new_tokens)
         memory.attach(self)
+        base = memory.entries, memory.snapshot().length
+        return self._answers(base, prompts, max_new_tokens, sampling)
+
+    def _answers(
+        self,
+        base: Base,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> list[list[int]]:
         if not prompts:
             return []
-        base = memory.entries, memory.snapshot().length
-        longest = max(map(len, prompts)) + max_new_tokens
-        self.check_context(base[1] + longest, "the question")
-        entries = Continuation(self, [base], len(prompts), slots=longest)
-        logits = entries.read([entries.plan_text(ids, i) for i, ids in enumerate(prompts)])
-        tokens = entries.decode(logits, max_new_tokens, sampling)
+        slots = max(map(len, prompts)) + max_new_tokens
+        self.check_context(base[1] + slots, "the question")
+        turn = Continuation(self, [base], len(prompts), slots=slots)
+        logits = turn.read([turn.plan_text(ids, i) for i, ids in enumerate(prompts)])
+        tokens = turn.decode(logits, max_new_tokens, sampling)
         return until_stopped(tokens, self.stop_ids, np.zeros(len(prompts), bool))
 
     def chat(self, memory: VisualMemory | None = None, system: str = DEFAULT_SYSTEM) -> "Chat":

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -13,7 +12,7 @@ from vxl_jax.chat import IMAGE_TOKEN
 from vxl_jax.config import DTYPES, VideoXLConfig
 from vxl_jax.errors import MediaError
 from vxl_jax.film import AT_ONCE, Film, ahead
-from vxl_jax.inference.entries import Base, Continuation, Entries, device_memory
+from vxl_jax.inference.entries import Base, Continuation, device_memory
 from vxl_jax.inference.ratios import Ratios, ratio_at
 from vxl_jax.inference.runtime import Runtime
 from vxl_jax.interrupts import held_interrupts
@@ -43,29 +42,53 @@ def begin_block(config: VideoXLConfig, start: int) -> Block:
     return Block(start, jnp.zeros((0, config.language.width), DTYPES[config.dtype]))
 
 
-def _nothing(block: Block, frames: int, first: float, last: float) -> None:
-    """Note nothing of what is watched."""
+@dataclass(frozen=True)
+class Progress:
+    """How far a watcher has come: what is in the entries.
+
+    length: entries that count. block: cut to the frames that have entries; of the last one, tokens
+    may wait for a window to be full. frames: of this watcher. first, last: their seconds.
+    """
+
+    length: int
+    block: Block
+    frames: int
+    first: float
+    last: float
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Windows that a device is reading: their memory `own` follows `start` entries, and will have
+    `persistent`. block: after them. partial: tokens of the last window that are read, if it is not
+    full; they are the first of the block's features.
+    """
+
+    own: Continuation
+    start: int
+    persistent: int
+    block: Block
+    partial: int
 
 
 class Watcher:
-    """Puts the frames of one block into entries. What fails leaves the entries as they were.
+    """Puts the frames of one block into entries, after those that count.
 
-    bases: entries before these. noted: called under the lock of the entries whenever some are
-    appended: with the block as far as they go, and with the number of this watcher's frames in it
-    and the seconds of the first and the last.
+    bases: entries before, and last those that are appended to, with the length that counts. noted:
+    called under their lock whenever some are appended. What fails is not appended.
     """
 
     def __init__(
         self,
-        entries: Entries,
+        bases: Sequence[Base],
         block: Block,
-        bases: Sequence[Base] = (),
-        noted: Callable[[Block, int, float, float], None] = _nothing,
+        noted: Callable[[Progress], None] = lambda progress: None,
     ):
-        self.entries, self.block, self.bases, self.noted = entries, block, tuple(bases), noted
-        self.runtime: Runtime = entries.runtime
+        *before, (self.entries, self.length) = bases
+        self.bases, self.block, self.noted = tuple(before), block, noted
+        self.runtime: Runtime = self.entries.runtime
         self.before = sum(length for _, length in self.bases)
-        self._seconds: list[float] = []
+        self._seconds: list[float] = []  # of the frames taken in
         self._first = block.tokens  # of the first frame
         self._step: _Step | None = None  # on the device, and not in the entries yet
         self._failed = False
@@ -73,9 +96,8 @@ class Watcher:
     def see(self, pixels: np.ndarray, seconds: np.ndarray, ratios: Ratios) -> None:
         """Take in frames [F, S, S, 3]; their full windows go into the entries.
 
-        Raises: VisualMemoryError if the device has no room. This watcher cannot go on then.
+        Raises: VisualMemoryError if the device has no room.
         """
-        self._failed = True
         padded = np.pad(pixels, ((0, round_up(len(pixels), 4) - len(pixels)), *[(0, 0)] * 3))
         with device_memory(f"encoding {len(pixels)} frames"):
             visual = encode(self.runtime.graph, self.runtime.params, padded[None])[0]
@@ -84,7 +106,6 @@ class Watcher:
 
     def take(self, visual: Array, seconds: np.ndarray, ratios: Ratios) -> None:
         """As `see`, of frames that are encoded: visual tokens [n, D]."""
-        self._failed = True
         config, old = self.runtime.config, self.block
         per_frame, window = config.tokens_per_frame, config.window
         end = old.tokens + len(visual)
@@ -92,26 +113,30 @@ class Watcher:
         begun = tuple(ratio_at(ratios, seconds[(at - old.tokens) // per_frame]) for at in begin)
         with device_memory(f"encoding {len(seconds)} frames"):
             features = jnp.concatenate([old.features, visual])
+        self._failed = True
         self.block = Block(old.start, features, old.ratios + begun, end)
         self._seconds += seconds.tolist()
         self._absorb_full()
         self._failed = False
+
+    def finish(self) -> None:
+        """Put in what is left, also a partial window; after a failure, the step before it alone.
+
+        Raises: VisualMemoryError if the device has no room.
+        """
+        try:
+            if self._seconds and not self._failed:
+                self._absorb_full()
+                if len(self.block.features):
+                    self._absorb(len(self.block.features))
+        finally:
+            self._commit()
 
     def _absorb_full(self) -> None:
         """Put full steps into the entries."""
         step = self.runtime.windows_at_once * self.runtime.config.window
         while len(self.block.features) >= step:
             self._absorb(step)
-
-    def finish(self) -> None:
-        """Put in what is left, also a partial window; after a failure, the step before it alone."""
-        if self._failed or not self._seconds:
-            self._commit()
-            return
-        self._absorb_full()
-        if len(self.block.features):
-            self._absorb(len(self.block.features))
-        self._commit()
 
     def _absorb(self, count: int) -> None:
         """Dispatch the first `count` tokens of the features, once the step before is appended."""
@@ -125,50 +150,41 @@ class Watcher:
         finest = min((ratio for ratio in ratios if ratio is not None), default=0)
         beacons = window // finest if finest else 0
         kept = window if None in ratios else beacons
-        visual = jnp.pad(block.features[:count], ((0, windows * window - count), (0, 0)))
+        with device_memory("reading frames"):
+            visual = jnp.pad(block.features[:count], ((0, windows * window - count), (0, 0)))
+            rest = block.features[full * window :]
         self._commit()
         bases = (*self.bases, (self.entries, block.start))
         own = Continuation(self.runtime, bases, capacity=windows * kept)
         own.read([stream], visual[None], windows * (window + beacons))
         after = np.append(stream.window_memory, before + stream.persistent)[full] - self.before
-        rest = block.features[full * window :]
         self.block = Block(int(after), rest, block.ratios[full:], block.tokens)
         self._step = _Step(own, block.start, stream.persistent, self.block, count % window)
 
     def _commit(self) -> None:
-        """Append the step that the device has done, and note the frames that it has."""
+        """Append the step that the device has done, and note how far that is."""
         if self._step is None:
             return
         step, self._step = self._step, None
-        held = self.entries.length - step.start  # of a partial window
-        self.entries.reserve(step.start + step.persistent)
-        with device_memory("putting frames into the memory"):
-            jax.block_until_ready(step.own.memory)
-        with self.entries.lock:
-            self.entries.append(step.own.memory, held, step.persistent - held)
-            # Frames that have a token in the entries; the rest of the last one's wait.
-            per_frame = self.runtime.config.tokens_per_frame
-            absorbed = step.block.tokens - len(step.block.features) + step.partial
-            frames = -(-(absorbed - self._first) // per_frame)
-            tokens = self._first + frames * per_frame
-            waiting = tokens - (step.block.tokens - len(step.block.features))
-            ratios = step.block.ratios[: -(-waiting // self.runtime.config.window)]
-            features = step.block.features[:waiting]
-            block = replace(step.block, features=features, ratios=ratios, tokens=tokens)
-            self.noted(block, frames, self._seconds[0], self._seconds[frames - 1])
+        length = step.start + step.persistent
+        self.entries.reserve(length)
+        with self.entries.lock, held_interrupts():
+            held = self.length - step.start  # of a partial window: these stay
+            self.entries.append(self.length, step.own.memory, held, step.persistent - held)
+            self.length = length
+            self.noted(self._progress(step))
 
-
-@dataclass(frozen=True)
-class _Step:
-    """A step on the device: its memory, which follows `start` entries; the block after it; and the
-    tokens of the partial window that it has read.
-    """
-
-    own: Continuation
-    start: int
-    persistent: int
-    block: Block
-    partial: int
+    def _progress(self, step: _Step) -> Progress:
+        """How far the watcher is after a step."""
+        config, block = self.runtime.config, step.block
+        begun = block.tokens - len(block.features)  # where the features begin
+        frames = -(-(begun + step.partial - self._first) // config.tokens_per_frame)
+        frames = max(0, frames)
+        tokens = self._first + frames * config.tokens_per_frame
+        ratios = block.ratios[: -(-(tokens - begun) // config.window)]
+        block = Block(block.start, block.features[: tokens - begun], ratios, tokens)
+        first, last = self._seconds[0], self._seconds[max(0, frames - 1)]
+        return Progress(self.length, block, frames, first, last)
 
 
 def watch_film(

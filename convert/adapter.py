@@ -20,6 +20,7 @@ from convert.sources import Source
 from convert.writing import new_directory, progress_bar, write_json
 from train.config import part_of
 from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.errors import CheckpointError
 from vxl_jax.lora import LORA_NAMES
 from vxl_jax.names import EMBEDDING, LINEAR, Row, is_unused, table
 from vxl_jax.published import Fields, Required
@@ -29,7 +30,6 @@ from vxl_jax.tensors import (
     NUMPY,
     STORED,
     STORED_NAME,
-    CheckpointError,
     Index,
     Tensor,
     all_finite,

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vxl_jax.config import DTYPES, ConfigError
-from vxl_jax.tensors import CheckpointError
+from vxl_jax.config import DTYPES
+from vxl_jax.errors import VxlError
 
 
 def add_destination(parser: argparse.ArgumentParser, dtype_of: str) -> None:
@@ -31,7 +31,7 @@ def run(
     options = parser.parse_args(arguments)
     try:
         convert(**vars(options))
-    except (CheckpointError, ConfigError) as error:
+    except VxlError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

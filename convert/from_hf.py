@@ -22,10 +22,10 @@ from convert.command import add_destination, run
 from convert.writing import check_apart, copy_files, new_directory, progress_bar, set_dtype
 from vxl_jax.checkpoint import PARAMS, UNUSED, Shapes, abstract_params, save_params
 from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.errors import CheckpointError
 from vxl_jax.names import Row
 from vxl_jax.published import read_config, refuse_adapter
 from vxl_jax.tensors import (
-    CheckpointError,
     Index,
     Tensor,
     as_dtype,

@@ -20,11 +20,11 @@ from convert.sources import open_source
 from convert.writing import check_apart, copy_small_files, published_config, write_json, write_tower
 from vxl_jax.checkpoint import abstract_params
 from vxl_jax.config import VideoXLConfig
+from vxl_jax.errors import CheckpointError
 from vxl_jax.names import table
 from vxl_jax.published import Fields, read_language, read_vision, refuse_adapter
 from vxl_jax.tensors import (
     STORED_NAME,
-    CheckpointError,
     Tensor,
     check_tensors,
     find_tensors,

@@ -25,18 +25,29 @@ from safetensors.numpy import load_file
 
 from vxl_jax.attention import rope_angles, rotate
 from vxl_jax.checkpoint import load_network
-from vxl_jax.config import ConfigError
+from vxl_jax.config import VideoXLConfig
 from vxl_jax.decode import generate
+from vxl_jax.errors import CheckpointError, VxlError
 from vxl_jax.model import VideoXL, loss_and_metrics, prefill
 from vxl_jax.names import to_published
 from vxl_jax.stream import BEACON, IMAGE_TOKEN, Stream, batch_streams, plan_stream
-from vxl_jax.tensors import CheckpointError, read_json
+from vxl_jax.tensors import read_json
 
 TOLERANCE = 1e-4
 
 ZERO_GRADIENT = 1e-8
 """Part of the norm of all gradients under which one is rounding: the bias of CLIP's keys shifts all
 scores of a softmax alike, so its gradient is zero, and what is published is 1e-11 of the rest."""
+
+AXES = {
+    "visual_features": 2,
+    "logits": 2,
+    "memory_len": 1,
+    "beacon_keys_layer0": 3,
+    "beacon_values_last": 3,
+    "generated": 1,
+}
+"""Axes of the tensors of a case."""
 
 
 @dataclass(frozen=True)
@@ -80,44 +91,97 @@ class Golden:
     """A golden directory: cases, inputs and expected tensors."""
 
     def __init__(self, directory: Path):
-        self.directory = directory
-        self.meta = read_json(directory / "golden.json")
+        self.directory, self.path = directory, directory / "golden.json"
+        self.meta = read_json(self.path)
         self.compared: set[str] = set()
         path = directory / "golden.safetensors"
         try:
             self.tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
-        for name in ("cases", "prefix", "suffix"):
-            if name not in self.meta:
-                raise CheckpointError(f"{directory / 'golden.json'}: has no field {name!r}")
+        self.cases = self.field(self.meta, "cases", list)
+        for case in self.cases:
+            if not isinstance(case, dict) or not isinstance(case.get("name"), str):
+                raise CheckpointError(f"{self.path}: a case is {case!r}; it must have a name")
+
+    def field(self, values: dict[str, Any], name: str, kind: type) -> Any:
+        """A field of golden.json, or of an object in it.
+
+        Raises: CheckpointError if it is missing or of another type.
+        """
+        where = f"{self.path}: case {values['name']!r}" if "name" in values else f"{self.path}:"
+        if name not in values:
+            raise CheckpointError(f"{where} has no field {name!r}")
+        if not isinstance(values[name], kind):
+            raise CheckpointError(f"{where} {name} is {values[name]!r}, not {kind.__name__}")
+        return values[name]
 
     @cached_property
     def drawn_frames(self) -> np.ndarray:
         """Frames made from the stated seed, [F, 3, S, S] float32; earlier draws are checked."""
-        frames = self.meta["frames"]
-        draw = np.random.RandomState(frames["seed"])
+        frames = self.field(self.meta, "frames", dict)
+        seed, count, size = (self.field(frames, name, int) for name in ("seed", "n", "size"))
+        draw = np.random.RandomState(seed)
         highest = self.vocabulary - 12
         for name in ("prefix", "suffix"):
-            if draw.randint(0, highest, len(self.meta[name])).tolist() != self.meta[name]:
+            ids = self.field(self.meta, name, list)
+            if draw.randint(0, highest, len(ids)).tolist() != ids:
                 raise CheckpointError(f"{self.directory}: the seed does not give the stated {name}")
-        size = frames["size"]
-        return (draw.randint(-128, 128, (frames["n"], 3, size, size)) / 64).astype(np.float32)
+        return (draw.randint(-128, 128, (count, 3, size, size)) / 64).astype(np.float32)
 
     vocabulary = 0  # set from the model's configuration before drawn_frames is read
 
-    def pixels(self, case: dict[str, Any]) -> np.ndarray:
-        """Normalised pixel values of a case, [1, F, S, S, 3], without an image's squashed copy."""
-        stored = "frames" in case
-        frames = self.tensors[f"input/{case['frames']}"] if stored else self.drawn_frames
+    def pixels(self, case: dict[str, Any], size: int) -> np.ndarray:
+        """Normalised pixel values of a case, [1, F, S, S, 3], without an image's squashed copy.
+
+        size: of the model's frames. Raises: CheckpointError if those of the set differ.
+        """
+        name = f"input/{case['frames']}" if "frames" in case else "frames"
+        frames = self.tensors.get(name) if "frames" in case else self.drawn_frames
+        shape = None if frames is None else frames.shape
+        if frames is None or frames.ndim != 4 or frames.shape[1:] != (3, size, size):
+            raise CheckpointError(
+                f"{self.directory}: tensor {name} of case {case['name']!r} has shape {shape}; the "
+                f"model needs (frames, 3, {size}, {size})"
+            )
         if case.get("modality") == "image":
             frames = frames[1:]
         return np.ascontiguousarray(frames.transpose(0, 2, 3, 1))[None]
 
+    def plan(
+        self, case: dict[str, Any], suffix: str, frames: int, config: VideoXLConfig, **options: Any
+    ) -> Stream:
+        """The stream of a case.
+
+        Raises: CheckpointError if its fields give none.
+        """
+        ids = [self.field(self.meta, name, list) for name in ("prefix", suffix)]
+        try:
+            return plan_stream(
+                [*ids[0], IMAGE_TOKEN, *ids[1]],
+                [frames * config.tokens_per_frame],
+                window=config.window,
+                **options,
+            )
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path}: case {case['name']!r} cannot be planned ({error})"
+            ) from error
+
     def expected(self, case: dict[str, Any], name: str) -> np.ndarray | None:
-        """A tensor of the case, or None where the set does not hold it."""
-        self.compared.add(f"{case['name']}/{name}")
-        return self.tensors.get(f"{case['name']}/{name}")
+        """A tensor of the case, or None where the set does not hold it.
+
+        Raises: CheckpointError if it has another number of axes.
+        """
+        full = f"{case['name']}/{name}"
+        self.compared.add(full)
+        tensor = self.tensors.get(full)
+        if tensor is not None and tensor.ndim != AXES.get(name, tensor.ndim):
+            raise CheckpointError(
+                f"{self.directory}: tensor {full} has shape {tensor.shape}; it must have "
+                f"{AXES[name]} axes"
+            )
+        return tensor
 
     def not_compared(self) -> list[str]:
         """Tensors that no case has asked for: misspelled, or of a kind that is not known."""
@@ -128,7 +192,7 @@ class Golden:
 def check(model: VideoXL, golden: Golden) -> Iterator[Row]:
     """Compare all cases, a row at a time."""
     golden.vocabulary = model.config.language.vocab_size
-    for case in golden.meta["cases"]:
+    for case in golden.cases:
         checker = _check_training if "window_ratios" in case else _check_inference
         found = False
         for row in checker(model, golden, case):
@@ -141,11 +205,10 @@ def check(model: VideoXL, golden: Golden) -> Iterator[Row]:
 
 
 def _check_inference(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Iterator[Row]:
-    name, pixels = case["name"], golden.pixels(case)
-    suffix = golden.meta["long_suffix" if case.get("suffix") == "long" else "suffix"]
-    ids = [*golden.meta["prefix"], IMAGE_TOKEN, *suffix]
-    visual_tokens = pixels.shape[1] * model.config.tokens_per_frame
-    stream = plan_stream(ids, [visual_tokens], window=model.config.window, ratio=case["ratio"])
+    name, pixels = case["name"], golden.pixels(case, model.config.vision.image_size)
+    suffix = "long_suffix" if case.get("suffix") == "long" else "suffix"
+    ratio = golden.field(case, "ratio", int)
+    stream = golden.plan(case, suffix, pixels.shape[1], model.config, ratio=ratio)
 
     visual = nnx.jit(VideoXL.encode)(model, pixels)
     if (features := golden.expected(case, "visual_features")) is not None:
@@ -161,7 +224,7 @@ def _check_inference(model: VideoXL, golden: Golden, case: dict[str, Any]) -> It
     streams = batch_streams([stream], windows_per_group=1)
     _, memory = prefill(*nnx.split(model), streams, pixels, streams.memory)
     if (length := golden.expected(case, "memory_len")) is not None:
-        ours_length = int(memory.length[0]) - len(suffix)
+        ours_length = int(memory.length[0]) - len(golden.meta[suffix])
         note = f"{ours_length}, golden {int(length[0])}"
         yield Row(f"{name}/memory_len", 0.0, note, agrees=ours_length == int(length[0]))
     yield from _check_beacons(model, golden, case, stream, memory)
@@ -193,14 +256,9 @@ def _check_beacons(
 
 
 def _check_training(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Iterator[Row]:
-    name, pixels = case["name"], golden.pixels(case)
-    stream = plan_stream(
-        [*golden.meta["prefix"], IMAGE_TOKEN, *golden.meta["suffix"]],
-        [pixels.shape[1] * model.config.tokens_per_frame],
-        window=model.config.window,
-        ratio=case["window_ratios"],
-        labels=case["labels"],
-    )
+    name, pixels = case["name"], golden.pixels(case, model.config.vision.image_size)
+    ratios, labels = (golden.field(case, name, list) for name in ("window_ratios", "labels"))
+    stream = golden.plan(case, "suffix", pixels.shape[1], model.config, ratio=ratios, labels=labels)
     graph, params = nnx.split(model)
 
     @jax.jit
@@ -211,7 +269,7 @@ def _check_training(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Ite
 
     loss, gradients = loss_and_gradients(params)
     if (expected := golden.expected(case, "loss")) is not None:
-        yield compare(f"{name}/loss", np.asarray(loss).reshape(expected.shape), expected)
+        yield compare(f"{name}/loss", np.reshape(loss, -1), np.reshape(expected, -1))
     ours = to_published(nnx.to_pure_dict(gradients), model.config)
     norms = {key: np.linalg.norm(gradient) for key, gradient in ours.items()}
     zero = ZERO_GRADIENT * float(np.linalg.norm(list(norms.values())))
@@ -221,7 +279,9 @@ def _check_training(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Ite
             gradient = ours.get(key.removeprefix(start), np.empty(0))
             golden.compared.add(key)
             yield compare(key, gradient, golden.tensors[key])
-    for key, norm in case.get("grad_norms", {}).items():
+    for key, norm in (
+        golden.field(case, "grad_norms", dict) if "grad_norms" in case else {}
+    ).items():
         ours_norm = float(norms.get(key, np.nan))
         if norm < zero:
             row = Row(f"{name}/grad_norm/{key}", 0.0, "zero but for rounding", ours_norm < zero)
@@ -244,12 +304,8 @@ def main(arguments: list[str] | None = None) -> int:
                 rows.append(row)
                 mark = "ok  " if row.passed else "FAIL"
                 print(f"{mark} {row.error:9.2e}  {row.name}  {row.note}".rstrip(), flush=True)
-    except (CheckpointError, ConfigError) as error:
+    except (VxlError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        print(f"error: {options.golden_dir}: a case cannot be run ({reason})", file=sys.stderr)
         return 2
     failed = sum(not row.passed for row in rows)
     worst = max((row.error for row in rows), default=np.inf)

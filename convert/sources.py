@@ -31,12 +31,12 @@ from vxl_jax.checkpoint import (
     part_reader,
     stored_shapes,
 )
-from vxl_jax.config import PRESETS, ConfigError, LoRAConfig, VideoXLConfig
+from vxl_jax.config import PRESETS, LoRAConfig, VideoXLConfig
+from vxl_jax.errors import CheckpointError, ConfigError
 from vxl_jax.lora import LORA_NAMES, lora_shapes, merge_kernel
 from vxl_jax.names import HEAD, Row
 from vxl_jax.published import read_config, refuse_adapter
 from vxl_jax.tensors import (
-    CheckpointError,
     Index,
     Tensor,
     raise_problems,

@@ -31,12 +31,12 @@ from convert.writing import (
 )
 from vxl_jax.checkpoint import CHUNK_BYTES
 from vxl_jax.config import DTYPES
+from vxl_jax.errors import CheckpointError
 from vxl_jax.names import LINEAR, Row, table
 from vxl_jax.tensor_files import Piece, Planned
 from vxl_jax.tensors import (
     STORED,
     STORED_NAME,
-    CheckpointError,
     Index,
     Tensor,
     all_finite,

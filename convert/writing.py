@@ -14,6 +14,7 @@ from tqdm import tqdm
 import vxl_jax.progress
 from vxl_jax.checkpoint import PARAMS
 from vxl_jax.config import VideoXLConfig, VisionConfig
+from vxl_jax.errors import CheckpointError
 from vxl_jax.published import (
     KNOWN_TOWERS,
     REQUIRED_LANGUAGE,
@@ -22,7 +23,7 @@ from vxl_jax.published import (
     find_tower,
 )
 from vxl_jax.tensor_files import Planned, write_tensors
-from vxl_jax.tensors import INDEX, CheckpointError, read_json
+from vxl_jax.tensors import INDEX, read_json
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """Tokenizer, image-processor and generation files, which every direction carries along."""

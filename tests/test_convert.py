@@ -33,8 +33,9 @@ from train.config import (
     save_config,
 )
 from train.step import split_parts
+from vxl_jax.errors import CheckpointError
 from vxl_jax.names import LINEAR, SAME, table
-from vxl_jax.tensors import INDEX, CheckpointError
+from vxl_jax.tensors import INDEX
 
 GOLDEN = Path(__file__).parent / "golden" / "micro"
 MICRO = GOLDEN / "hf"

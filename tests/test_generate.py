@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from tests.data import write_video
-from vxl_jax import Picture, Video, load, load_memory, visual_memory
+from vxl_jax import Picture, Video, load, load_memory
 from vxl_jax.generate import main, read_media_options, read_options, read_ratios
+from vxl_jax.inference import memory_file, watching
+from vxl_jax.inference.watching import Watcher
 from vxl_jax.media import MediaOptions
 from vxl_jax.media.decoding import Decoder
-from vxl_jax.visual_memory import Block
 
 MICRO = Path(__file__).parent / "golden" / "micro"
 
@@ -113,7 +114,7 @@ def test_a_damaged_film_is_answered_as_far_as_it_goes(
 def test_what_was_watched_before_ctrl_c_is_saved(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    read, see, calls, seen = Decoder.read_frames, Block.see, [], threading.Event()
+    read, see, calls, seen = Decoder.read_frames, Watcher.see, [], threading.Event()
 
     def watched_one(self: Any, *arguments: Any) -> None:
         see(self, *arguments)
@@ -126,8 +127,8 @@ def test_what_was_watched_before_ctrl_c_is_saved(
             signal.raise_signal(signal.SIGINT)  # heard by the main thread
         return read(self, request, indices, *rest)
 
-    monkeypatch.setattr(visual_memory, "AT_ONCE", 16)
-    monkeypatch.setattr(Block, "see", watched_one)
+    monkeypatch.setattr(watching, "AT_ONCE", 16)
+    monkeypatch.setattr(Watcher, "see", watched_one)
     monkeypatch.setattr(Decoder, "read_frames", interrupted)
     saved = str(tmp_path / "memory")
     media = ["--video", str(folder / "film.mp4"), "--frames", "60"]
@@ -145,7 +146,7 @@ def test_a_memory_that_cannot_be_saved_is_answered(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(visual_memory, "write_tensors", full)
+    monkeypatch.setattr(memory_file, "write_tensors", full)
     media = ["--video", str(folder / "film.mp4"), "--frames", "5"]
     saved = str(tmp_path / "memory")
     assert run(folder, *media, "--prompt", "What?", "--save-memory", saved) == 2
@@ -187,7 +188,7 @@ def test_a_bad_film_is_found_before_a_good_one_is_watched(
         (["--memory", "none", "--prompt", "a"], "none: cannot be read as safetensors"),
         (["--memory", "film.mp4", "--prompt", "a"], "film.mp4: cannot be read as safetensors"),
         (["--video", "film.mp4", "--save-memory", "film.mp4"], "film.mp4: exists already"),
-        (["--video", "film.mp4", "--save-memory", "no/memory"], "is no name of a file in a"),
+        (["--video", "film.mp4", "--save-memory", "no/memory"], "the parent directory does not"),
     ],
 )
 def test_one_error_for_what_cannot_be(

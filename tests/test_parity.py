@@ -13,11 +13,11 @@ from safetensors.numpy import load_file, save_file
 from convert import parity
 from vxl_jax.checkpoint import load_network
 from vxl_jax.config import VideoXLConfig, tiny
+from vxl_jax.errors import CheckpointError
 from vxl_jax.model import VideoXL, prefill
 from vxl_jax.names import table, to_published
 from vxl_jax.published import read_config
 from vxl_jax.stream import IGNORE, IMAGE_TOKEN, batch_streams, plan_stream
-from vxl_jax.tensors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -72,7 +72,33 @@ def test_tensors_and_cases_that_nothing_compares_fail(tmp_path, capsys):
     meta["cases"][0].pop("ratio")
     (tmp_path / "set" / "golden.json").write_text(json.dumps(meta))
     assert parity.main([str(MICRO / "hf"), str(tmp_path / "set")]) == 2
-    assert "a case cannot be run (KeyError: 'ratio')" in capsys.readouterr().err
+    assert "golden.json: case 'v3_r4' has no field 'ratio'\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratio": "4"}, "golden.json: case 'v3_r4' ratio is '4', not int"),
+        ({"ratio": 0}, "case 'v3_r4' cannot be planned (compression ratio 0 of a window"),
+        ({"frames": "none"}, "tensor input/none of case 'v3_r4' has shape None; the model needs"),
+        ({"frames": "small"}, "tensor input/small of case 'v3_r4' has shape (2, 3, 56, 56); the"),
+        ({"name": "flat"}, "tensor flat/logits has shape (3,); it must have 2 axes"),
+        ({"name": 3}, "golden.json: a case is {'name': 3, "),
+    ],
+)
+def test_a_case_that_cannot_be_run_is_an_error(change, message, tmp_path, capsys):
+    tensors = load_file(MICRO / "golden.safetensors")
+    tensors["input/small"] = np.zeros((2, 3, 56, 56), np.float32)
+    tensors["flat/logits"] = np.zeros(3, np.float32)
+    save_file(tensors, tmp_path / "golden.safetensors")
+    meta = json.loads((MICRO / "golden.json").read_text())
+    meta["cases"][0] |= change
+    (tmp_path / "golden.json").write_text(json.dumps(meta))
+    assert parity.main([str(MICRO / "hf"), str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from convert import convert_from_hf, convert_to_hf
 from tests.test_convert import GOLDEN, MICRO, assert_same, tensors_in
 from vxl_jax.checkpoint import UNUSED
 from vxl_jax.config import VisionConfig
+from vxl_jax.errors import CheckpointError
 from vxl_jax.names import EMBEDDING, HEAD
 from vxl_jax.published import KNOWN_TOWERS, find_tower, known_tower, read_config
-from vxl_jax.tensors import CheckpointError
 
 KNOWN = "openai/clip-vit-large-patch14-336"
 

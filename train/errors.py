@@ -1,10 +1,12 @@
-"""What goes wrong with training and its data."""
+"""Errors of training and its data that a user can correct."""
 
 from pathlib import Path
 
+from vxl_jax.errors import MediaError, VxlError
 
-class DataError(ValueError):
-    """Training data that cannot be used; the message names file, record and what to do."""
+
+class DataError(VxlError):
+    """Training data cannot be used; the message names file and record."""
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
@@ -12,5 +14,17 @@ def unreadable(path: Path, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be read ({error.strerror}); check the path")
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to do."""
+class MediaChanged(MediaError):
+    """Media have changed since their data file was measured."""
+
+
+class TooManyBadSamples(VxlError):
+    """There are more bad samples than the configuration allows."""
+
+
+class TrainingError(VxlError):
+    """Training cannot go on."""
+
+
+class WorkerError(VxlError):
+    """Data processes cannot be started, or were ended."""

@@ -10,18 +10,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vxl_jax.chat import encode_caption, encode_conversation, encode_prompt
     from vxl_jax.checkpoint import load_network
-    from vxl_jax.config import (
-        ConfigError,
-        LanguageConfig,
-        LoRAConfig,
-        VideoXLConfig,
-        VisionConfig,
-    )
+    from vxl_jax.config import LanguageConfig, LoRAConfig, VideoXLConfig, VisionConfig
     from vxl_jax.decode import Sampling
+    from vxl_jax.errors import (
+        ArgumentError,
+        CheckpointError,
+        ConfigError,
+        ConversationError,
+        MediaError,
+        PartlyWatched,
+        VisualMemoryError,
+        VxlError,
+    )
     from vxl_jax.film import Picture, Video
-    from vxl_jax.inference import Chat, Model, load
+    from vxl_jax.inference.chat import Chat
+    from vxl_jax.inference.memory import VisualMemory, load_memory
+    from vxl_jax.inference.model import Model, load
     from vxl_jax.lora import add_lora, merge_lora
-    from vxl_jax.media import MediaError, MediaOptions
+    from vxl_jax.media import MediaOptions
     from vxl_jax.memory import Memory, empty_memory
     from vxl_jax.model import VideoXL, decode_step, loss_and_metrics, prefill
     from vxl_jax.stream import (
@@ -32,11 +38,13 @@ if TYPE_CHECKING:
         draw_ratio,
         plan_stream,
     )
-    from vxl_jax.visual_memory import PartlyWatched, VisualMemory, VisualMemoryError, load_memory
 
 __all__ = [
+    "ArgumentError",
     "Chat",
+    "CheckpointError",
     "ConfigError",
+    "ConversationError",
     "LanguageConfig",
     "LoRAConfig",
     "MediaError",
@@ -55,6 +63,7 @@ __all__ = [
     "VisionConfig",
     "VisualMemory",
     "VisualMemoryError",
+    "VxlError",
     "add_lora",
     "batch_streams",
     "decode_step",
@@ -73,15 +82,18 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Chat": "vxl_jax.inference",
-    "ConfigError": "vxl_jax.config",
+    "ArgumentError": "vxl_jax.errors",
+    "Chat": "vxl_jax.inference.chat",
+    "CheckpointError": "vxl_jax.errors",
+    "ConfigError": "vxl_jax.errors",
+    "ConversationError": "vxl_jax.errors",
     "LanguageConfig": "vxl_jax.config",
     "LoRAConfig": "vxl_jax.config",
-    "MediaError": "vxl_jax.media",
+    "MediaError": "vxl_jax.errors",
     "MediaOptions": "vxl_jax.media",
     "Memory": "vxl_jax.memory",
-    "Model": "vxl_jax.inference",
-    "PartlyWatched": "vxl_jax.visual_memory",
+    "Model": "vxl_jax.inference.model",
+    "PartlyWatched": "vxl_jax.errors",
     "Picture": "vxl_jax.film",
     "Sampling": "vxl_jax.decode",
     "Stream": "vxl_jax.stream",
@@ -91,8 +103,9 @@ _MODULES = {
     "VideoXL": "vxl_jax.model",
     "VideoXLConfig": "vxl_jax.config",
     "VisionConfig": "vxl_jax.config",
-    "VisualMemory": "vxl_jax.visual_memory",
-    "VisualMemoryError": "vxl_jax.visual_memory",
+    "VisualMemory": "vxl_jax.inference.memory",
+    "VisualMemoryError": "vxl_jax.errors",
+    "VxlError": "vxl_jax.errors",
     "add_lora": "vxl_jax.lora",
     "batch_streams": "vxl_jax.stream",
     "decode_step": "vxl_jax.model",
@@ -101,8 +114,8 @@ _MODULES = {
     "encode_caption": "vxl_jax.chat",
     "encode_conversation": "vxl_jax.chat",
     "encode_prompt": "vxl_jax.chat",
-    "load": "vxl_jax.inference",
-    "load_memory": "vxl_jax.visual_memory",
+    "load": "vxl_jax.inference.model",
+    "load_memory": "vxl_jax.inference.memory",
     "load_network": "vxl_jax.checkpoint",
     "loss_and_metrics": "vxl_jax.model",
     "merge_lora": "vxl_jax.lora",

@@ -6,9 +6,18 @@ twice that, "with sparsity".
 """
 
 import os
+import sys
+import warnings
 from dataclasses import dataclass
+from functools import cache
 
-from vxl_jax.config import ConfigError
+from vxl_jax.errors import ConfigError
+
+SHARE = 0.95
+"""Share of a GPU's memory that programs ask for; the default of JAX is 0.75."""
+
+SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Environment variables that JAX reads the share from; the second is the older name."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +91,36 @@ def find_card(name: str) -> Card:
 
 
 def claim_memory() -> None:
-    """Let JAX have 0.95 of a GPU's memory, unless the user has said how much; its own default is
-    0.75. Call it before anything asks for a device.
+    """Let JAX use `SHARE` of a GPU's memory, unless the user has set a share in the environment.
+
+    JAX reads the share when it first looks for devices. If it has found a GPU already, this warns
+    once and changes nothing. Without a GPU it has no effect.
     """
-    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
-        os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.95"
+    if any(os.environ.get(name) for name in SHARE_VARIABLES):
+        return
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    if bridge is None or not bridge.backends_are_initialized():
+        os.environ[SHARE_VARIABLES[0]] = str(SHARE)
+    elif bridge.default_backend() == "gpu":
+        _warn_too_late()
+
+
+DEVICE_ERRORS = (RuntimeError, ValueError)
+"""What a failed program raises: JaxRuntimeError (a RuntimeError), and a plain ValueError where
+`jax.block_until_ready` waits for several arrays."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device error says that no memory is left: XLA's, or CUDA's under it."""
+    return any(name in str(error) for name in ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY"))
+
+
+@cache
+def _warn_too_late() -> None:
+    warnings.warn(
+        "JAX has started already and uses 0.75 of the GPU's memory, its default; set "
+        f"{SHARE_VARIABLES[0]}={SHARE} in the environment, or call vxl_jax.load before anything "
+        "else uses a device",
+        RuntimeWarning,
+        stacklevel=4,  # who called the function that claims memory
+    )

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vxl_jax.errors import ConversationError
+
 IMAGE_MARK = "<image>"
 IMAGE_TOKEN = -200
 IGNORE = -100
@@ -26,10 +28,6 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 _LEADING_MARKS = re.compile(f"(?:{IMAGE_MARK})+")
 
 Turn = Mapping[str, Any]
-
-
-class ConversationError(ValueError):
-    """A conversation cannot be used. The message names the turn and what is wrong with it."""
 
 
 class Tokenizer(Protocol):

@@ -22,14 +22,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 from orbax.checkpoint import type_handlers
 
-from vxl_jax.config import DTYPES, ConfigError, VideoXLConfig
+from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.errors import CheckpointError, ConfigError, is_file_fault
 from vxl_jax.model import VideoXL
 from vxl_jax.names import EMBEDDING, HEAD, LINEAR, Row, table
-from vxl_jax.published import PARAMS, UNUSED, read_config, refuse_adapter
+from vxl_jax.published import PARAMS, UNUSED, Fields, read_config, refuse_adapter
 from vxl_jax.quantize import new_network, quantized
 from vxl_jax.tensors import (
     STORED_NAME,
-    CheckpointError,
     Index,
     Tensor,
     check_tensors,
@@ -369,12 +369,17 @@ def save_params(
 
 @contextmanager
 def _failing(directory: Path, what: str) -> Iterator[None]:
-    """Whatever goes wrong as CheckpointError: Orbax and TensorStore raise anything. what: cannot be
-    done with the directory.
+    """What damaged files and a disk raise in Orbax and TensorStore, as CheckpointError.
+
+    what: cannot be done with the directory.
     """
     try:
         yield
+    except CheckpointError:
+        raise
     except Exception as error:
+        if not is_file_fault(error):
+            raise
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{directory}: cannot be {what} ({reason})") from error
 
@@ -397,7 +402,7 @@ def part_reader(directory: Path) -> Callable[[ParamPath, Index], np.ndarray]:
 
 def _spec(directory: Path, path: ParamPath) -> dict[str, Any]:
     """What TensorStore has to know of an array of an Orbax tree."""
-    layout = read_json(directory / "_METADATA")
+    layout = Fields(read_json(directory / "_METADATA"), directory / "_METADATA")
     # TensorStore refuses a path with `..` in it.
     kvstore: dict[str, Any] = {"driver": "file", "path": f"{directory.resolve()}/"}
     if layout["use_ocdbt"]:
@@ -416,12 +421,18 @@ def stored_shapes(directory: Path, part: str | None = None) -> Shapes:
     Raises: CheckpointError if the tree cannot be read.
     """
     with _failing(directory, "read"), ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(directory.resolve()).item_metadata.tree
-        tree = tree if part is None else tree[part]
-    return {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for path, leaf in flatten_dict(tree).items()
-    }
+        metadata = checkpointer.metadata(directory.resolve()).item_metadata
+    if metadata is None:
+        raise CheckpointError(f"{directory}: cannot be read (it has no metadata of Orbax)")
+    tree = metadata.tree
+    if part is not None:
+        if part not in tree:
+            raise CheckpointError(f"{directory}: has no {part}")
+        tree = tree[part]
+    leaves = flatten_dict(tree)
+    if no_arrays := [".".join(path) for path in leaves if not hasattr(leaves[path], "shape")]:
+        raise CheckpointError(f"{directory}: {', '.join(no_arrays)} must be arrays")
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
 
 
 def read_params(directory: Path, target: Shapes) -> Params:

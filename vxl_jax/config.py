@@ -12,16 +12,14 @@ from typing import Any, Literal, get_args
 import ml_dtypes
 import numpy as np
 
+from vxl_jax.errors import ConfigError
+
 Remat = Literal["full", "products", "none"]
 """Rematerialisation. full: a layer keeps its input alone; products: the results of its matrix
 products too; none: all that the backward pass needs. Hidden values of an MLP that takes its tokens
 in turns are computed again in any case."""
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot work; the message names the field and what to do."""
 
 
 def _positive(config: Any, *names: str) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from vxl_jax.errors import ArgumentError
 from vxl_jax.model import VideoXL, decode_step, prefill
 from vxl_jax.sharding import everywhere
 from vxl_jax.stream import VISUAL, StreamBatch, round_up
@@ -31,12 +32,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more")
+        if not self.temperature >= 0:  # NaN too
+            raise ArgumentError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if not 0 <= self.top_k < 2**31:
+            raise ArgumentError(
+                f"top_k is {self.top_k}; it must be 0 (all tokens) or a number below 2**31"
+            )
+        if not -(2**63) <= self.seed < 2**63:
+            raise ArgumentError(f"seed is {self.seed}; it must fit in 64 bits")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1]")
+            raise ArgumentError(f"top_p is {self.top_p}; it must be in (0, 1]")
 
 
 GREEDY = Sampling()
@@ -62,10 +67,10 @@ def choose(
 def check_new_tokens(max_new_tokens: int) -> None:
     """Refuse answers without a token.
 
-    Raises: ValueError.
+    Raises: ArgumentError.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        raise ArgumentError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
 
 
 def stream_tokens(

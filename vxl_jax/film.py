@@ -19,11 +19,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from vxl_jax.errors import ArgumentError, MediaError
 from vxl_jax.media import (
     DEFAULT_OPTIONS,
     PICTURES,
     FrameChoice,
-    MediaError,
     MediaOptions,
     Selection,
     grid_pinpoints,
@@ -96,12 +96,12 @@ pictures; everything else is a video, animated images too."""
 def as_media(media: Media, **options: Any) -> Video | Picture:
     """What it is, said. options: fields of a `Video` that is not one yet.
 
-    Raises: ValueError if they are given for one that is.
+    Raises: ArgumentError if they are given for one that is.
     """
     if isinstance(media, Video | Picture):
         given = [name for name, value in options.items() if value != getattr(Video, name)]
         if given:
-            raise ValueError(f"{', '.join(given)}: a {type(media).__name__} has its own")
+            raise ArgumentError(f"{', '.join(given)}: a {type(media).__name__} has its own")
         return media
     if _is_picture(media):
         return Picture(media, options.get("options", DEFAULT_OPTIONS))

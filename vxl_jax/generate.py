@@ -5,8 +5,9 @@
     python -m vxl_jax.generate --model checkpoints/Video_XL --memory film.memory --interactive
     python -m vxl_jax.generate --model video_xl_7b --plan --frames 2048 --card 4090
 
-Answers go to stdout as they come, everything else to stderr. Exit status: 0; 2 after an error; 3 if
-a video ended early, after answers about what came before; 130 after Ctrl-C.
+Answers go to stdout as they come, everything else to stderr. Exit status: 0; 2 after an error that
+the user can correct; 3 if a video ended early, after answers about what came before; 130 after
+Ctrl-C; 1, with a traceback, after a fault of the program.
 """
 
 import argparse
@@ -15,8 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vxl_jax.cards import claim_memory
-from vxl_jax.config import PRESETS, ConfigError
+from vxl_jax.cards import DEVICE_ERRORS, claim_memory, find_card, is_out_of_memory
+from vxl_jax.config import PRESETS
+from vxl_jax.errors import ConfigError, MediaError, VxlError
 from vxl_jax.media import MediaOptions
 
 NAMES = {"bfloat16": "bfloat16", "float32": "float32", "int8": "bfloat16"}
@@ -34,22 +36,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = read_options(sys.argv[1:] if arguments is None else arguments)
     claim_memory()
-    from jax.errors import JaxRuntimeError
-
     try:
         if options.plan:
             print_plan(options)
             return 0
         return run(options)
-    except (ImportError, ValueError) as error:  # a decoder that is not there; all of our own errors
+    except VxlError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except JaxRuntimeError as error:  # a device without room, as a rule
+    except DEVICE_ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
         reason = str(error).partition("\n")[0]
-        print(f"error: the device gave up ({reason}); --plan tells what fits", file=sys.stderr)
+        print(f"error: out of device memory ({reason}); --plan shows what fits", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -159,8 +161,10 @@ def read_media_options(options: argparse.Namespace) -> MediaOptions:
 def run(options: argparse.Namespace) -> int:
     """Load, watch, save and answer; returns the exit status."""
     from vxl_jax.decode import Sampling
-    from vxl_jax.inference import check_question, load
-    from vxl_jax.visual_memory import check_free, check_room, load_memory
+    from vxl_jax.inference.chat import check_question
+    from vxl_jax.inference.memory import load_memory
+    from vxl_jax.inference.memory_file import check_free
+    from vxl_jax.inference.model import load
 
     for prompt in options.prompt:
         check_question(prompt, media=False)
@@ -181,7 +185,7 @@ def run(options: argparse.Namespace) -> int:
     ratios = model.checked_ratios(options.ratio)
     blocks = len(memory.watched) + len(films)
     longest = max((len(model.first_turn(blocks, text)) for text in options.prompt), default=0)
-    check_room(memory.growing, films, ratios, longest + options.max_new_tokens)
+    memory.check_room(films, ratios, longest + options.max_new_tokens)
     status = 0
     try:
         status = watch(memory, films, ratios)
@@ -202,8 +206,8 @@ def run(options: argparse.Namespace) -> int:
 def open_films(options: argparse.Namespace) -> list[Any]:
     """What is to be watched, opened, before the weights are loaded."""
     from vxl_jax.film import FRAMES, Picture, Video, open_film
+    from vxl_jax.inference.ratios import check_ratios
     from vxl_jax.published import read_config
-    from vxl_jax.visual_memory import check_ratios
 
     config = read_config(Path(options.model), vision=options.vision)
     if options.ratio != "model":
@@ -223,8 +227,6 @@ def open_films(options: argparse.Namespace) -> list[Any]:
 
 def watch(memory: Any, films: list[Any], ratios: Any) -> int:
     """Watch films one after another; returns the exit status: 3 if one ended early."""
-    from vxl_jax.media import MediaError
-
     status = 0
     for film in films:
         try:
@@ -239,11 +241,9 @@ def watch(memory: Any, films: list[Any], ratios: Any) -> int:
 
 def save(memory: Any, options: argparse.Namespace) -> int:
     """Keep the memory in a file; returns the exit status. It can be asked all the same."""
-    from vxl_jax.visual_memory import VisualMemoryError
-
     try:
         memory.save(options.save_memory, overwrite=options.overwrite)
-    except (OSError, VisualMemoryError) as error:
+    except (OSError, VxlError) as error:
         print(f"error: {options.save_memory}: cannot be saved ({error})", file=sys.stderr)
         return 2
     print(f"saved {options.save_memory}: {memory!r}", file=sys.stderr)
@@ -271,7 +271,7 @@ def converse(answer: Callable[[str], None]) -> None:
             continue
         try:
             answer(line.strip())
-        except ValueError as error:  # of this question; the conversation is as it was
+        except VxlError as error:  # of this question; the conversation is as it was
             print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:  # of this answer
             print(flush=True)
@@ -280,18 +280,18 @@ def converse(answer: Callable[[str], None]) -> None:
 def print_plan(options: argparse.Namespace) -> None:
     """Print what watching and answering need, and how many frames a card has room for.
 
-    Raises: ConfigError if there is no such card.
+    Raises: ConfigError if an option cannot be used.
     """
     import jax
 
-    from vxl_jax.cards import find_card
-    from vxl_jax.estimate import MOST_FRAMES, USABLE, Estimator, table
+    from vxl_jax.estimate import MOST_FRAMES, Estimator, memory_of, table
+    from vxl_jax.inference.ratios import check_ratios
     from vxl_jax.progress import progress_bar
     from vxl_jax.published import read_config
 
     jax.config.update("jax_platforms", "cpu")
     card = find_card(options.card)
-    memory = int(card.memory * USABLE if options.memory_gb is None else options.memory_gb * 1e9)
+    memory = memory_of(card, options.memory_gb)
     dtype = NAMES[options.weights or "bfloat16"]
     changes = {"dtype": dtype, "param_dtype": dtype}
     if options.model in PRESETS:
@@ -301,11 +301,13 @@ def print_plan(options: argparse.Namespace) -> None:
     weights = "int8" if options.weights == "int8" else None
     if options.frames is not None and options.frames < 1:
         raise ConfigError(f"--frames {options.frames}: give at least one")
-    if isinstance(options.ratio, dict) or options.ratio == 0:
+    if isinstance(options.ratio, dict):
         raise ConfigError("--ratio: a plan is of one ratio, or of all that the model has learned")
     ratios: tuple[int | None, ...] = (options.ratio,)
     if options.ratio == "model":
         ratios = tuple(sorted(config.ratios)) or (None,)
+    else:
+        check_ratios(options.ratio, config.window)
     estimator = Estimator(config, weights)
     estimates = []
     with progress_bar(total=len(ratios), desc="compiling", unit="ratio") as progress:

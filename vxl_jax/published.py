@@ -11,15 +11,10 @@ from typing import Any
 import numpy as np
 
 from vxl_jax.chat import encode_prompt
-from vxl_jax.config import (
-    ConfigError,
-    LanguageConfig,
-    VideoXLConfig,
-    VisionConfig,
-    cross_check_vocabulary,
-)
+from vxl_jax.config import LanguageConfig, VideoXLConfig, VisionConfig, cross_check_vocabulary
+from vxl_jax.errors import CheckpointError, ConfigError, is_file_fault
 from vxl_jax.names import EMBEDDING, HEAD
-from vxl_jax.tensors import STORED, CheckpointError, Tensor, find_tensors, read_json
+from vxl_jax.tensors import STORED, Tensor, find_tensors, read_json
 
 PARAMS, UNUSED = "params", "unused.safetensors"
 """What a converted checkpoint has instead of the published safetensors files."""
@@ -229,7 +224,9 @@ def load_tokenizer(directory: Path, config: LanguageConfig, name: str = "tokeniz
             logging.set_verbosity_error()
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         encode_prompt("", tokenizer)  # refuses one without the chat template's tokens
-    except Exception as error:  # damaged files raise anything
+    except Exception as error:
+        if not is_file_fault(error):
+            raise
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{name} {directory}: cannot be loaded ({reason})") from error
     finally:

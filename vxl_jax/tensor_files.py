@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vxl_jax.tensors import CheckpointError, bytes_of, in_threads
+from vxl_jax.errors import CheckpointError
+from vxl_jax.tensors import bytes_of, in_threads
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.errors import CheckpointError
 from vxl_jax.names import LINEAR, SAME, Row, first_layer, is_unused, table
 
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -55,10 +56,6 @@ NO_PICKLE = (
 
 PICKLES = (".bin", ".pt", ".pth")
 """Suffixes of files that are refused without a look."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message names file and tensors and what to do."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

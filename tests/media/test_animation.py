@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from tests.media.test_images import base, noise, swapped_profile
-from vxl_jax.media import MediaError, MediaOptions, heartbeat, images
+from vxl_jax.errors import MediaError
+from vxl_jax.media import MediaOptions, heartbeat, images
 from vxl_jax.media.animation import Animation, is_animation
 
 SIDE = 4

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from tests.media.videos import KINDS, SIDE, made, numbers_of
+from vxl_jax.errors import MediaError
 from vxl_jax.film import Video, open_film
-from vxl_jax.media import MediaError, MediaOptions, open_video
+from vxl_jax.media import MediaOptions, open_video
 from vxl_jax.media.decord_video import DecordVideo
 
 pytest.importorskip("decord", reason="there is no decord for this platform")

@@ -10,7 +10,8 @@ from PIL import Image
 
 from tests.data import frame_numbers
 from tests.media.test_images import base, noise, swapped_profile
-from vxl_jax.media import MediaError, MediaOptions, heartbeat, resolve_media
+from vxl_jax.errors import MediaError
+from vxl_jax.media import MediaOptions, heartbeat, resolve_media
 from vxl_jax.media.folder import PICTURES, FrameFolder
 from vxl_jax.media.images import load_image
 from vxl_jax.media.paths import check_file, printable

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from vxl_jax.media import MediaError, MediaOptions, images
+from vxl_jax.errors import MediaError
+from vxl_jax.media import MediaOptions, images
 from vxl_jax.media.images import image_size, load_image
 from vxl_jax.media.kinds import image_format
 

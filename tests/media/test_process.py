@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.clock import ChildClock
 from tests.faults import HandlerThatCannotBeRead, answer, burn
 from vxl_jax.errors import MediaError
 from vxl_jax.media import process as module
@@ -278,13 +280,30 @@ def test_cpu_time_without_a_beat_is_limited(child: MediaProcess):
     child.ask(("burn", 1.5, 0.25), 0.6)
 
 
-def test_wall_time_without_a_beat_is_limited(child: MediaProcess, monkeypatch: pytest.MonkeyPatch):
-    assert child.ask(("nap", 1, 1.0), 0.5) == "slept"  # up to 5 s
-    monkeypatch.setattr(module, "WAIT", 0.1)
-    with pytest.raises(Hung, match=r"^gave no sign of life for 1 s$"):
-        child.ask(("nap", 1, 100), 10.0)
+def test_wall_time_without_a_beat_is_limited(
+    child: MediaProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """4 s pass before each beat: each at one look of the parent."""
+    looks: Counter[int] = Counter()
+
+    def busy(process: int) -> bool:
+        step = len([*tmp_path.glob("begun-*")]) - 1
+        if step < 0 or (tmp_path / f"go-{step}").exists():
+            return False
+        looks[step] += 1
+        if looks[step] == 4:
+            (tmp_path / f"go-{step}").touch()
+        return True
+
+    clock = ChildClock(busy, wall=1.0)
+    clock.set(monkeypatch)
+    assert child.ask(("steps", tmp_path, 3), 0.5) == "done"  # up to 5 s for each
+    assert clock.now == 12
+    begun = tmp_path / "begun"
+    ChildClock(lambda _: begun.exists(), wall=1.0).set(monkeypatch)
+    with pytest.raises(Hung, match=r"^gave no sign of life for 5 s$"):
+        child.ask(("begin", begun, 100), 0.5)
     assert child.process is None
-    assert child.ask(("nap", 6, 0.3), 10.0) == "slept"
 
 
 def test_time_while_the_parent_was_stopped_does_not_count(

@@ -16,8 +16,9 @@ from PIL import Image
 from tests.data import ASK, check
 from tests.media.videos import cover, draw, film, made, packets_of, patch, sound
 from train.records import BadSample
+from vxl_jax.errors import MediaError
 from vxl_jax.film import Video, open_film
-from vxl_jax.media import MediaError, open_video
+from vxl_jax.media import open_video
 
 Maker = Callable[[Path], Any]
 

@@ -28,8 +28,9 @@ from tests.media.videos import (
     x265,
 )
 from train.records import BadSample, Sample
+from vxl_jax.errors import MediaError
 from vxl_jax.film import Video, open_film
-from vxl_jax.media import MediaError, VideoFile, open_video
+from vxl_jax.media import VideoFile, open_video
 
 
 def grainy(number: int, width: int, height: int) -> np.ndarray:

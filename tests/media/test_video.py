@@ -23,8 +23,9 @@ from tests.media.videos import (
     numbers_of,
     stored_turned,
 )
+from vxl_jax.errors import MediaError
 from vxl_jax.film import Video, open_film
-from vxl_jax.media import MediaError, MediaOptions, VideoFile, open_video
+from vxl_jax.media import MediaOptions, VideoFile, open_video
 
 FILMS = (
     "plain.mp4",

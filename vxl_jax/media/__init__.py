@@ -13,7 +13,6 @@ and `video` (files by PyAV), `decord_video`, `reader` (all of these as one), `pr
 can be ended), `decoding` (the reader in such a child).
 """
 
-from vxl_jax.errors import MediaError
 from vxl_jax.media.animation import Animation, is_animation
 from vxl_jax.media.folder import PICTURES, FrameFolder
 from vxl_jax.media.frames import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
@@ -52,7 +51,6 @@ __all__ = [
     "Animation",
     "FrameChoice",
     "FrameFolder",
-    "MediaError",
     "MediaOptions",
     "Sampling",
     "Selection",

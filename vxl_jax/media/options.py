@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from vxl_jax.errors import ArgumentError
+
 
 @dataclass(frozen=True)
 class MediaOptions:
@@ -15,6 +17,8 @@ class MediaOptions:
     tone_map: map HDR video (PQ and HLG) to the range of ordinary video. Off: as stored, which looks
         grey.
     color_profile: convert images with an ICC profile to sRGB. Off: the profile is ignored.
+
+    Raises: ArgumentError for another decoder, or for an option that the decoder does not have.
     """
 
     decoder: Literal["pyav", "decord"] = "pyav"
@@ -24,9 +28,9 @@ class MediaOptions:
 
     def __post_init__(self) -> None:
         if self.decoder not in ("pyav", "decord"):
-            raise ValueError(f"decoder is {self.decoder!r}; it must be pyav or decord")
+            raise ArgumentError(f"decoder is {self.decoder!r}; it must be pyav or decord")
         if self.decoder == "decord" and (self.square_pixels or self.tone_map):
-            raise ValueError("square_pixels and tone_map need the decoder pyav")
+            raise ArgumentError("square_pixels and tone_map need the decoder pyav")
 
 
 DEFAULT_OPTIONS = MediaOptions()

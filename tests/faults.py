@@ -51,6 +51,12 @@ class Answer:
     seed: Any = None
 
 
+def wait_for(path: Path) -> None:
+    """Wait until there is a file."""
+    while not path.exists():
+        time.sleep(0.01)
+
+
 def burn(seconds: float, every: float = float("inf")) -> None:
     """Use CPU time, with a beat every `every` seconds of it."""
     began, beats = time.process_time(), 0
@@ -80,11 +86,13 @@ def _raise(out: None, error: str) -> None:
     }[error]
 
 
-def _nap(out: None, times: int, seconds: float) -> str:
-    for _ in range(times):
-        time.sleep(seconds)
+def _steps(out: None, folder: Path, times: int) -> str:
+    """Beats; each waits for a file."""
+    for i in range(times):
+        (folder / f"begun-{i}").touch()
+        wait_for(folder / f"go-{i}")
         beat()
-    return "slept"
+    return "done"
 
 
 def _begin(out: np.ndarray | None, path: Path, seconds: float) -> str:
@@ -114,7 +122,7 @@ REQUESTS: dict[str, Any] = {
     "allocate": lambda out, size: len(bytearray(size)),
     "function": lambda out: lambda: None,  # does not pickle
     "burn": lambda out, *arguments: burn(*arguments),
-    "nap": _nap,
+    "steps": _steps,
     "begin": _begin,
     "kill": lambda out: os.kill(os.getpid(), signal.SIGSEGV),
     "exit": lambda out, code: os._exit(code),
@@ -196,6 +204,8 @@ def perform(action: str) -> None:
         raise KeyboardInterrupt
     elif action == "leave":
         sys.exit(3)
+    elif action.startswith("until "):
+        wait_for(Path(action.removeprefix("until ")))
     elif action.startswith("sleep "):
         time.sleep(float(action.removeprefix("sleep ")))
     elif action.startswith("burn "):

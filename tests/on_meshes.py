@@ -4,7 +4,8 @@
 
 A job is {"arguments": of `train.finetune`, "path": where `out.txt` and `placed.json` go}, or
 {"plan": shape of a mesh, "path": a file for the bytes and arrays of a compiled step}, or
-{"load": a checkpoint, "mesh": shape, "path": a file for where its parameters lie}.
+{"load": a checkpoint, "mesh": shape, "path": a file for where its parameters lie}, or
+{"replicate": a line to print before XLA is made to replicate an array, "path": a file to touch}.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from train import finetune
 from train.config import load_config
@@ -39,6 +42,10 @@ def main(jobs: list[dict[str, Any]]) -> None:
             train(job["arguments"], path)
         elif "plan" in job:
             path.write_text(json.dumps(plan(job["plan"], job["config"])))
+        elif "replicate" in job:
+            print(job["replicate"], file=sys.stderr, flush=True)
+            replicate()
+            path.touch()
         else:
             path.write_text(json.dumps(loaded(job["load"], job["mesh"])))
 
@@ -144,6 +151,19 @@ def loaded(directory: str, shape: list[int]) -> dict[str, Any]:
     placement = param_placement(make_mesh(*shape), read_config(Path(directory)))
     params = nnx.to_pure_dict(nnx.state(checkpoint.load_network(directory, placement=placement)))
     return {"where": where(params), "fingerprint": fingerprint(params), "most": most}
+
+
+def replicate() -> None:
+    """Compile a change of layout for which XLA has to put the whole array on every device."""
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    rows, columns = NamedSharding(mesh, P("b", None)), NamedSharding(mesh, P(None, "a"))
+
+    @jax.jit
+    def change(x: jax.Array) -> jax.Array:
+        x = jax.lax.with_sharding_constraint(x, rows)
+        return jax.lax.with_sharding_constraint(x, columns)
+
+    change.lower(jax.ShapeDtypeStruct((8, 10), np.float32)).compile()
 
 
 if __name__ == "__main__":

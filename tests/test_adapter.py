@@ -24,9 +24,9 @@ from train.config import ModelSection, load_config
 from train.setup import start_directory
 from train.step import split_parts
 from vxl_jax.config import LoRAConfig
+from vxl_jax.errors import CheckpointError
 from vxl_jax.lora import LORA_NAMES, add_lora
 from vxl_jax.published import read_config
-from vxl_jax.tensors import CheckpointError
 
 PREFIX = "base_model.model."
 Q = "model.layers.{}.self_attn.q_proj"

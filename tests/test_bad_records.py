@@ -20,7 +20,7 @@ from tests.data import (
 )
 from train.records import BadSample, Sample
 from train.workers import Loaded, Measured, Work
-from vxl_jax.media import MediaError
+from vxl_jax.errors import MediaError
 
 
 @pytest.fixture(scope="module")

@@ -32,9 +32,9 @@ from train.config import (
 from train.setup import random_model, start_directory
 from train.step import split_parts
 from vxl_jax.checkpoint import weights_digest
-from vxl_jax.config import ConfigError, demo
+from vxl_jax.config import demo
+from vxl_jax.errors import CheckpointError, ConfigError
 from vxl_jax.names import to_published
-from vxl_jax.tensors import CheckpointError
 
 BIAS = "model.layers.1.self_attn.beacon_k_proj.bias"
 UNUSED = "model.vision_tower.vision_tower.vision_model.post_layernorm.bias"

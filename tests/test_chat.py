@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vxl_jax import chat
-from vxl_jax.chat import IGNORE, IMAGE_TOKEN, ConversationError
+from vxl_jax.chat import IGNORE, IMAGE_TOKEN
+from vxl_jax.errors import ConversationError
 
 # Words of the small tokenizer by id; anything else is <unk>, 0.
 WORDS = [

@@ -2,12 +2,15 @@
 off or finds the disk full.
 """
 
+import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +24,7 @@ import pytest
 
 from tests.runs import STEPS, Run, arguments, read_lines, run
 from train import finetune
-from train.checkpoints import Checkpoints, Position
+from train.checkpoints import Checkpoints, Position, quiet_orbax
 from train.config import TrainConfig, config_to_dict, load_config
 from train.errors import DataError, TrainingError
 from train.step import fingerprint
@@ -318,3 +321,111 @@ def test_a_full_disk_is_one_error_and_leaves_the_last_checkpoint(
     rest = run(folder, path)
     assert "resumed at step 6" in rest.out
     assert rest.summary["params_sha256"] == whole.summary["params_sha256"]
+
+
+# What Orbax prints.
+
+
+def process_settings() -> dict[str, Any]:
+    """What decides which errors of Orbax and asyncio this process prints."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    return {
+        "loggers": [(x.level, x.disabled, [*x.filters], [*x.handlers]) for x in loggers],
+        "warnings": ([*warnings.filters], warnings.showwarning),
+        "hook": sys.unraisablehook,
+    }
+
+
+def test_checkpoints_leave_the_settings_of_the_process(tmp_path: Path):
+    before = process_settings()
+    checkpoints = Checkpoints(tmp_path, demo_config())
+    assert process_settings() == before
+    checkpoints.save(1, small(1.0), small(1.0), POSITION)
+    assert process_settings() == before
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "checkpoints/1/state")
+    with pytest.raises(TrainingError, match="cannot be read"):
+        checkpoints.restore(1, small(0.0), small(0.0), POSITION)
+    assert process_settings() == before
+    checkpoints.close()
+    assert process_settings() == before
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match="cannot be opened"):
+        Checkpoints(tmp_path / "file", demo_config())
+    assert process_settings() == before
+
+
+def test_quiet_orbax_hides_its_errors_and_no_others(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    shown: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda x: shown.append(str(x.exc_value)))
+
+    def fail(text: str) -> None:
+        """As threads do: log, let an exception be ignored, warn."""
+        for name in ("absl", "asyncio", "another"):
+            logging.getLogger(name).error(text)
+
+        class Finalized:
+            def __del__(self) -> None:
+                raise RuntimeError(text)
+
+        Finalized()
+        for message in (text, "coroutine 'write' was never awaited"):
+            warnings.warn(message, RuntimeWarning, stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        before = process_settings()
+        with contextlib.suppress(KeyError), quiet_orbax():
+            fail("Event loop is closed")
+            fail("another error")
+            raise KeyError
+        assert process_settings() == before
+    assert {record.name for record in caplog.records} == {"another"}
+    assert shown == ["another error"]
+    assert [str(x.message) for x in warned] == ["Event loop is closed", "another error"]
+
+    caplog.clear()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fail("Event loop is closed")
+    assert {record.name for record in caplog.records} == {"absl", "asyncio", "another"}
+    assert shown == ["another error", "Event loop is closed"]
+    assert len(warned) == 2
+
+
+def test_a_run_is_quiet_and_restores_the_settings(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    inside: list[Any] = []
+
+    def failing(*_: Any, **__: Any) -> None:
+        inside.append(process_settings())
+        raise TrainingError("cannot be written")
+
+    monkeypatch.setattr(finetune, "train", failing)
+    before = process_settings()
+    assert run(folder, tmp_path / "run").error == "error: cannot be written"
+    assert process_settings() == before
+    (found,) = inside
+    assert [level for level, *_ in found["loggers"]] == [logging.CRITICAL] * 2
+    assert found["hook"] is not before["hook"]
+
+
+LATE = """
+import atexit, logging, runpy
+atexit.register(logging.getLogger("absl").error, "from a thread that ends late")
+runpy.run_module("train.finetune", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_nothing_is_printed_after_the_error(folder: Path, tmp_path: Path):
+    """Threads of a write that failed log errors until the process ends."""
+    options = arguments(folder, tmp_path / "run", "--data.train-json", "gone.json")
+    ended = subprocess.run(
+        [sys.executable, "-c", LATE, *options], capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: gone.json: cannot be read")

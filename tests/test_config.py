@@ -21,7 +21,8 @@ from train.config import (
     load_config,
     save_config,
 )
-from vxl_jax.config import PRESETS, ConfigError, LoRAConfig
+from vxl_jax.config import PRESETS, LoRAConfig
+from vxl_jax.errors import ConfigError
 
 FIELDS = [
     f"{section.name}.{field.name}"

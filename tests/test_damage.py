@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import convert_from_hf, convert_to_hf
-from vxl_jax.tensors import INDEX, NO_PICKLE, CheckpointError, find_tensors
+from vxl_jax.errors import CheckpointError
+from vxl_jax.tensors import INDEX, NO_PICKLE, find_tensors
 
 MICRO = Path(__file__).parent / "golden" / "micro" / "hf"
 

@@ -9,7 +9,7 @@ import pytest
 from train.batches import Batch, Shards, leave_out
 from train.distributed import check_batch_size, count_distinct, counted_share
 from vxl_jax.chat import IMAGE_TOKEN
-from vxl_jax.config import ConfigError
+from vxl_jax.errors import ConfigError
 from vxl_jax.sharding import make_mesh
 from vxl_jax.stream import StreamShape, batch_streams, plan_stream
 

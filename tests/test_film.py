@@ -1,9 +1,9 @@
 """Chunks of pixels: all frames, in order, a few at a time, also where a film breaks off."""
 
+import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,14 @@ import pytest
 from PIL import Image
 
 from tests.data import write_video
-from vxl_jax.film import Picture, Video, ahead, as_media, open_film
-from vxl_jax.media import MediaError, MediaOptions, load_video_frames, uniform_indices
+from vxl_jax import film
+from vxl_jax.errors import MediaError
+from vxl_jax.film import AT_ONCE, Picture, Video, ahead, as_media, open_film
+from vxl_jax.media import MediaOptions, load_video_frames, uniform_indices
 
 SIDE = 32
+LONG = 30.0
+"""Seconds that are enough for anything that does not hang."""
 
 
 @pytest.fixture(scope="module")
@@ -199,23 +203,51 @@ def test_files_are_pictures_or_videos_by_their_content(tmp_path: Path, video: Pa
     assert len(np.concatenate([p for p, _ in open_film(as_media(moving), SIDE).chunks(9)])) == 2
 
 
-def test_items_are_made_ahead_but_not_far():
-    made = []
+@pytest.mark.parametrize("depth", [1, 3])
+def test_items_are_made_ahead_but_not_far(depth: int, monkeypatch: pytest.MonkeyPatch):
+    """Of 5 items that are taken, `depth` more are in the queue and one waits for room in it."""
+    made: list[int] = []
+    threads: list[threading.Thread] = []
+    expected = 5 + depth + 1
+    enough, waits = threading.Event(), threading.Event()
+
+    class Watched(queue.Queue):
+        def put(self, *item: Any, **how: Any) -> None:
+            try:
+                super().put(*item, **how)
+            except queue.Full:
+                waits.set()
+                raise
 
     def items() -> Generator[int, None, None]:
+        threads.append(threading.current_thread())
         for i in range(100):
             made.append(i)
+            if len(made) == expected:
+                enough.set()
             yield i
 
-    got = ahead(items())
+    monkeypatch.setattr(film.queue, "Queue", Watched)
+    got = ahead(items(), depth)
     assert [next(got) for _ in range(5)] == [0, 1, 2, 3, 4]
-    time.sleep(0.3)
-    assert 5 <= len(made) <= 8
-    before = threading.active_count()
+    assert enough.wait(LONG)
+    for _ in range(2):  # the first may be of the item before
+        waits.clear()
+        assert waits.wait(LONG), "the thread does not wait for room"
+    assert len(made) == expected
     got.close()
-    time.sleep(0.5)
-    assert threading.active_count() == before - 1
+    threads[0].join(LONG)
+    assert not threads[0].is_alive()
+    assert len(made) == expected
+
+
+def test_all_items_come_and_their_thread_ends():
+    before = {*threading.enumerate()}
     assert list(ahead(iter_of(3))) == [0, 1, 2]
+    assert list(ahead(iter_of(0))) == []
+    for thread in {*threading.enumerate()} - before:
+        thread.join(LONG)
+        assert not thread.is_alive()
 
 
 def iter_of(count: int) -> Generator[int, None, None]:
@@ -237,25 +269,30 @@ def test_an_error_comes_after_the_items_before_it(error: type[BaseException]):
 
 WATCH = """
 import resource, sys
+from dataclasses import replace
 from flax import nnx
 from vxl_jax import Model, VideoXL, VisualMemory
 from vxl_jax.config import demo
 
-memory = VisualMemory([1, 2, 3])
-memory.attach(Model(VideoXL(demo(), rngs=nnx.Rngs(0)), None))
-memory.extend(sys.argv[1], frames=int(sys.argv[2]), ratio=8)
-print(memory.watched[0].frames, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+path, side, *films = sys.argv[1:]
+vision = replace(demo().vision, image_size=int(side), patch_size=int(side) // 4)
+model = Model(VideoXL(demo(vision=vision), rngs=nnx.Rngs(0)), None)
+for frames in map(int, films):
+    memory = VisualMemory([1, 2, 3])
+    memory.attach(model)
+    memory.extend(path, frames=frames, ratio=8)
+    assert memory.watched[0].frames == frames
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
 def test_host_memory_does_not_grow_with_the_film(tmp_path: Path):
-    """4096 frames of 320 x 320 are 1.3 GB; a few chunks of them are in memory."""
-    path = write_video(tmp_path / "long.mp4", 4096, fps=10, size=320)
-    peaks = []
-    for frames in (256, 4096):
-        command = [sys.executable, "-c", WATCH, str(path), str(frames)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-        watched, peak = map(int, done.stdout.split())
-        assert watched == frames
-        peaks.append(peak)
-    assert peaks[1] < peaks[0] + 600e6, peaks
+    """A few chunks of pixels are in memory, however many a film has: here 8 and 16 of 39 MB."""
+    side, chunks = 224, (8, 16)
+    films = [str(count * AT_ONCE) for count in chunks]
+    path = write_video(tmp_path / "long.mp4", chunks[1] * AT_ONCE, fps=10)
+    command = [sys.executable, "-c", WATCH, str(path), str(side), *films]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    shorter, longer = map(int, done.stdout.split())
+    chunk = AT_ONCE * side * side * 3
+    assert longer < shorter + 4 * chunk, (shorter, longer)  # at least 8 more, if all were kept

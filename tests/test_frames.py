@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from vxl_jax.errors import MediaError
 from vxl_jax.media import (
-    MediaError,
     Sampling,
     Timeline,
     choose_frames,

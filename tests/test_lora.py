@@ -34,6 +34,7 @@ from train.optimizer import Optimizer
 from train.setup import make_model, read_model_config
 from train.step import add_batch, split_parts, update
 from vxl_jax.config import LoRAConfig, LoRATarget, VideoXLConfig, demo, tiny
+from vxl_jax.errors import CheckpointError
 from vxl_jax.lora import (
     LORA_NAMES,
     LoRALinear,
@@ -45,7 +46,6 @@ from vxl_jax.lora import (
 from vxl_jax.model import VideoXL, decode_step, prefill
 from vxl_jax.names import table
 from vxl_jax.stream import IGNORE, IMAGE_TOKEN, Stream, batch_streams, plan_stream
-from vxl_jax.tensors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from vxl_jax import media
-from vxl_jax.media import MediaError
+from vxl_jax.errors import MediaError
 
 VIDEO_FRAMES = 20
 

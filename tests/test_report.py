@@ -2,22 +2,17 @@
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.clock import Clock
+from train import report
 from train.batches import Batch
+from train.errors import TooManyBadSamples
 from train.records import BadSample
-from train.report import (
-    BadSamples,
-    RunLog,
-    TooManyBadSamples,
-    draw_loss,
-    read_rows,
-    write_text,
-)
+from train.report import BadSamples, RunLog, draw_loss, read_rows, write_text
 
 METRICS = {
     **{"loss": 1.0, "accuracy": 0.5, "tokens": 4.0, "learning_rate": 0.1},
@@ -37,10 +32,22 @@ def batch(samples: int, tokens: int, frames: int, places: int) -> Batch:
     return Batch(nothing, None, made, frames=frames, tokens=tokens, token_places=places)
 
 
-def log_steps(run_dir: Path, start: int, stop: int, seconds_ago: float = 0.0) -> RunLog:
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of the logs; next to nothing passes but what a test adds."""
+    clock = Clock(tick=1e-9)
+    monkeypatch.setattr(report, "time", clock)
+    return clock
+
+
+def open_log(run_dir: Path, start: int = 0, log_every: int = 1, began: float = 0.0) -> RunLog:
+    """The log of a run of 9 steps."""
+    return RunLog(run_dir, start, 9, log_every, began, counted_share=1.0, flops_of=flops_of)
+
+
+def log_steps(run_dir: Path, start: int, stop: int, began: float = 0.0) -> RunLog:
     """Log every step after `start` up to `stop`."""
-    began = time.perf_counter() - seconds_ago
-    log = RunLog(run_dir, start, 9, log_every=1, began=began, counted_share=1.0, flops_of=flops_of)
+    log = open_log(run_dir, start, began=began)
     for step in range(start + 1, stop + 1):
         log.count(batch(samples=2, tokens=10, frames=0, places=20))
         log.add(METRICS)
@@ -67,56 +74,57 @@ def test_a_row_that_was_cut_off_is_dropped(tmp_path: Path):
 
 
 def test_seconds_are_those_of_all_pieces_that_count(tmp_path: Path):
-    first = log_steps(tmp_path, 0, 5, seconds_ago=100)
-    assert 100 <= first.seconds < 110
-    second = log_steps(tmp_path, 3, 6, seconds_ago=10)
-    assert 110 <= second.seconds < 120
-    assert 110 <= second.history[-1]["seconds"] < 120
+    first = log_steps(tmp_path, 0, 5, began=-100)
+    assert first.seconds == first.history[2]["seconds"] == 100
+    second = log_steps(tmp_path, 3, 6, began=-10)
+    assert second.seconds == second.history[-1]["seconds"] == 110
 
 
-def test_rates_are_since_the_row_before(tmp_path: Path):
-    log = RunLog(
-        tmp_path, 0, 9, log_every=3, began=time.perf_counter(), counted_share=1.0, flops_of=flops_of
-    )
+def test_rates_are_since_the_row_before(tmp_path: Path, clock: Clock):
+    log = open_log(tmp_path, log_every=3)
     for _ in range(3):
         log.count(batch(samples=4, tokens=100, frames=8, places=125))
-    time.sleep(0.05)
+    clock.now += 2
     log.add(METRICS)
     log.log(3)
-    time.sleep(0.05)
+    clock.now += 8
     log.log(6)
+    log.count(batch(samples=4, tokens=100, frames=8, places=125))
+    clock.now += 16
+    log.log(9)
     log.close()
-    first, second = log.history
-    assert 0 < first["samples_per_second"] <= 12 / 0.05
-    assert first["tokens_per_second"] == pytest.approx(25 * first["samples_per_second"])
+    first, second, third = log.history
+    for row, batches, seconds in ((first, 3, 2), (third, 1, 16)):
+        assert row["samples_per_second"] == pytest.approx(4 * batches / seconds)
+        assert row["tokens_per_second"] == pytest.approx(100 * batches / seconds)
+        assert row["frames_per_second"] == pytest.approx(8 * batches / seconds)
     assert first["tflops_per_device"] == pytest.approx(1e-9 * first["tokens_per_second"])
     assert "peak_share" not in first  # nobody knows what this processor can do at most
-    assert first["frames_per_second"] == pytest.approx(2 * first["samples_per_second"])
     assert second["samples_per_second"] == second["tokens_per_second"] == 0
+    assert [row["seconds"] for row in log.history] == [2, 10, 26]
     assert (first["padding"], second["padding"]) == (pytest.approx(0.2), 0)
 
 
-def test_waiting_is_a_share_and_what_is_aside_is_left_out(tmp_path: Path):
-    log = RunLog(
-        tmp_path, 0, 9, log_every=1, began=time.perf_counter(), counted_share=1.0, flops_of=flops_of
-    )
+def test_waiting_is_a_share_and_what_is_aside_is_left_out(tmp_path: Path, clock: Clock):
+    log = open_log(tmp_path)
     log.count(batch(samples=4, tokens=100, frames=8, places=125))
-    start = time.perf_counter()
-    with log.waiting():
-        time.sleep(0.1)
-    time.sleep(0.1)
+    for _ in range(2):
+        with log.waiting():
+            clock.now += 1
+    clock.now += 6
     with log.aside():
-        time.sleep(0.4)
+        clock.now += 100
     log.add(METRICS)
     log.log(1)
-    wall = time.perf_counter() - start
     log.count(batch(samples=4, tokens=100, frames=8, places=125))
+    clock.now += 4
     log.log(2)
     log.close()
     first, second = log.history
-    assert 4 / (wall - 0.35) < first["samples_per_second"] <= 4 / 0.2
-    assert first["data_wait"] == pytest.approx(0.1 * first["samples_per_second"] / 4, rel=0.2)
-    assert second["data_wait"] == 0
+    assert first["samples_per_second"] == pytest.approx(4 / 8)
+    assert second["samples_per_second"] == pytest.approx(4 / 4)
+    assert (first["data_wait"], second["data_wait"]) == (pytest.approx(2 / 8), 0)
+    assert [row["seconds"] for row in log.history] == [108, 112]
 
 
 def test_metrics_are_due_at_the_first_and_last_step_and_between(tmp_path: Path):

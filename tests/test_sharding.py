@@ -15,7 +15,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from train.config import MeshSection, OptimSection
 from train.distributed import Shards, open_mesh
 from train.optimizer import Optimizer
-from vxl_jax.config import PRESETS, ConfigError, LoRAConfig, LoRATarget, VideoXLConfig, tiny
+from vxl_jax.config import PRESETS, LoRAConfig, LoRATarget, VideoXLConfig, tiny
+from vxl_jax.errors import ConfigError
 from vxl_jax.lora import add_lora
 from vxl_jax.model import VideoXL
 from vxl_jax.quantize import new_network

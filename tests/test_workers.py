@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,17 +19,16 @@ import numpy as np
 import pytest
 
 import train.records
+from tests.clock import ChildClock
 from tests.data import ASK, TALK, open_files, read_from, write_media, write_records
 from tests.faults import SIDE, Answer, FakeReader, FaultyWork, WorkThatCannotBeRead, WorkThatTells
 from tests.typos import ReaderWithATypo
+from train.errors import WorkerError
 from train.records import BadSample
-from train.workers import Loaded, Measured, ProgramFault, Work, WorkerError, WorkerPool
+from train.workers import Loaded, Measured, ProgramFault, Work, WorkerPool
 from vxl_jax.media import heartbeat
-from vxl_jax.media import process as media_process
 from vxl_jax.media.process import MediaProcess
 
-SECONDS = 0.6
-"""CPU time that a record may take."""
 LONG = 30.0
 """Enough for anything that does not hang."""
 
@@ -75,6 +75,12 @@ def started(folder: Path, record: int) -> int:
     """The process that has begun with a record."""
     path = folder / f"started-{record}"
     return int(wait_for(lambda: path.exists() and path.read_text(), f"record {record} begins"))
+
+
+def is_reading(folder: Path, record: int, process: int) -> bool:
+    """Whether a process is the one that has begun with a record last."""
+    path = folder / f"started-{record}"
+    return path.exists() and path.read_text() == str(process)
 
 
 def alive(process: int) -> bool:
@@ -322,7 +328,7 @@ def test_a_system_without_room_for_a_worker_is_an_error(
     assert isinstance(read(pool, 1), Answer)
 
 
-# Workers that hang.
+# Workers that hang. Time passes, 1 s at each look, in a worker that reads record 3.
 
 HUNG = (
     "3.png: the process that read it {}; the file may make its decoder loop, or its disk may not "
@@ -330,11 +336,12 @@ HUNG = (
 )
 
 
-def test_a_record_that_spins_is_bad(pools: Pools, tmp_path: Path):
-    pool = pools(2, {3: "spin"}, SECONDS)
+def test_a_record_that_spins_is_bad(pools: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ChildClock(lambda process: is_reading(tmp_path, 3, process), cpu=1.0).set(monkeypatch)
+    pool = pools(2, {3: "spin"}, 5.0)
     with ThreadPoolExecutor(2) as threads:
         answers = [*threads.map(lambda i: read(pool, i), range(8))]
-    hung = BadSample("0[3]", HUNG.format("made no progress in 0.6 s of CPU time", 0.6))
+    hung = BadSample("0[3]", HUNG.format("made no progress in 5 s of CPU time", 5))
     assert answers.pop(3) == hung
     assert [answer.record for answer in answers] == [0, 1, 2, 4, 5, 6, 7]
     wait_for(lambda: not alive(started(tmp_path, 3)), "the worker that hung is gone")
@@ -347,33 +354,71 @@ def test_a_record_that_spins_is_bad(pools: Pools, tmp_path: Path):
 def test_a_record_that_waits_for_ever_is_bad(
     action: str, pools: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(media_process, "WAIT", 0.1)
-    pool = pools(1, {3: action}, 10.0)
-    hung = BadSample("0[3]", HUNG.format("gave no sign of life for 1 s", 10))
+    ChildClock(lambda process: is_reading(tmp_path, 3, process), wall=1.0).set(monkeypatch)
+    pool = pools(1, {3: action}, 0.5)
+    hung = BadSample("0[3]", HUNG.format("gave no sign of life for 5 s", 0.5))
     assert read(pool, 3) == hung
     wait_for(lambda: not alive(started(tmp_path, 3)), "the worker that hung is gone")
     assert isinstance(read(pool, 4), Answer)
 
 
-@pytest.mark.parametrize("action", ["once spin", "once SIGSTOP"])
+@pytest.mark.parametrize(
+    ("action", "times"), [("once spin", {"cpu": 1.0}), ("once SIGSTOP", {"wall": 1.0})]
+)
 def test_a_record_that_hangs_once_is_good(
-    action: str, pools: Pools, monkeypatch: pytest.MonkeyPatch
+    action: str,
+    times: dict[str, float],
+    pools: Pools,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    if action == "once SIGSTOP":
-        monkeypatch.setattr(media_process, "WAIT", 2.0)
-    assert isinstance(read(pools(1, {3: action}, SECONDS), 3), Answer)
+    clock = ChildClock(lambda process: is_reading(tmp_path, 3, process), **times)
+    clock.set(monkeypatch)
+    answer = read(pools(1, {3: action}, 0.5), 3)
+    assert isinstance(answer, Answer), answer
+    assert answer.process != started(tmp_path, 3)
 
 
-def test_only_cpu_time_of_one_record_counts(pools: Pools):
-    sleeping = pools(1, dict.fromkeys(range(3), f"sleep {2 * SECONDS}"), SECONDS)
-    with ThreadPoolExecutor(3) as threads:  # two wait for the worker
-        answers = [*threads.map(lambda i: read(sleeping, i), range(3))]
-    assert [type(answer) for answer in answers] == [Answer] * 3
-    burning = pools(1, dict.fromkeys(range(3), f"burn {SECONDS / 2}"), SECONDS)
-    # Together they use more than one may. Alone they would have other processes than the first.
-    found: list[Any] = [*burning.measure(0, range(3))]
+@pytest.mark.parametrize(
+    ("times", "seconds"),
+    [
+        ({"wall": 1.0}, 0.5),  # up to 0.5 s of CPU time, or 5 s of wall time
+        ({"cpu": 1.0}, 5.0),
+    ],
+)
+@pytest.mark.parametrize("ask", ["load", "measure"])
+def test_only_time_of_one_record_counts(
+    ask: str,
+    times: dict[str, float],
+    seconds: float,
+    pools: Pools,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Each of three takes 4 s: together they take more than one may."""
+    looks: Counter[int] = Counter()
+
+    def busy(process: int) -> bool:
+        for record in range(3):
+            end = tmp_path / f"go-{record}"
+            if is_reading(tmp_path, record, process) and not end.exists():
+                looks[record] += 1
+                if looks[record] == 4:
+                    end.touch()
+                return True
+        return False
+
+    clock = ChildClock(busy, **times)
+    clock.set(monkeypatch)
+    pool = pools(1, {i: f"until {tmp_path}/go-{i}" for i in range(3)}, seconds)
+    if ask == "measure":
+        found: list[Any] = [*pool.measure(0, range(3))]
+    else:
+        with ThreadPoolExecutor(3) as threads:  # two wait for the worker
+            found = [*threads.map(lambda i: read(pool, i), range(3))]
     assert [type(answer) for answer in found] == [Answer] * 3
     assert len({answer.process for answer in found}) == 1
+    assert clock.now + clock.used[found[0].process] == 12
 
 
 def test_measuring_beats_for_each_record(

@@ -15,9 +15,10 @@ import grain
 import numpy as np
 
 from train.dataset import Dataset
+from train.errors import WorkerError
 from train.plan import BatchPlan, Epochs
 from train.records import BadSample, Sample
-from train.workers import Loaded, WorkerError
+from train.workers import Loaded
 from vxl_jax.stream import Stream, StreamBatch, StreamShape, batch_streams
 
 AHEAD = 16

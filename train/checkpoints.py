@@ -10,7 +10,7 @@ import sys
 import tomllib
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,7 @@ from train.config import TrainConfig, config_to_dict
 from train.distributed import is_first
 from train.errors import DataError, TrainingError
 from vxl_jax.checkpoint import CHUNK_BYTES, weights_digest
-from vxl_jax.config import ConfigError
+from vxl_jax.errors import ConfigError
 from vxl_jax.progress import progress_bar
 from vxl_jax.published import PARAMS, read_config
 from vxl_jax.tensors import read_json
@@ -64,9 +64,33 @@ class _MostAccurate(managers.PreservationPolicy):
         return [info in best for info in checkpoints]
 
 
-def _show_but_closed_loops(ignored: Any) -> None:
-    if str(ignored.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(ignored)
+def quiet_orbax() -> ExitStack:
+    """Suppress what Orbax and asyncio print about a checkpoint that cannot be written.
+
+    The error is raised as well. Without this, hundreds of lines come with it: Orbax logs it in each
+    of its threads, asyncio logs task exceptions that were never retrieved, Python warns of
+    coroutines that were never awaited, and TensorStore calls event loops that are closed. Threads
+    go on after the error was raised, so some lines come later, until the process ends.
+
+    Returns a context manager that restores the settings at its end; a call without `with` changes
+    them for good.
+    """
+    restore = ExitStack()
+    for name in ("absl", "asyncio"):
+        logger = logging.getLogger(name)
+        restore.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def show_but_closed_loops(ignored: Any) -> None:
+        if str(ignored.exc_value) != "Event loop is closed":
+            show(ignored)
+
+    restore.callback(setattr, sys, "unraisablehook", show)
+    sys.unraisablehook = show_but_closed_loops
+    restore.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
+    return restore
 
 
 class Checkpoints:
@@ -77,6 +101,8 @@ class Checkpoints:
     tokenizer, see `describe_base`), and `metrics` where it has a score. All
     that is random follows from the configuration's seed and from the numbers of the step and of the
     batch.
+
+    Loggers, warning filters and hooks of the process stay as they are: see `quiet_orbax`.
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig):
@@ -97,13 +123,6 @@ class Checkpoints:
         self.about = {"config": config_to_dict(config), "versions": versions(), "base": base}
         self.last: int | None = None
         self._empty_bin()
-        # Orbax prints at length what it raises too, and so does TensorStore in its threads.
-        # Of several parts that cannot be written one is asked; asyncio prints those of the others.
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        # And parts that were not begun are told when the process ends.
-        warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
-        self._hook, sys.unraisablehook = sys.unraisablehook, _show_but_closed_loops
         with self._failing("opened"):
             self.manager = ocp.CheckpointManager(
                 (run_dir / "checkpoints").resolve(),  # without `..`, which TensorStore refuses
@@ -204,7 +223,6 @@ class Checkpoints:
             with self._failing("written"):
                 self.manager.close()
         finally:
-            sys.unraisablehook = self._hook
             self._empty_bin()
 
     def _empty_bin(self) -> None:

@@ -24,7 +24,8 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import tyro
 
-from vxl_jax.config import PRESETS, ConfigError, LoRAConfig, Remat
+from vxl_jax.config import PRESETS, LoRAConfig, Remat
+from vxl_jax.errors import ConfigError
 from vxl_jax.media import MediaOptions, Sampling
 
 Part = Literal["vision", "projector", "language", "beacon", "lora"]
@@ -202,6 +203,12 @@ class DataSection:
         _check(0 <= self.frame_jitter <= 1, "data.frame_jitter", self.frame_jitter, "in [0, 1]")
         _check(self.video_fps > 0, "data.video_fps", self.video_fps, "more than 0")
         _check(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "in [0, 1]")
+        _check(
+            self.decoder == "pyav" or not (self.square_pixels or self.tone_map),
+            "data.decoder",
+            self.decoder,
+            "pyav with data.square_pixels or data.tone_map",
+        )
 
     @property
     def media_options(self) -> MediaOptions:
@@ -612,7 +619,7 @@ def _import_config(name: str) -> ModuleType:
         try:
             spec.loader.exec_module(module)
         except Exception as error:  # a user's file may do anything
-            raise ConfigError(f"--config {name}: {type(error).__name__}: {error}") from None
+            raise ConfigError(f"--config {name}: {type(error).__name__}: {error}") from error
         return module
     import configs
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from train.batches import Batch, Shards
 from train.config import MeshSection
 from train.errors import TrainingError
-from vxl_jax.config import ConfigError
+from vxl_jax.errors import ConfigError
 from vxl_jax.model import map_by_sample
 from vxl_jax.sharding import make_mesh, sample_shards, sample_spec
 
@@ -146,9 +146,9 @@ def count_distinct(names: Collection[str]) -> int:
 _meetings = itertools.count()
 
 
-def all_fine(fine: bool) -> bool:
-    """Wait for all processes on their hosts and tell whether each is fine; every process has to
-    call it.
+def exchange(value: str) -> list[str]:
+    """Wait for all processes on their hosts; returns a short text from each, in any order. Every
+    process has to call it.
 
     They wait at a barrier of JAX's coordination service. In a collective of devices (`gather`) work
     of minutes would run into the collective's own time limits.
@@ -156,10 +156,10 @@ def all_fine(fine: bool) -> bool:
     Raises: TrainingError if a process does not come: it has died, or hangs.
     """
     if jax.process_count() == 1:
-        return fine
+        return [value]
     client: Any = global_state.client
     meeting = f"vxl_jax/together/{next(_meetings)}/"
-    client.key_value_set(f"{meeting}{jax.process_index()}", str(int(fine)))
+    client.key_value_set(f"{meeting}{jax.process_index()}", value)
     failed: list[Exception] = []
 
     def wait() -> None:
@@ -178,13 +178,18 @@ def all_fine(fine: bool) -> bool:
             f"another process of the run has not come within {HOST_WORK_HOURS:g} hours, or has "
             f"died; look at what it printed ({reason})"
         ) from failed[0]
-    return all(bool(int(value)) for _, value in client.key_value_dir_get(meeting))
+    return [value for _, value in client.key_value_dir_get(meeting)]
+
+
+def all_fine(fine: bool) -> bool:
+    """Whether every process is fine; they wait for each other as in `exchange`."""
+    return all(value == "1" for value in exchange(str(int(fine))))
 
 
 def together(work: Callable[[], Result], turn: bool = True) -> Result:
     """Do on every host what may fail on one of them; with `turn` False, nothing on this one.
 
-    The processes wait for each other outside the devices, as long as it takes (`all_fine`).
+    The processes wait for each other outside the devices, as long as it takes (`exchange`).
 
     Raises: what `work` raises in this process; TrainingError where it raised in another.
     """

@@ -11,7 +11,7 @@ import numpy as np
 from train.batches import Batch, Loader, blank, leave_out
 from train.config import RunSection
 from train.dataset import KINDS, Dataset, kinds_of
-from train.distributed import gather, is_first
+from train.distributed import exchange, is_first
 from train.plan import Epochs, Share, make_buckets
 from train.records import BadSample, Sample
 from vxl_jax.config import VideoXLConfig
@@ -81,10 +81,11 @@ def unread_anywhere(batch: Batch) -> list[int]:
     """Places that hold a sample here, but not in every process of the run.
 
     All of them load all questions, and compute as one: one that cannot be read on one machine is
-    left out on all.
+    left out on all. Reading takes each host a different time: they wait outside the devices.
     """
-    here = np.array([sample is not None for sample in batch.samples])
-    return np.flatnonzero(here & ~gather(*here).all(0)).tolist()
+    here = [str(int(sample is not None)) for sample in batch.samples]
+    everywhere = zip(*exchange("".join(here)), strict=True)  # for each place, that of all processes
+    return [i for i, place in enumerate(everywhere) if here[i] == "1" and "0" in place]
 
 
 def evaluate(

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from train.batches import Loader
-from train.checkpoints import Checkpoints, Position
+from train.checkpoints import Checkpoints, Position, quiet_orbax
 from train.config import (
     OF_A_MACHINE,
     OwnOptions,
@@ -56,15 +56,7 @@ from train.optimizer import Optimizer
 from train.plan import Epochs, padded_share, plan_run
 from train.planning import print_plan
 from train.records import BadSample
-from train.report import (
-    PROFILED,
-    BadSamples,
-    RunLog,
-    TooManyBadSamples,
-    Trace,
-    draw_loss,
-    write_text,
-)
+from train.report import PROFILED, BadSamples, RunLog, Trace, draw_loss, write_text
 from train.setup import (
     count_flops,
     count_steps,
@@ -79,12 +71,11 @@ from train.setup import (
 )
 from train.signals import stop_request, sure_interrupt
 from train.step import add_batch, empty_sums, fingerprint, split_parts, update
-from train.workers import WorkerError
-from vxl_jax.cards import claim_memory
-from vxl_jax.config import ConfigError, VideoXLConfig
+from vxl_jax.cards import DEVICE_ERRORS, claim_memory, is_out_of_memory
+from vxl_jax.config import VideoXLConfig
+from vxl_jax.errors import ConfigError, VxlError
 from vxl_jax.model import parameter_count
 from vxl_jax.sharding import param_placement, sample_shards
-from vxl_jax.tensors import CheckpointError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: Namespace, config: TrainConfig, prepare: Prepare | None) -> int:
-    """Plan or train, with every error that a user can mend as one line; returns the exit status."""
+    """Plan or train, with errors that a user can correct as one line; returns the exit status."""
     run_dir = Path(config.run.run_dir)
     goes_on = f"the same command goes on from what {run_dir} holds"
     try:
@@ -110,17 +101,9 @@ def run(options: Namespace, config: TrainConfig, prepare: Prepare | None) -> int
         check_same_config(config)
         first_then_others(lambda: start_directory(config, run_dir, write=is_first()))
         first_then_others(lambda: prepare_data(config, prepare))
-        with sure_interrupt(), enough_memory("training", IN_TRAINING):
+        with sure_interrupt(), quiet_orbax(), enough_memory("training", IN_TRAINING):
             stopped = train(config.resolved(), run_dir, profile=options.profile)
-    except (
-        CheckpointError,
-        ConfigError,
-        DataError,
-        ImportError,  # a decoder that is not there for this platform
-        TooManyBadSamples,
-        TrainingError,
-        WorkerError,
-    ) as error:
+    except VxlError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a disk that is full, as a rule
@@ -155,16 +138,11 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except DEVICE_ERRORS as error:
         if not is_out_of_memory(error):
             raise
         reason = str(error).strip().partition("\n")[0]
         raise TrainingError(f"out of device memory in {what} ({reason}): {advice}") from error
-
-
-def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
-    """Whether XLA, or CUDA under it, could not allocate device memory."""
-    return any(name in str(error) for name in ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY"))
 
 
 def read_options(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
@@ -471,4 +449,5 @@ def describe(
 
 
 if __name__ == "__main__":
+    quiet_orbax()  # for good: threads of a failed write may print until the process ends
     sys.exit(main())

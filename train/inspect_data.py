@@ -19,7 +19,6 @@ import numpy as np
 
 from train.config import OwnOptions, TrainConfig, load_config
 from train.dataset import KINDS, Dataset, open_dataset
-from train.errors import DataError
 from train.inspect_figures import (
     BadNames,
     bad_figures,
@@ -52,11 +51,10 @@ from train.setup import (
     read_model_config,
 )
 from train.signals import sure_interrupt
-from train.workers import Loaded, WorkerError
+from train.workers import Loaded
 from vxl_jax.chat import IGNORE, IMAGE_TOKEN
-from vxl_jax.config import ConfigError
+from vxl_jax.errors import ConfigError, VxlError
 from vxl_jax.progress import progress_bar
-from vxl_jax.tensors import CheckpointError
 
 MOST_SAMPLES = 64
 """Samples on the sheet at most."""
@@ -81,14 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         prepare_data(config, prepare)
         with sure_interrupt():
             bad = inspect(config.resolved(), out, options)
-    except (
-        CheckpointError,
-        ConfigError,
-        DataError,
-        ImportError,  # a decoder that is not there for this platform
-        OSError,  # --out cannot be written
-        WorkerError,
-    ) as error:
+    except (VxlError, OSError) as error:  # OSError: --out cannot be written
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

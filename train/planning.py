@@ -29,7 +29,7 @@ from vxl_jax import attention
 from vxl_jax.cards import Card, find_card
 from vxl_jax.chat import IMAGE_TOKEN
 from vxl_jax.config import PRESETS, VideoXLConfig
-from vxl_jax.estimate import COMPILER_OPTIONS, USABLE
+from vxl_jax.estimate import COMPILER_OPTIONS, memory_of
 from vxl_jax.model import map_by_sample
 from vxl_jax.progress import progress_bar
 from vxl_jax.sharding import make_mesh, param_placement, sample_shards, sample_spec
@@ -193,7 +193,7 @@ def print_plan(config: TrainConfig, card_name: str, memory_gb: float | None) -> 
 
     memory_gb: of a device, in GB (10^9 bytes); that of the card if None.
 
-    Raises: ConfigError if there is no such card.
+    Raises: ConfigError if there is no such card, or `memory_gb` is not a positive number.
     """
     card = find_card(card_name)
     data, fsdp, tensor = config.mesh.data or 1, config.mesh.fsdp, config.mesh.tensor
@@ -202,7 +202,7 @@ def print_plan(config: TrainConfig, card_name: str, memory_gb: float | None) -> 
     mesh = make_mesh(data, fsdp, tensor)
     check_batch_size(config.data.batch_size, sample_shards(mesh))
     model, sizes = planned_model(config)
-    memory = int(card.memory * USABLE if memory_gb is None else memory_gb * 1e9)
+    memory = memory_of(card, memory_gb)
     with progress_bar(total=5, desc="compiling", unit="program") as progress:
         planner = Planner(config, model, mesh)
         progress.update()

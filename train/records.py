@@ -31,7 +31,6 @@ from vxl_jax.chat import (
     DEFAULT_SYSTEM,
     IGNORE,
     IMAGE_MARK,
-    ConversationError,
     Tokenizer,
     count_marks,
     encode_caption,
@@ -39,9 +38,9 @@ from vxl_jax.chat import (
     encode_prompt,
 )
 from vxl_jax.config import VideoXLConfig
+from vxl_jax.errors import ConversationError, MediaError
 from vxl_jax.media import (
     FrameChoice,
-    MediaError,
     grid_pinpoints,
     image_size,
     jitter_indices,

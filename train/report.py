@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from train.batches import Batch
 from train.distributed import gather, is_first
+from train.errors import TooManyBadSamples
 from train.evaluate import ALL
 from train.records import BadSample
 from vxl_jax.cards import card_of
@@ -366,7 +367,3 @@ class BadSamples:
                     tqdm.write(f"bad sample left out: {sample.name}: {sample.reason}")
         if len(new) > SHOWN:
             tqdm.write(f"and {len(new) - SHOWN} more; {self.path} lists them all")
-
-
-class TooManyBadSamples(ValueError):
-    """More bad samples than the configuration allows."""

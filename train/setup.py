@@ -21,11 +21,8 @@ from train.plan import Epochs
 from train.step import split_parts
 from vxl_jax import published
 from vxl_jax.checkpoint import abstract_params, load_network
-from vxl_jax.config import (
-    PRESETS,
-    ConfigError,
-    VideoXLConfig,
-)
+from vxl_jax.config import PRESETS, VideoXLConfig
+from vxl_jax.errors import ConfigError, VxlError
 from vxl_jax.flops import Work, step_flops
 from vxl_jax.lora import add_lora
 from vxl_jax.model import VideoXL
@@ -85,7 +82,7 @@ def prepare_data(config: TrainConfig, prepare: Prepare | None) -> None:
         return
     try:
         prepare(config)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, VxlError) as error:  # ImportError: a package that it needs
         raise DataError(f"the data cannot be made: {error}") from error
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from train.errors import MediaChanged, WorkerError
 from train.records import BAD, BadSample, Reader, Sample
-from vxl_jax.media import MediaError
 from vxl_jax.media.heartbeat import beat
 from vxl_jax.media.process import (
     CannotStart,
@@ -45,10 +45,6 @@ class Loaded:
 
     sample: Sample
     stream: Stream
-
-
-class MediaChanged(MediaError):
-    """Media that changed since their data file was measured."""
 
 
 class ProgramFault(RuntimeError):
@@ -166,10 +162,6 @@ class Work:
 def lowest(ratios: Sequence[int]) -> Ratio:
     """The ratio that leaves most beacons. As in `draw_ratio`, a window keeps one at least."""
     return (lambda count: min(*ratios, count)) if ratios else None
-
-
-class WorkerError(RuntimeError):
-    """Data processes cannot be started, or were ended; the message says what to do."""
 
 
 class WorkerPool:

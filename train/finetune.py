@@ -138,6 +138,8 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
     """
     try:
         yield
+    except VxlError:  # a ValueError too; one of evaluation has its own advice
+        raise
     except DEVICE_ERRORS as error:
         if not is_out_of_memory(error):
             raise

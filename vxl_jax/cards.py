@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 
-from vxl_jax.errors import ConfigError
+from vxl_jax.errors import ConfigError, VxlError
 
 SHARE = 0.95
 """Share of a GPU's memory that programs ask for; the default of JAX is 0.75."""
@@ -111,8 +111,11 @@ DEVICE_ERRORS = (RuntimeError, ValueError)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device error says that no memory is left: XLA's, or CUDA's under it."""
-    return any(name in str(error) for name in ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY"))
+    """Whether a device error says that no memory is left: XLA's, or CUDA's under it. Not for errors
+    of the library, which have said it already.
+    """
+    names = ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY")
+    return not isinstance(error, VxlError) and any(name in str(error) for name in names)
 
 
 @cache

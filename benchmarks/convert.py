@@ -24,10 +24,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.core import write_results
-from convert.writing import Piece, Planned, published_config, write_json, write_shards, write_tower
-from vxl_jax.checkpoint import abstract_params
+from convert.writing import published_config, write_tower
+from vxl_jax.checkpoints.json_files import write_json
+from vxl_jax.checkpoints.load import abstract_params
+from vxl_jax.checkpoints.names import name_rows
+from vxl_jax.checkpoints.safetensors_write import NewTensor, Piece, write_shards
 from vxl_jax.config import LanguageConfig, VideoXLConfig
-from vxl_jax.names import table
 
 LIMIT = 1.3, 2e9
 """Most memory that conversion may take: times the checkpoint's bytes, plus bytes."""
@@ -49,11 +51,11 @@ def make_checkpoint(directory: Path, layers: int) -> int:
             yield Piece(part.nbytes, lambda part=part: part)
 
     planned = []
-    for row in table(config):
+    for row in name_rows(config):
         shape = row.published_shape(shapes[row.ours].shape)
         for name in row.names():
             size = int(np.prod(shape))
-            planned.append(Planned(name, "BF16", shape, list(pieces(size))))
+            planned.append(NewTensor(name, "BF16", shape, list(pieces(size))))
     write_shards(directory, planned, 5 * 10**9, lambda size: None)
     return sum(tensor.bytes for tensor in planned)
 

@@ -36,7 +36,8 @@ RATIO, TRAIN_RATIO = 16, 8
 
 def config_of(size: str) -> Any:
     """Model sizes: `cpu` has Video-XL's geometry at a width that two cores can run."""
-    from vxl_jax.config import LanguageConfig, VisionConfig, video_xl_7b
+    from vxl_jax.config import LanguageConfig, VisionConfig
+    from vxl_jax.presets import video_xl_7b
 
     if size == "7b":
         return video_xl_7b(param_dtype="bfloat16", dtype="bfloat16")
@@ -94,9 +95,9 @@ def jax_phase(phase: str, size: str, frames: int) -> Callable[[], Any]:
     from flax import nnx
 
     from vxl_jax import VideoXL, batch_streams, decode_step, loss_and_metrics, plan_stream, prefill
-    from vxl_jax.memory import empty_memory
-    from vxl_jax.model import scan_groups
-    from vxl_jax.stream import IMAGE_TOKEN
+    from vxl_jax.models.video_xl import scan_groups
+    from vxl_jax.nn.memory import empty_memory
+    from vxl_jax.text.chat import IMAGE_TOKEN
 
     config = replace(config_of(size), remat="none")  # PyTorch's side keeps all activations too
     model = nnx.jit(lambda: VideoXL(config, rngs=nnx.Rngs(0)))()
@@ -151,7 +152,7 @@ def train_step_bytes(size: str, frames: int) -> int:
     from flax import nnx
 
     from vxl_jax import VideoXL, batch_streams, plan_stream
-    from vxl_jax.stream import IMAGE_TOKEN
+    from vxl_jax.text.chat import IMAGE_TOKEN
 
     config = config_of(size)
     graph, params = nnx.split(nnx.eval_shape(lambda: VideoXL(config, rngs=nnx.Rngs(0))))

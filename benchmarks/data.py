@@ -18,265 +18,55 @@ Writes benchmarks/results/data.json.
 """
 
 import argparse
-import gc
 import json
-import multiprocessing
 import os
-import random
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
-from multiprocessing.pool import Pool
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from benchmarks.core import machine, write_results
+from benchmarks.data_files import (
+    FULL,
+    MODEL,
+    QUICK,
+    WORDS,
+    make_epochs,
+    make_images,
+    make_videos,
+    words_tokenizer,
+    write_text_records,
+)
+from benchmarks.data_throughput import (
+    decode_ours,
+    decode_plainly,
+    first_batch,
+    throughput,
+    tile_plainly,
+)
 from benchmarks.films import films, show_films
-from train.batches import Loader
 from train.config import DataSection
-from train.dataset import Dataset, Lengths, count_beacons, open_dataset
-from train.plan import Epochs, Share, make_buckets, padded_share, plan_run
-from vxl_jax.config import VideoXLConfig, video_xl_7b
+from train.data.dataset import open_dataset
+from train.data.epochs import Epochs, Share, make_buckets, padded_share
+from train.data.lengths import Lengths, count_beacons
+from vxl_jax.config import VideoXLConfig
 from vxl_jax.media import (
     FrameChoice,
-    grid_pinpoints,
-    load_image,
-    load_video_frames,
     open_video,
-    resize_and_crop,
     select_frames,
-    tile_image,
 )
-
-MODEL = video_xl_7b(ratios=(2, 4, 8))
-FPS = 25
-WORDS = ("the", "a", "of", "picture", "video", "shows", "man", "red", "car", "near", "what", "is")
 
 RATIO_GOAL, PADDED_GOAL, MEMORY_GOAL = 0.9, 0.15, 150e6
 
 PARTS = ("throughput", "films", "memory", "padding")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much of everything."""
-
-    videos: int
-    seconds: tuple[int, ...]
-    images: int
-    records: tuple[int, ...]
-    samples: int
-    rounds: int
-    minutes: int
-
-
-FULL = Sizes(24, (20, 30, 40, 60), 400, (10**4, 10**5, 10**6), 20_000, 3, 60)
-QUICK = Sizes(4, (4, 6), 24, (10**3, 10**4), 2_000, 2, 1)
-
-
-# Files.
-
-
-def make_videos(folder: Path, sizes: Sizes) -> list[Path]:
-    """H.264 files of 640 x 360 with a moving picture; copies count as files of their own."""
-    import av
-
-    rng = np.random.default_rng(0)
-    made: list[Path] = []
-    for i in range(sizes.videos):
-        path = folder / f"{i}.mp4"
-        if i >= len(sizes.seconds):
-            made.append(Path(shutil.copy(made[i % len(sizes.seconds)], path)))
-            continue
-        wide = rng.integers(0, 256, (36, 192, 3), np.uint8).repeat(10, 0).repeat(10, 1)
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast"})
-            stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
-            for frame in range(FPS * sizes.seconds[i]):
-                start = (3 * frame) % (wide.shape[1] - 640)
-                pixels = np.ascontiguousarray(wide[:, start : start + 640])
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-            container.mux(stream.encode())
-        made.append(path)
-    return made
-
-
-def make_images(folder: Path, count: int) -> list[Path]:
-    """JPEG files of about 800 x 600."""
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    made = []
-    for i in range(count):
-        width, height = (int(side) for side in rng.integers((700, 500), (900, 700)))
-        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
-        made.append(folder / f"{i}.jpg")
-        coarse.resize((width, height), Image.Resampling.BICUBIC).save(made[-1], quality=90)
-    return made
-
-
-def write_media_records(path: Path, files: Sequence[Path]) -> None:
-    """One record for each file."""
-    records = []
-    for file in files:
-        kind = "video" if file.suffix == ".mp4" else "image"
-        turns = [
-            {"from": "human", "value": "<image>\nwhat is the picture"},
-            {"from": "gpt", "value": "the man is near the red car"},
-        ]
-        records.append({"id": file.stem, kind: file.name, "conversations": turns})
-    path.write_text(json.dumps(records))
-
-
-def write_text_records(path: Path, count: int) -> None:
-    """Records of about 400 bytes, as LLaVA's."""
-    rng = random.Random(0)
-
-    def turns() -> str:
-        question = " ".join(rng.choices(WORDS, k=12))
-        answer = " ".join(rng.choices(WORDS, k=rng.randrange(30, 60)))
-        values = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        return json.dumps(values)
-
-    some = [turns() for _ in range(1000)]
-    with path.open("w") as file:
-        for i in range(count):
-            start = "," if i else "["
-            file.write(f'{start}\n{{"id": "{i:012}", "conversations": {rng.choice(some)}}}')
-        file.write("\n]\n")
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """Of a directory, as `open_dataset` takes it; transformers is not needed for that."""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    return SimpleNamespace(backend_tokenizer=backend)
-
-
-def make_epochs(dataset: Dataset, data: DataSection) -> Epochs:
-    """One epoch over all samples."""
-    return plan_run(dataset, data, 0)
-
-
-# Throughput.
-
-
-def decode_plainly(task: tuple[str, list[int]]) -> int:
-    """Frames of a video through decord alone."""
-    from decord import VideoReader
-
-    frames = VideoReader(task[0], num_threads=1).get_batch(task[1]).asnumpy()
-    size = MODEL.vision.image_size
-    return len([resize_and_crop(frame, size) for frame in frames])
-
-
-def decode_ours(task: tuple[str, list[int]]) -> int:
-    """The same through this project's function."""
-    return len(load_video_frames(*task, MODEL.vision.image_size))
-
-
-def tile_plainly(path: str) -> int:
-    """Tiles of an image through Pillow."""
-    size = MODEL.vision.image_size
-    return len(tile_image(load_image(path), grid_pinpoints(size), size))
-
-
-def spread(pool: Pool, function: Callable[[Any], int], tasks: Sequence[Any]) -> int:
-    """Work of a pool; the frames of all tasks."""
-    return sum(pool.imap_unordered(function, tasks))
-
-
-def warm_up(_: int) -> int:
-    """Import what the work needs, and give every process of the pool a turn."""
-    import decord  # noqa: F401
-
-    time.sleep(0.2)
-    return 0
-
-
-def load_all(loader: Loader) -> int:
-    """Frames of all batches."""
-    frames = 0
-    for batch in loader.batches():
-        frames += batch.frames
-        if batch.bad:
-            raise SystemExit(f"{batch.bad[0].name}: {batch.bad[0].reason}")
-    return frames
-
-
-def throughput(
-    folder: Path,
-    files: Sequence[Path],
-    data: DataSection,
-    tokenizer: Any,
-    references: dict[str, tuple[Callable[[Any], int], Sequence[Any]]],
-    rounds: int,
-) -> dict[str, Any]:
-    """Seconds of the loader and of each reference (a function and its tasks), in turns."""
-    path = folder / f"{files[0].suffix[1:]}.json"
-    write_media_records(path, files)
-    began = time.perf_counter()
-    context = multiprocessing.get_context("spawn")
-    with (
-        open_dataset((str(path),), data, MODEL, tokenizer) as dataset,
-        context.Pool(data.workers) as pool,
-    ):
-        measuring = time.perf_counter() - began
-        if dataset.bad:
-            raise SystemExit(f"{dataset.bad[0].name}: {dataset.bad[0].reason}")
-        loader = Loader(make_epochs(dataset, data), dataset)
-        runs: dict[str, Callable[[], int]] = {"loader": lambda: load_all(loader)}
-        for name, (function, tasks) in references.items():
-            runs[name] = lambda function=function, tasks=tasks: spread(pool, function, tasks)
-        pool.map(warm_up, range(4 * data.workers), chunksize=1)
-        batches = loader.batches()
-        next(batches)  # its workers run too
-        batches.close()
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        frames = set()
-        for number in range(rounds):
-            for name in list(runs) if number % 2 else reversed(list(runs)):
-                gc.collect()
-                began = time.perf_counter()
-                frames.add(runs[name]())
-                seconds[name].append(time.perf_counter() - began)
-    if len(frames) != 1:
-        raise SystemExit(f"not the same frames: {frames}")
-    best = {name: min(values) for name, values in seconds.items()}
-    return {
-        "samples": len(files),
-        "frames": frames.pop(),
-        "workers": data.workers,
-        "measuring_and_start_seconds": measuring,
-        "all_seconds": seconds,
-        "seconds": best,
-        "ratio": {name: value / best["loader"] for name, value in best.items() if name != "loader"},
-    }
-
-
-def first_batch(path: Path, data: DataSection, tokenizer: Any, cache: Path) -> dict[str, float]:
-    """Seconds from opening a data set to its first batch, without and with a cache."""
-    found = {}
-    for name in ("cold", "warm"):
-        began = time.perf_counter()
-        with open_dataset((str(path),), replace(data, cache_dir=str(cache)), MODEL, tokenizer) as d:
-            opened = time.perf_counter() - began
-            batches = Loader(make_epochs(d, data), d).batches()
-            next(batches)
-            found[name] = time.perf_counter() - began
-            found[f"{name}_open"] = opened
-            batches.close()
-    return found
 
 
 # Memory.
@@ -291,13 +81,13 @@ def memory_of(process: int) -> dict[str, int]:
 
 def use_records(path: Path, tokenizer: Path) -> dict[str, Any]:
     """In this process: open, plan an epoch, read 200 records; seconds and memory."""
-    from train import index
+    from train.data import index
 
     data = replace(text_section(path), workers=1)
     began = time.perf_counter()
     index.open_index(path, Path(str(data.cache_dir)))
     indexed = time.perf_counter()
-    with open_dataset((str(path),), data, MODEL, load_tokenizer(tokenizer)) as dataset:
+    with open_dataset((str(path),), data, MODEL, words_tokenizer(tokenizer)) as dataset:
         opened = time.perf_counter()
         epochs = make_epochs(dataset, data)
         epochs[len(epochs) // 2]
@@ -325,7 +115,7 @@ def child_of(parent: int) -> int:
             fields = path.read_text().rpartition(")")[2].split()
             if (
                 int(fields[1]) == parent
-                and b"vxl_jax.media.process" in (path.parent / "cmdline").read_bytes()
+                and b"vxl_jax.media.children.process" in (path.parent / "cmdline").read_bytes()
             ):
                 return int(path.parent.name)
         except OSError:  # it has ended
@@ -452,7 +242,7 @@ def padding(count: int) -> list[dict[str, Any]]:
 @contextmanager
 def work_folder(directory: Path | None) -> Iterator[Path]:
     """A temporary folder with a tokenizer."""
-    from train.demo_tokenizer import save_tokenizer
+    from train.demo.tokenizer import save_tokenizer
 
     with tempfile.TemporaryDirectory(dir=directory) as name:
         save_tokenizer(Path(name) / "tokenizer", WORDS)
@@ -552,7 +342,7 @@ def main() -> None:
     results: dict[str, Any] = {"throughput": {}, "first_batch": {}, "memory": [], "padding": []}
     results["films"] = {}
     with work_folder(options.directory) as folder:
-        tokenizer = load_tokenizer(folder / "tokenizer")
+        tokenizer = words_tokenizer(folder / "tokenizer")
         media = folder / "media"
         media.mkdir()
         videos = []

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from vxl_jax.media import VideoFile, resize_and_crop, uniform_indices
-from vxl_jax.media.decord_video import DecordVideo
+from vxl_jax.media.video.decord_video import DecordVideo
 
 SIZE = 336
 FPS, KEY_FRAMES, MINUTE = 24, 240, 1440
@@ -200,7 +200,7 @@ def show_films(results: dict[str, Any]) -> None:
 def main() -> None:
     """Run this part alone, and write its results."""
     from benchmarks.core import machine, write_results
-    from benchmarks.data import FULL, make_videos
+    from benchmarks.data_files import FULL, make_videos
 
     with tempfile.TemporaryDirectory() as name:
         clips = make_videos(Path(name), replace(FULL, videos=len(FULL.seconds)))

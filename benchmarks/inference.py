@@ -58,7 +58,7 @@ def make_model(size: str, weights: str | None = None) -> Any:
     from flax import nnx
 
     from vxl_jax import Model
-    from vxl_jax.quantize import new_network
+    from vxl_jax.models.int8 import new_network
 
     model = Model(nnx.jit(lambda: new_network(config_of(size), weights))(), tokenizer=None)
     model.__dict__["stop_ids"] = []
@@ -112,9 +112,10 @@ def prefill(size: str, weights: str | None) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from vxl_jax.flops import Work, forward_flops
     from vxl_jax.inference.watching import Watcher, begin_block
-    from vxl_jax.stream import IMAGE_TOKEN, plan_stream
+    from vxl_jax.planning.flops import PassSize, forward_flops
+    from vxl_jax.stream.plan import plan_stream
+    from vxl_jax.text.chat import IMAGE_TOKEN
 
     model = make_model(size, None if weights == "none" else weights)
     memory = begin(model)
@@ -139,7 +140,7 @@ def prefill(size: str, weights: str | None) -> dict[str, Any]:
     watcher.finish()
     seconds = time.perf_counter() - began
     stream = plan_stream([IMAGE_TOKEN], [steps * tokens], window=config.window, ratio=RATIO)
-    work = Work.of(stream, prefill=True)
+    work = PassSize.of(stream, prefill=True)
     return {
         "visual_tokens": steps * tokens,
         "seconds": seconds,
@@ -164,7 +165,7 @@ def answers(size: str, batch: int, weights: str | None) -> dict[str, Any]:
     ask(1), ask(NEW_TOKENS)
     # The reading of the questions is in both.
     seconds = min(ask(NEW_TOKENS) for _ in range(3)) - min(ask(1) for _ in range(3))
-    from vxl_jax.estimate import tree_bytes
+    from vxl_jax.planning.inference_bytes import tree_bytes
 
     return {
         "questions": batch,
@@ -178,7 +179,7 @@ def answers(size: str, batch: int, weights: str | None) -> dict[str, Any]:
 
 def memory_bytes(model: Any) -> int:
     """Bytes of one entry."""
-    from vxl_jax.estimate import entry_bytes
+    from vxl_jax.planning.inference_bytes import entry_bytes
 
     return entry_bytes(model.config)
 
@@ -188,9 +189,11 @@ def int8_error(size: str) -> dict[str, Any]:
     import jax
     from flax import nnx
 
-    from vxl_jax.estimate import tree_bytes
-    from vxl_jax.quantize import quantize
-    from vxl_jax.stream import IMAGE_TOKEN, batch_streams, plan_stream
+    from vxl_jax.models.int8 import quantize
+    from vxl_jax.planning.inference_bytes import tree_bytes
+    from vxl_jax.stream.batch import batch_streams
+    from vxl_jax.stream.plan import plan_stream
+    from vxl_jax.text.chat import IMAGE_TOKEN
 
     model = make_model(size).network
     config = model.config
@@ -230,7 +233,7 @@ def attention_error(size: str) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from vxl_jax.attention import window_attention
+    from vxl_jax.nn.attention.tiled import window_attention
 
     language = config_of(size).language
     dtype, tokens = config_of(size).dtype, 1530
@@ -314,7 +317,7 @@ WORKERS: dict[str, Callable[..., Any]] = {
 @contextmanager
 def a_film() -> Iterator[str]:
     """A file of ten minutes at 15 frames a second, 640 x 360."""
-    from benchmarks.data import QUICK, make_videos
+    from benchmarks.data_files import QUICK, make_videos
 
     with tempfile.TemporaryDirectory() as folder:
         yield str(make_videos(Path(folder), replace(QUICK, videos=1, seconds=(600,)))[0])
@@ -322,15 +325,15 @@ def a_film() -> Iterator[str]:
 
 def plan() -> None:
     """Bytes at 7B by frames and ratio, compiled."""
-    from vxl_jax.cards import find_card
-    from vxl_jax.estimate import USABLE, Estimator, table
+    from vxl_jax.planning.cards import find_card
+    from vxl_jax.planning.inference_bytes import USABLE, Estimator, estimate_table
 
     rows = []
     for weights in ("bfloat16", "int8"):
         estimator = Estimator(config_of("7b"), None if weights == "bfloat16" else weights)
         estimates = [estimator.estimate(frames, ratio) for frames, ratio in PLAN]
         print(f"{weights}: {estimator.weights / 1e9:.2f} GB of weights")
-        print(table(estimates), flush=True)
+        print(estimate_table(estimates), flush=True)
         most = {
             card: estimator.most_frames(estimates[0], int(find_card(card).memory * USABLE))
             for card in ("4090", "h100")

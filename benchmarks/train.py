@@ -4,8 +4,8 @@
     python -m benchmarks.train --size 7b          # the recipes for one 80 GB card, on a GPU
     python -m benchmarks.train --growth           # bytes of a step at 7B by frames, on any machine
 
-Every measurement runs in a process of its own. A step is `train.step.add_batch` and `update` on one
-sample: a video and 512 tokens of text, random weights. The peak is the fastest product of two
+Every measurement runs in a process of its own. A step is `train.run.step.add_batch` and `update` on
+one sample: a video and 512 tokens of text, random weights. The peak is the fastest product of two
 square matrices that the same device manages in the same run, in the dtype of training. On a GPU,
 JAX's memory is limited to 80 GB. Writes benchmarks/results/train-{cpu,7b,growth}.json.
 """
@@ -33,7 +33,8 @@ STEPS = 3
 def small_config() -> Any:
     """Video-XL's geometry and all of its parts in 204 million parameters, float32."""
     from train.config import DataSection, ModelSection, OptimSection, RunSection, TrainConfig
-    from vxl_jax.config import LanguageConfig, VisionConfig, video_xl_7b
+    from vxl_jax.config import LanguageConfig, VisionConfig
+    from vxl_jax.presets import video_xl_7b
 
     model = video_xl_7b(
         vision=VisionConfig(width=512, layers=7, heads=8, mlp_width=2048),
@@ -53,8 +54,8 @@ def small_config() -> Any:
 
 def recipe_config(name: str) -> Any:
     """A recipe of `configs/` with the sizes of the published model."""
-    from train.config import load_config
-    from train.planning import planned_model
+    from train.config.cli import load_config
+    from train.run.fit import planned_model
 
     config = load_config(["--config", name]).config
     return config, planned_model(config)[0]
@@ -65,16 +66,16 @@ def time_steps(recipe: str, frames: int, remat: str, unrolled: bool) -> dict[str
     import jax
     import numpy as np
 
-    from train.batches import Batch
-    from train.distributed import own_shards, place_batch
-    from train.optimizer import Optimizer
-    from train.planning import Planner
-    from train.setup import count_flops, init_opt_state, random_model
-    from train.step import add_batch, split_parts, update
-    from vxl_jax import language
-    from vxl_jax.lora import add_lora
-    from vxl_jax.sharding import make_mesh, param_placement
-    from vxl_jax.stream import StreamShape, batch_streams
+    from train.data.loader import Batch
+    from train.run.distributed import own_shards, place_batch
+    from train.run.fit import StepEstimator
+    from train.run.optimizer import Optimizer
+    from train.run.setup import count_flops, init_opt_state, random_model
+    from train.run.step import add_batch, split_parts, update
+    from vxl_jax.models.lora import add_lora
+    from vxl_jax.nn import qwen2 as language
+    from vxl_jax.nn.sharding import make_mesh, param_placement
+    from vxl_jax.stream.batch import StreamShape, batch_streams
 
     config, model_config = small_config() if recipe == "small" else recipe_config(recipe)
     model_config = replace(model_config, remat=remat)
@@ -82,7 +83,7 @@ def time_steps(recipe: str, frames: int, remat: str, unrolled: bool) -> dict[str
         language.lax = _Unrolled(jax.lax)  # type: ignore[attr-defined]
     mesh = make_mesh(1, devices=jax.devices()[:1])
     placement = param_placement(mesh, model_config)
-    stream = Planner(config, model_config, mesh).stream(frames)
+    stream = StepEstimator(config, model_config, mesh).stream(frames)
     size = model_config.vision.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (1, frames, size, size, 3), np.uint8)
     streams = batch_streams([stream], StreamShape.of(stream))
@@ -149,11 +150,11 @@ def grow(recipe: str, frames: list[int]) -> dict[str, Any]:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from train.planning import Planner
-    from vxl_jax.sharding import make_mesh
+    from train.run.fit import StepEstimator
+    from vxl_jax.nn.sharding import make_mesh
 
     config, model_config = recipe_config(recipe)
-    planner = Planner(config, model_config, make_mesh(1, devices=jax.devices()[:1]))
+    planner = StepEstimator(config, model_config, make_mesh(1, devices=jax.devices()[:1]))
     steps = [planner.step(count) for count in frames]
     return {"steps": [asdict(step) | {"peak": step.peak} for step in steps]}
 

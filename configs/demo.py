@@ -2,14 +2,14 @@
 
     python -m train.finetune --config demo --run-dir runs/demo
 
-The first start makes the data (`train/demo_data.py`) in the run's directory: pictures and videos of
+The first start makes the data (`train/demo/data.py`) in the run's directory: pictures and videos of
 coloured shapes with questions. A first lesson on single tiles comes before the mix of everything.
 """
 
 from pathlib import Path
 
 from train.config import DataSection, ModelSection, OptimSection, RunSection, TrainConfig
-from train.demo_data import make_demo_data
+from train.demo.data import make_demo_data
 
 CONFIG = TrainConfig(
     model=ModelSection(

@@ -16,31 +16,28 @@ from typing import Any
 
 import numpy as np
 
-from convert.sources import Source
-from convert.writing import new_directory, progress_bar, write_json
+from convert.sources import OpenModel
+from convert.writing import byte_bar, new_directory
 from train.config import part_of
-from vxl_jax.config import DTYPES, VideoXLConfig
-from vxl_jax.errors import CheckpointError
-from vxl_jax.lora import LORA_NAMES
-from vxl_jax.names import EMBEDDING, LINEAR, Row, is_unused, table
-from vxl_jax.published import Fields, Required
-from vxl_jax.tensor_files import Piece, Planned, write_tensors
-from vxl_jax.tensors import (
-    NO_PICKLE,
+from vxl_jax.checkpoints.arrays import Index, whole
+from vxl_jax.checkpoints.json_files import Fields, Required, read_json, write_json
+from vxl_jax.checkpoints.names import EMBEDDING_NAME, LINEAR, NameRow, is_unused, name_rows
+from vxl_jax.checkpoints.safetensors_read import NO_PICKLE, tensors_of
+from vxl_jax.checkpoints.safetensors_write import NewTensor, Piece, write_tensors
+from vxl_jax.checkpoints.tensors import (
     NUMPY,
     STORED,
     STORED_NAME,
-    Index,
     Tensor,
     all_finite,
-    not_finite,
     raise_problems,
-    read_json,
-    tensors_of,
-    whole,
+    tensors_not_finite,
 )
+from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.errors import CheckpointError
+from vxl_jax.models.lora import LORA_NAMES
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 # What changes how an adapter is applied. A missing field counts as the first value.
@@ -84,7 +81,7 @@ class Adapter:
     updates: dict[str, Update]
     replaced: dict[str, Tensor]
 
-    def touches(self, row: Row) -> bool:
+    def touches(self, row: NameRow) -> bool:
         """Whether a row of the table has an update."""
         return any(name in self.updates for name in row.names())
 
@@ -93,7 +90,7 @@ class Adapter:
 
         Raises: CheckpointError naming those that it does not.
         """
-        used = {name for row in table(config) if row.layout is LINEAR for name in row.names()}
+        used = {name for row in name_rows(config) if row.layout is LINEAR for name in row.names()}
         raise_problems(
             self.directory,
             [
@@ -103,7 +100,7 @@ class Adapter:
             ],
         )
 
-    def merge(self, row: Row, index: Index, values: np.ndarray) -> None:
+    def merge(self, row: NameRow, index: Index, values: np.ndarray) -> None:
         """Add the updates to part of a row's kernel, float32, in place."""
         names = row.names()[index[0]] if row.layers else row.names()
         rows, columns = index[-2:]
@@ -119,7 +116,7 @@ def read_adapter(directory: Path, tensors: dict[str, Tensor]) -> Adapter:
     Raises: CheckpointError that lists all tensors that do not fit the base, or names the field of
         adapter_config.json that is not implemented.
     """
-    path = directory / CONFIG
+    path = directory / ADAPTER_CONFIG
     values = Fields(read_json(path), path)
     values.require(REQUIRED)
     start = values.get("init_lora_weights", True)
@@ -128,10 +125,10 @@ def read_adapter(directory: Path, tensors: dict[str, Tensor]) -> Adapter:
             f"{path}: init_lora_weights is {start!r}, which changed the weights of the base; save "
             "the adapter as a plain LoRA (path_initial_model_for_weight_conversion)"
         )
-    if not (directory / WEIGHTS).is_file():
-        raise CheckpointError(f"{directory}: has no {WEIGHTS}; {NO_PICKLE}")
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(f"{directory}: has no {ADAPTER_WEIGHTS}; {NO_PICKLE}")
     alpha, rooted = values.number("lora_alpha", 8), bool(values.get("use_rslora", False))
-    found, problems = tensors_of(directory / WEIGHTS), []
+    found, problems = tensors_of(directory / ADAPTER_WEIGHTS), []
     sides: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
     for name, tensor in sorted(found.items()):
@@ -140,7 +137,7 @@ def read_adapter(directory: Path, tensors: dict[str, Tensor]) -> Adapter:
         plain = re.sub(r"\.modules_to_save\.\w+\.", ".", name).removeprefix(PREFIX)
         if tensor.dtype not in STORED:
             problems.append(f"tensor {name} has dtype {tensor.dtype}, which is not one of weights")
-        elif update and kernel in tensors and kernel != EMBEDDING:
+        elif update and kernel in tensors and kernel != EMBEDDING_NAME:
             sides.setdefault(kernel, {})[update[2]] = tensor
         elif not update and name.startswith(PREFIX) and plain in tensors:
             if tensor.shape != tensors[plain].shape:
@@ -162,8 +159,8 @@ def read_adapter(directory: Path, tensors: dict[str, Tensor]) -> Adapter:
             pair["A"], pair["B"], alpha / (math.sqrt(rank) if rooted else max(rank, 1))
         )
     if not updates and not replaced and not problems:
-        problems.append(f"{WEIGHTS} has no tensors")
-    raise_problems(directory, problems + not_finite(found))
+        problems.append(f"{ADAPTER_WEIGHTS} has no tensors")
+    raise_problems(directory, problems + tensors_not_finite(found))
     held = {name: _like(tensor, tensors[name].dtype) for name, tensor in replaced.items()}
     return Adapter(directory, updates, held)
 
@@ -178,7 +175,7 @@ def _like(tensor: Tensor, dtype: str) -> Tensor:
 # Writing.
 
 
-def write_adapter(source: Source, destination: Path, dtype: str | None, overwrite: bool) -> None:
+def write_adapter(source: OpenModel, destination: Path, dtype: str | None, overwrite: bool) -> None:
     """Write what a LoRA run has trained as an adapter of its base checkpoint.
 
     dtype: of the tensors; that in which they were trained if None.
@@ -197,9 +194,9 @@ def write_adapter(source: Source, destination: Path, dtype: str | None, overwrit
             f"{destination}: the run has trained {', '.join(more)} as a whole, which an adapter "
             "cannot hold; write the merged checkpoint, without --adapter"
         )
-    planned: list[Planned] = []
+    planned: list[NewTensor] = []
     modules, saved = [], set()
-    for row in table(source.config):
+    for row in name_rows(source.config):
         linear, name = row.ours[:-1], row.ours[-1]
         if row.ours in paths:  # with its update, if it has one
             saved.add(_saved_module(row))
@@ -227,18 +224,18 @@ def write_adapter(source: Source, destination: Path, dtype: str | None, overwrit
     size = sum(tensor.bytes for tensor in planned)
     with (
         new_directory(destination, size, overwrite) as part,
-        progress_bar("writing", size) as bar,
+        byte_bar("writing", size) as bar,
     ):
-        write_json(part / CONFIG, config)
-        write_tensors(part / WEIGHTS, planned, {"format": "pt"}, bar.update)
+        write_json(part / ADAPTER_CONFIG, config)
+        write_tensors(part / ADAPTER_WEIGHTS, planned, {"format": "pt"}, bar.update)
 
 
-def _saved_module(row: Row) -> str:
+def _saved_module(row: NameRow) -> str:
     """The name by which peft finds the module of a tensor that was trained whole."""
     return "mm_projector" if "mm_projector" in row.theirs else row.theirs.split(".")[-2]
 
 
-def _plan_whole(source: Source, row: Row, dtype: str | None) -> Iterator[Planned]:
+def _plan_whole(source: OpenModel, row: NameRow, dtype: str | None) -> Iterator[NewTensor]:
     assert source.run is not None
     struct = source.run.trained[row.ours]
     stored = np.dtype(DTYPES[dtype] if dtype else struct.dtype)
@@ -253,7 +250,7 @@ def _plan_whole(source: Source, row: Row, dtype: str | None) -> Iterator[Planned
         yield _planned(PREFIX + name, shape, stored, partial(read, layer, name))
 
 
-def _plan_update(source: Source, row: Row, dtype: str | None) -> Iterator[Planned]:
+def _plan_update(source: OpenModel, row: NameRow, dtype: str | None) -> Iterator[NewTensor]:
     run = source.run
     assert run is not None
     for ours, theirs in zip(LORA_NAMES, ("lora_A", "lora_B"), strict=True):
@@ -271,9 +268,9 @@ def _plan_update(source: Source, row: Row, dtype: str | None) -> Iterator[Planne
             yield _planned(name, shape, stored, partial(read, layer, name))
 
 
-def _planned(name: str, shape: tuple[int, ...], dtype: np.dtype, read: Any) -> Planned:
+def _planned(name: str, shape: tuple[int, ...], dtype: np.dtype, read: Any) -> NewTensor:
     size = math.prod(shape) * dtype.itemsize
-    return Planned(name, STORED_NAME[dtype.name], shape, [Piece(size, read)])
+    return NewTensor(name, STORED_NAME[dtype.name], shape, [Piece(size, read)])
 
 
 def _finite(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -21,7 +21,7 @@ def add_destination(parser: argparse.ArgumentParser, dtype_of: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is at DST")
 
 
-def run(
+def run_command(
     convert: Callable[..., None], parser: argparse.ArgumentParser, arguments: list[str] | None
 ) -> int:
     """Call `convert` with the arguments by name and say what was written.

@@ -3,8 +3,8 @@
     python -m convert.from_hf SRC DST [--dtype bfloat16] [--vision DIR] [--adapter DIR]
 
 SRC has config.json, tokenizer files, and one or several safetensors files. DST is enough by itself
-for generation and training; `vxl_jax.checkpoint` describes it. Every tensor is accounted for before
-anything is written.
+for generation and training; `vxl_jax.checkpoints.load` describes it. Every tensor is accounted for
+before anything is written.
 """
 
 import argparse
@@ -18,26 +18,24 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from convert.adapter import Adapter, read_adapter
-from convert.command import add_destination, run
-from convert.writing import check_apart, copy_files, new_directory, progress_bar, set_dtype
-from vxl_jax.checkpoint import PARAMS, UNUSED, Shapes, abstract_params, save_params
-from vxl_jax.config import DTYPES, VideoXLConfig
-from vxl_jax.errors import CheckpointError
-from vxl_jax.names import Row
-from vxl_jax.published import read_config, refuse_adapter
-from vxl_jax.tensors import (
-    Index,
+from convert.command import add_destination, run_command
+from convert.writing import byte_bar, check_apart, copy_files, new_directory, set_dtype
+from vxl_jax.checkpoints.arrays import Index, check_tensors, read_part, stored_dtype, unused_tensors
+from vxl_jax.checkpoints.hf_config import PARAMS, UNUSED, read_config, refuse_adapter
+from vxl_jax.checkpoints.load import abstract_params
+from vxl_jax.checkpoints.names import NameRow
+from vxl_jax.checkpoints.orbax_tree import save_params
+from vxl_jax.checkpoints.safetensors_read import find_tensors
+from vxl_jax.checkpoints.tensors import (
     Tensor,
     as_dtype,
     check_finite,
-    check_tensors,
-    find_tensors,
-    not_finite,
     raise_problems,
-    read_part,
-    stored_dtype,
-    unused_tensors,
+    tensors_not_finite,
 )
+from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.errors import CheckpointError
+from vxl_jax.typing import Shapes
 
 
 def convert_from_hf(
@@ -82,7 +80,7 @@ def convert_from_hf(
     _, shapes = abstract_params(config)
     problems += check_tensors(tensors, config, shapes, dtype)
     if problems:
-        raise_problems(source, problems + not_finite(tensors))
+        raise_problems(source, problems + tensors_not_finite(tensors))
     if ignore is not None and not left_out:
         print(f"--ignore {ignore!r} is the whole name of no tensor", file=sys.stderr)
     for name in sorted(left_out):
@@ -136,10 +134,10 @@ def write_checkpoint(
     problems: list[str] = []
     with (
         new_directory(destination, size, overwrite) as part,
-        progress_bar("converting", sum(tensor.bytes for tensor in tensors.values())) as bar,
+        byte_bar("converting", sum(tensor.bytes for tensor in tensors.values())) as bar,
     ):
 
-        def read(row: Row, index: Index, out: np.ndarray) -> None:
+        def read(row: NameRow, index: Index, out: np.ndarray) -> None:
             if adapter is None or not adapter.touches(row):
                 read_part(row, tensors, index, dtype, problems, bar.update, out)
                 return
@@ -170,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="peft adapter to merge in")
     parser.add_argument("--ignore", metavar="REGEX", help="leave out tensors with such a name")
-    return run(convert_from_hf, parser, arguments)
+    return run_command(convert_from_hf, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -14,27 +14,20 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.command import add_destination, run
+from convert.command import add_destination, run_command
 from convert.from_hf import write_checkpoint
 from convert.sources import open_source
-from convert.writing import check_apart, copy_small_files, published_config, write_json, write_tower
-from vxl_jax.checkpoint import abstract_params
+from convert.writing import check_apart, copy_small_files, published_config, write_tower
+from vxl_jax.checkpoints.arrays import check_tensors, stored_dtype, whole
+from vxl_jax.checkpoints.hf_config import read_language, refuse_adapter
+from vxl_jax.checkpoints.hf_tower import read_vision
+from vxl_jax.checkpoints.json_files import Fields, read_json, write_json
+from vxl_jax.checkpoints.load import abstract_params
+from vxl_jax.checkpoints.names import name_rows
+from vxl_jax.checkpoints.safetensors_read import find_tensors, tensors_of
+from vxl_jax.checkpoints.tensors import STORED_NAME, Tensor, raise_problems, tensors_not_finite
 from vxl_jax.config import VideoXLConfig
 from vxl_jax.errors import CheckpointError
-from vxl_jax.names import table
-from vxl_jax.published import Fields, read_language, read_vision, refuse_adapter
-from vxl_jax.tensors import (
-    STORED_NAME,
-    Tensor,
-    check_tensors,
-    find_tensors,
-    not_finite,
-    raise_problems,
-    read_json,
-    stored_dtype,
-    tensors_of,
-    whole,
-)
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 NOT_OF_THE_TOWER = r"text_model\..*|logit_scale|(text|visual)_projection\.weight"
@@ -94,7 +87,7 @@ def init_checkpoint(
     _, shapes = abstract_params(config)
     problems += tower_problems + check_tensors(tensors, config, shapes, dtype)
     if problems:
-        raise_problems(f"{qwen} and {clip}", problems + not_finite(tensors))
+        raise_problems(f"{qwen} and {clip}", problems + tensors_not_finite(tensors))
 
     def write_files(part: Path) -> None:
         copy_small_files(qwen, part, leave=("config.json",))
@@ -142,7 +135,7 @@ def _new_projector(config: VideoXLConfig, seed: int) -> dict[str, Tensor]:
 def _read_projector(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         source = open_source(path, same_base=False)
-        rows = [row for row in table(source.config) if row.ours[0] == "projector"]
+        rows = [row for row in name_rows(source.config) if row.ours[0] == "projector"]
         return {
             row.theirs: _in_memory(
                 row.layout.to_theirs(source.read(row, whole(source.shapes[row.ours].shape)))
@@ -172,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_destination(parser, dtype_of="Qwen")
     parser.add_argument("--projector", type=Path, help="safetensors file, or a run's directory")
     parser.add_argument("--seed", type=int, default=0, help="of a new projector (default: 0)")
-    return run(init_checkpoint, parser, arguments)
+    return run_command(init_checkpoint, parser, arguments)
 
 
 if __name__ == "__main__":

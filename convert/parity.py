@@ -23,15 +23,19 @@ from jax.typing import ArrayLike
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from vxl_jax.attention import rope_angles, rotate
-from vxl_jax.checkpoint import load_network
+from vxl_jax.checkpoints.json_files import read_json
+from vxl_jax.checkpoints.load import load_network
+from vxl_jax.checkpoints.names import to_published
 from vxl_jax.config import VideoXLConfig
-from vxl_jax.decode import generate
 from vxl_jax.errors import CheckpointError, VxlError
-from vxl_jax.model import VideoXL, loss_and_metrics, prefill
-from vxl_jax.names import to_published
-from vxl_jax.stream import BEACON, IMAGE_TOKEN, Stream, batch_streams, plan_stream
-from vxl_jax.tensors import read_json
+from vxl_jax.inference.decode import generate
+from vxl_jax.models.functions import prefill
+from vxl_jax.models.loss import loss_and_metrics
+from vxl_jax.models.video_xl import VideoXL
+from vxl_jax.nn.rope import rope_angles, rotate
+from vxl_jax.stream.batch import batch_streams
+from vxl_jax.stream.plan import BEACON, Stream, plan_stream
+from vxl_jax.text.chat import IMAGE_TOKEN
 
 TOLERANCE = 1e-4
 
@@ -39,7 +43,7 @@ ZERO_GRADIENT = 1e-8
 """Part of the norm of all gradients under which one is rounding: the bias of CLIP's keys shifts all
 scores of a softmax alike, so its gradient is zero, and what is published is 1e-11 of the rest."""
 
-AXES = {
+GOLDEN_AXES = {
     "visual_features": 2,
     "logits": 2,
     "memory_len": 1,
@@ -51,7 +55,7 @@ AXES = {
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One compared tensor: its relative error, and a note such as the agreement of argmax."""
 
     name: str
@@ -65,16 +69,16 @@ class Row:
         return self.error <= TOLERANCE and self.agrees
 
 
-def compare(name: str, ours: ArrayLike, golden: ArrayLike, note: str = "") -> Row:
+def compare_tensor(name: str, ours: ArrayLike, golden: ArrayLike, note: str = "") -> Comparison:
     """Relative error in the 2-norm, infinite where the shapes differ."""
     ours, golden = np.asarray(ours, np.float64), np.asarray(golden, np.float64)
     if ours.shape != golden.shape:
-        return Row(name, np.inf, f"shape {ours.shape}, golden {golden.shape}")
+        return Comparison(name, np.inf, f"shape {ours.shape}, golden {golden.shape}")
     scale = float(np.linalg.norm(golden)) or 1.0
-    return Row(name, float(np.linalg.norm(ours - golden)) / scale, note)
+    return Comparison(name, float(np.linalg.norm(ours - golden)) / scale, note)
 
 
-def compare_thinned(name: str, ours: ArrayLike, golden: np.ndarray, axis: int) -> Row:
+def compare_thinned(name: str, ours: ArrayLike, golden: np.ndarray, axis: int) -> Comparison:
     """Compare where the set may have kept only every n-th row along an axis.
 
     Of the steps that keep that many rows, the one with the least error counts; a wrong step pairs
@@ -83,7 +87,9 @@ def compare_thinned(name: str, ours: ArrayLike, golden: np.ndarray, axis: int) -
     ours = np.moveaxis(np.asarray(ours), axis, 0)
     golden = np.moveaxis(golden, axis, 0)
     steps = [n for n in range(1, len(ours) + 1) if -(-len(ours) // n) == len(golden)]
-    rows = [compare(name, ours[::n], golden) for n in steps] or [compare(name, ours, golden)]
+    rows = [compare_tensor(name, ours[::n], golden) for n in steps] or [
+        compare_tensor(name, ours, golden)
+    ]
     return min(rows, key=lambda row: row.error)
 
 
@@ -176,10 +182,10 @@ class Golden:
         full = f"{case['name']}/{name}"
         self.compared.add(full)
         tensor = self.tensors.get(full)
-        if tensor is not None and tensor.ndim != AXES.get(name, tensor.ndim):
+        if tensor is not None and tensor.ndim != GOLDEN_AXES.get(name, tensor.ndim):
             raise CheckpointError(
                 f"{self.directory}: tensor {full} has shape {tensor.shape}; it must have "
-                f"{AXES[name]} axes"
+                f"{GOLDEN_AXES[name]} axes"
             )
         return tensor
 
@@ -189,7 +195,7 @@ class Golden:
         return sorted(held - self.compared)
 
 
-def check(model: VideoXL, golden: Golden) -> Iterator[Row]:
+def check(model: VideoXL, golden: Golden) -> Iterator[Comparison]:
     """Compare all cases, a row at a time."""
     golden.vocabulary = model.config.language.vocab_size
     for case in golden.cases:
@@ -199,12 +205,12 @@ def check(model: VideoXL, golden: Golden) -> Iterator[Row]:
             found = True
             yield row
         if not found:
-            yield Row(case["name"], np.inf, "the set holds no tensor of this case")
+            yield Comparison(case["name"], np.inf, "the set holds no tensor of this case")
     for name in golden.not_compared():
-        yield Row(name, np.inf, "belongs to no case, or is of an unknown kind")
+        yield Comparison(name, np.inf, "belongs to no case, or is of an unknown kind")
 
 
-def _check_inference(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Iterator[Row]:
+def _check_inference(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Iterator[Comparison]:
     name, pixels = case["name"], golden.pixels(case, model.config.vision.image_size)
     suffix = "long_suffix" if case.get("suffix") == "long" else "suffix"
     ratio = golden.field(case, "ratio", int)
@@ -218,7 +224,7 @@ def _check_inference(model: VideoXL, golden: Golden, case: dict[str, Any]) -> It
         ours = np.asarray(nnx.jit(_all_logits)(model, batch_streams([stream]), visual))[0]
         ours = ours[stream.length - len(logits) : stream.length]
         same = (ours.argmax(-1) == logits.argmax(-1)).mean()
-        yield compare(f"{name}/logits", ours, logits, f"argmax agrees {same:.0%}")
+        yield compare_tensor(f"{name}/logits", ours, logits, f"argmax agrees {same:.0%}")
 
     # A window at a time, as a film is watched; the logits above came from all windows at once.
     streams = batch_streams([stream], windows_per_group=1)
@@ -226,13 +232,13 @@ def _check_inference(model: VideoXL, golden: Golden, case: dict[str, Any]) -> It
     if (length := golden.expected(case, "memory_len")) is not None:
         ours_length = int(memory.length[0]) - len(golden.meta[suffix])
         note = f"{ours_length}, golden {int(length[0])}"
-        yield Row(f"{name}/memory_len", 0.0, note, agrees=ours_length == int(length[0]))
+        yield Comparison(f"{name}/memory_len", 0.0, note, agrees=ours_length == int(length[0]))
     yield from _check_beacons(model, golden, case, stream, memory)
 
     if (generated := golden.expected(case, "generated")) is not None:
         ours_ids = generate(model, streams, pixels, max_new_tokens=len(generated))[0]
         same = np.mean(np.equal(ours_ids, generated))
-        yield Row(f"{name}/generated", 0.0, f"ids agree {same:.0%}", agrees=same == 1)
+        yield Comparison(f"{name}/generated", 0.0, f"ids agree {same:.0%}", agrees=same == 1)
 
 
 def _all_logits(model: VideoXL, streams: Any, visual: jax.Array) -> jax.Array:
@@ -241,7 +247,7 @@ def _all_logits(model: VideoXL, streams: Any, visual: jax.Array) -> jax.Array:
 
 def _check_beacons(
     model: VideoXL, golden: Golden, case: dict[str, Any], stream: Stream, memory: Any
-) -> Iterator[Row]:
+) -> Iterator[Comparison]:
     """Beacon keys of layer 0 (before RoPE) and values of the last layer, read from the memory."""
     language = model.config.language
     slots = stream.rank[stream.kind == BEACON]
@@ -255,7 +261,7 @@ def _check_beacons(
         yield compare_thinned(f"{case['name']}/beacon_values_last", ours, values, axis=1)
 
 
-def _check_training(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Iterator[Row]:
+def _check_training(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Iterator[Comparison]:
     name, pixels = case["name"], golden.pixels(case, model.config.vision.image_size)
     ratios, labels = (golden.field(case, name, list) for name in ("window_ratios", "labels"))
     stream = golden.plan(case, "suffix", pixels.shape[1], model.config, ratio=ratios, labels=labels)
@@ -269,7 +275,7 @@ def _check_training(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Ite
 
     loss, gradients = loss_and_gradients(params)
     if (expected := golden.expected(case, "loss")) is not None:
-        yield compare(f"{name}/loss", np.reshape(loss, -1), np.reshape(expected, -1))
+        yield compare_tensor(f"{name}/loss", np.reshape(loss, -1), np.reshape(expected, -1))
     ours = to_published(nnx.to_pure_dict(gradients), model.config)
     norms = {key: np.linalg.norm(gradient) for key, gradient in ours.items()}
     zero = ZERO_GRADIENT * float(np.linalg.norm(list(norms.values())))
@@ -278,15 +284,17 @@ def _check_training(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Ite
         if key.startswith(start):
             gradient = ours.get(key.removeprefix(start), np.empty(0))
             golden.compared.add(key)
-            yield compare(key, gradient, golden.tensors[key])
+            yield compare_tensor(key, gradient, golden.tensors[key])
     for key, norm in (
         golden.field(case, "grad_norms", dict) if "grad_norms" in case else {}
     ).items():
         ours_norm = float(norms.get(key, np.nan))
         if norm < zero:
-            row = Row(f"{name}/grad_norm/{key}", 0.0, "zero but for rounding", ours_norm < zero)
+            row = Comparison(
+                f"{name}/grad_norm/{key}", 0.0, "zero but for rounding", ours_norm < zero
+            )
         else:
-            row = compare(f"{name}/grad_norm/{key}", ours_norm, norm)
+            row = compare_tensor(f"{name}/grad_norm/{key}", ours_norm, norm)
         yield row
 
 

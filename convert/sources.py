@@ -10,42 +10,28 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convert.writing import (
-    copy_files,
-    copy_small_files,
-    published_config,
-    write_json,
-    write_tower,
-)
-from train.checkpoints import BASE, compare_base, describe_base, read_about
-from train.config import ModelSection, upgrade
-from vxl_jax.checkpoint import (
-    PARAMS,
-    UNUSED,
-    ParamPath,
-    Shapes,
+from convert.writing import copy_files, copy_small_files, published_config, write_tower
+from train.config import ModelSection
+from train.config.resume import upgrade
+from train.run.base import BASE, compare_base, describe_base, read_about
+from vxl_jax.checkpoints.arrays import Index, read_part, unused_tensors, whole
+from vxl_jax.checkpoints.hf_config import PARAMS, UNUSED, read_config, refuse_adapter
+from vxl_jax.checkpoints.json_files import read_json, write_json
+from vxl_jax.checkpoints.load import (
     abstract_params,
     check_unused_head,
     compare_shapes,
     open_published,
-    part_reader,
-    stored_shapes,
 )
-from vxl_jax.config import PRESETS, LoRAConfig, VideoXLConfig
+from vxl_jax.checkpoints.names import HEAD_NAME, NameRow
+from vxl_jax.checkpoints.orbax_tree import part_reader, stored_shapes
+from vxl_jax.checkpoints.safetensors_read import tensors_of
+from vxl_jax.checkpoints.tensors import Tensor, raise_problems
+from vxl_jax.config import LoRAConfig, VideoXLConfig
 from vxl_jax.errors import CheckpointError, ConfigError
-from vxl_jax.lora import LORA_NAMES, lora_shapes, merge_kernel
-from vxl_jax.names import HEAD, Row
-from vxl_jax.published import read_config, refuse_adapter
-from vxl_jax.tensors import (
-    Index,
-    Tensor,
-    raise_problems,
-    read_json,
-    read_part,
-    tensors_of,
-    unused_tensors,
-    whole,
-)
+from vxl_jax.models.lora import LORA_NAMES, lora_shapes, merge_kernel
+from vxl_jax.presets import PRESETS
+from vxl_jax.typing import ParamPath, Shapes
 
 
 @dataclass(frozen=True)
@@ -62,7 +48,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Source:
+class OpenModel:
     """A model that is read part by part.
 
     shapes: shape of every parameter, and the dtype to write unless another is asked for. read: part
@@ -73,7 +59,7 @@ class Source:
 
     config: VideoXLConfig
     shapes: Shapes
-    read: Callable[[Row, Index], np.ndarray]
+    read: Callable[[NameRow, Index], np.ndarray]
     unused: dict[str, Tensor]
     write_files: Callable[[Path], None]
     run: Trained | None = None
@@ -81,7 +67,7 @@ class Source:
 
 def open_source(
     directory: Path, step: str | None = None, base: Path | None = None, same_base: bool = True
-) -> Source:
+) -> OpenModel:
     """Tell by its files what a directory is, and check that it is whole.
 
     step: of a training run; see `saved_step`. base: directory of the run's base checkpoint, where
@@ -107,7 +93,7 @@ def open_source(
     )
 
 
-def _converted(directory: Path) -> Source:
+def _converted(directory: Path) -> OpenModel:
     shapes = stored_shapes(directory / PARAMS)
     config = read_config(directory)
     raise_problems(directory / PARAMS, compare_shapes(abstract_params(config)[1], shapes))
@@ -116,35 +102,35 @@ def _converted(directory: Path) -> Source:
 
     read_stored = part_reader(directory / PARAMS)
 
-    def read(row: Row, index: Index) -> np.ndarray:
+    def read(row: NameRow, index: Index) -> np.ndarray:
         return read_stored(row.ours, index)
 
-    return Source(config, shapes, read, unused, partial(copy_files, directory, config))
+    return OpenModel(config, shapes, read, unused, partial(copy_files, directory, config))
 
 
-def _published(directory: Path) -> Source:
+def _published(directory: Path) -> OpenModel:
     tensors, config, _, shapes = open_published(directory)
 
-    def read(row: Row, index: Index) -> np.ndarray:
+    def read(row: NameRow, index: Index) -> np.ndarray:
         found: list[str] = []
         values = read_part(row, tensors, index, shapes[row.ours].dtype, found)
         raise_problems(directory, found)
         return values
 
     unused = unused_tensors(tensors, config)
-    return Source(config, shapes, read, unused, partial(copy_files, directory, config))
+    return OpenModel(config, shapes, read, unused, partial(copy_files, directory, config))
 
 
 # A training run holds what it trained; the rest is in the checkpoint that it began with.
 
 
-def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool) -> Source:
+def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool) -> OpenModel:
     section, lora, run_dir = _sections(directory / "config.json")
     number = saved_step(directory / "checkpoints", step)
     tree = directory / "checkpoints" / str(number) / "state"
     trained = stored_shapes(tree, "params")
     noted = read_about(directory / "checkpoints", number).get("base") or {}
-    find = partial(_find, directory, run_dir)
+    find = partial(_find_directory, directory, run_dir)
     base = base_path = tokenizer_path = None
     if section.tokenizer and same_base:
         tokenizer_path = find(section.tokenizer, noted.get("tokenizer_directory"), "tokenizer")
@@ -181,7 +167,7 @@ def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool)
         paths = [(*linear, name) for name in LORA_NAMES]
         return [read_stored(("params", *path), whole(trained[path].shape)) for path in paths]
 
-    def read(row: Row, index: Index) -> np.ndarray:
+    def read(row: NameRow, index: Index) -> np.ndarray:
         if base and row.ours not in trained:
             values = base.read(row, index)
         else:
@@ -208,12 +194,14 @@ def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool)
 
     unused = dict(base.unused) if base else {}
     if config.language.tie_embeddings and ("language", "embed", "embedding") in trained:
-        unused.pop(HEAD, None)  # a copy of the embedding as it was before training
+        unused.pop(HEAD_NAME, None)  # a copy of the embedding as it was before training
     run = Trained(lora, base_path, trained, lambda path, i: read_stored(("params", *path), i))
-    return Source(config, shapes, read, unused, write_files, run)
+    return OpenModel(config, shapes, read, unused, write_files, run)
 
 
-def _find(directory: Path, run_dir: str, path: str, noted: str | None, field: str) -> Path:
+def _find_directory(
+    directory: Path, run_dir: str, path: str, noted: str | None, field: str
+) -> Path:
     """Where a directory is that a run's configuration names.
 
     If it is not there, it is where the step has noted it. A relative path is where the step has

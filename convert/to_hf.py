@@ -20,32 +20,24 @@ from typing import Any
 import numpy as np
 
 from convert.adapter import write_adapter
-from convert.command import add_destination, run
-from convert.sources import Source, open_source
-from convert.writing import (
-    check_apart,
-    new_directory,
-    progress_bar,
-    set_dtype,
-    write_shards,
-)
-from vxl_jax.checkpoint import CHUNK_BYTES
-from vxl_jax.config import DTYPES
-from vxl_jax.errors import CheckpointError
-from vxl_jax.names import LINEAR, Row, table
-from vxl_jax.tensor_files import Piece, Planned
-from vxl_jax.tensors import (
+from convert.command import add_destination, run_command
+from convert.sources import OpenModel, open_source
+from convert.writing import byte_bar, check_apart, new_directory, set_dtype
+from vxl_jax.checkpoints.arrays import Index, parts, transpose_into
+from vxl_jax.checkpoints.names import LINEAR, NameRow, name_rows
+from vxl_jax.checkpoints.orbax_tree import CHUNK_BYTES
+from vxl_jax.checkpoints.safetensors_write import NewTensor, Piece, write_shards
+from vxl_jax.checkpoints.tensors import (
     STORED,
     STORED_NAME,
-    Index,
     Tensor,
     all_finite,
     as_dtype,
-    bytes_of,
-    parts,
     scratch_array,
-    transpose_into,
+    stored_bytes,
 )
+from vxl_jax.config import DTYPES
+from vxl_jax.errors import CheckpointError
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -96,7 +88,7 @@ def convert_to_hf(
         found.write_files(part)
         if dtype:
             set_dtype(part, dtype)
-        with progress_bar("writing", size) as bar:
+        with byte_bar("writing", size) as bar:
             write_shards(part, planned, shard_bytes, bar.update)
 
 
@@ -111,8 +103,8 @@ def read_size(size: str | int) -> int:
     return max(1, int(float(match[1]) * UNITS[match[2]]))
 
 
-def _plan_rows(source: Source, dtype: str | None) -> Iterator[Planned]:
-    for row in table(source.config):
+def _plan_rows(source: OpenModel, dtype: str | None) -> Iterator[NewTensor]:
+    for row in name_rows(source.config):
         struct = source.shapes[row.ours]
         to_dtype = np.dtype(DTYPES[dtype] if dtype else struct.dtype)
         one = (1, *struct.shape[1:]) if row.layers else struct.shape
@@ -126,14 +118,16 @@ def _plan_rows(source: Source, dtype: str | None) -> Iterator[Planned]:
                 for index in parts(one, run)
             ]
             published = row.published_shape(struct.shape)
-            yield Planned(name, STORED_NAME[to_dtype.name], published, pieces)
+            yield NewTensor(name, STORED_NAME[to_dtype.name], published, pieces)
 
 
-def _of_layer(row: Row, layer: int, index: Index) -> Index:
+def _of_layer(row: NameRow, layer: int, index: Index) -> Index:
     return (slice(layer, layer + 1), *index[1:]) if row.layers else index
 
 
-def _published_part(source: Source, name: str, row: Row, index: Index, dtype: Any) -> np.ndarray:
+def _published_part(
+    source: OpenModel, name: str, row: NameRow, index: Index, dtype: Any
+) -> np.ndarray:
     """Part of our array as one run of numbers of a published tensor.
 
     Raises: CheckpointError naming the tensor if it has NaN or infinite weights.
@@ -150,11 +144,11 @@ def _published_part(source: Source, name: str, row: Row, index: Index, dtype: An
     return out
 
 
-def _plan_unused(source: Source, dtype: str | None) -> Iterator[Planned]:
+def _plan_unused(source: OpenModel, dtype: str | None) -> Iterator[NewTensor]:
     for name, tensor in sorted(source.unused.items()):
         stored = STORED_NAME[dtype] if dtype and tensor.dtype in STORED else tensor.dtype
-        piece = Piece(bytes_of(stored, tensor.shape), partial(_read_unused, tensor, dtype))
-        yield Planned(name, stored, tensor.shape, [piece])
+        piece = Piece(stored_bytes(stored, tensor.shape), partial(_read_unused, tensor, dtype))
+        yield NewTensor(name, stored, tensor.shape, [piece])
 
 
 def _read_unused(tensor: Tensor, dtype: str | None) -> np.ndarray:
@@ -174,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--adapter", action="store_true", help="of a LoRA run: a peft adapter, not a whole model"
     )
-    return run(convert_to_hf, parser, arguments)
+    return run_command(convert_to_hf, parser, arguments)
 
 
 if __name__ == "__main__":

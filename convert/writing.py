@@ -1,10 +1,9 @@
 """Writing a checkpoint directory whole or not at all, and safetensors files piece by piece."""
 
 import fcntl
-import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,17 @@ from typing import Any
 from tqdm import tqdm
 
 import vxl_jax.progress
-from vxl_jax.checkpoint import PARAMS
+from vxl_jax.checkpoints.hf_config import PARAMS, REQUIRED_LANGUAGE, REQUIRED_MODEL
+from vxl_jax.checkpoints.hf_tower import KNOWN_TOWERS, TOWER_FOLDER, find_tower
+from vxl_jax.checkpoints.json_files import read_json, write_json
+from vxl_jax.checkpoints.safetensors_read import INDEX_FILE
 from vxl_jax.config import VideoXLConfig, VisionConfig
 from vxl_jax.errors import CheckpointError
-from vxl_jax.published import (
-    KNOWN_TOWERS,
-    REQUIRED_LANGUAGE,
-    REQUIRED_MODEL,
-    TOWER_FOLDER,
-    find_tower,
-)
-from vxl_jax.tensor_files import Planned, write_tensors
-from vxl_jax.tensors import INDEX, read_json
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """Tokenizer, image-processor and generation files, which every direction carries along."""
 
-SPARE_BYTES = 2**24
+SPARE_DISK_BYTES = 2**24
 """Room on the disk for small files and metadata."""
 
 
@@ -80,9 +73,9 @@ def new_directory(path: Path, needed: int, overwrite: bool) -> Iterator[Path]:
         if not still_there:
             raise CheckpointError(f"{path}: another process is writing it")
         try:
-            _empty(part)
+            _empty_directory(part)
             free = shutil.disk_usage(part).free
-            if free < needed + SPARE_BYTES:
+            if free < needed + SPARE_DISK_BYTES:
                 raise CheckpointError(
                     f"{path}: {needed / 1e9:.2f} GB will be written, and the disk has "
                     f"{free / 1e9:.2f} GB left; make room, or choose another disk"
@@ -128,7 +121,7 @@ def _is_checkpoint(path: Path) -> bool:
     return has_weights and not (path / "checkpoints").exists()
 
 
-def _empty(directory: Path) -> None:
+def _empty_directory(directory: Path) -> None:
     for entry in directory.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -140,7 +133,7 @@ def copy_small_files(source: Path, destination: Path, leave: Collection[str] = (
     """Copy what stands beside the weights: configuration, tokenizer and processor files."""
     for pattern in SMALL_FILES:
         for file in sorted(source.glob(pattern)):
-            if file.is_file() and file.name not in (INDEX, *leave):
+            if file.is_file() and file.name not in (INDEX_FILE, *leave):
                 shutil.copyfile(file, destination / file.name)
 
 
@@ -157,11 +150,6 @@ def copy_files(
     if values.get("tie_word_embeddings") and not config.language.tie_embeddings:
         write_json(part / "config.json", {**values, "tie_word_embeddings": False})
     write_tower(find_tower(source, values["mm_vision_tower"], vision), part)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write an object so that a person can read it."""
-    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def set_dtype(part: Path, dtype: str) -> None:
@@ -250,35 +238,8 @@ def published_config(config: VideoXLConfig) -> dict[str, Any]:
     }
 
 
-def progress_bar(what: str, total: int) -> tqdm:
+def byte_bar(what: str, total: int) -> tqdm:
     """A bar in bytes, with rate and time left."""
     return vxl_jax.progress.progress_bar(
         desc=what, total=total, unit="B", unit_scale=True, unit_divisor=1000
     )
-
-
-def write_shards(
-    directory: Path, tensors: list[Planned], shard_bytes: int, progress: Callable[[int], None]
-) -> None:
-    """Write tensors in their order into `model*.safetensors`, with an index if there are several.
-
-    A tensor larger than `shard_bytes` has a shard of its own.
-    """
-    shards: list[list[Planned]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor.bytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.bytes
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, start=1):
-        name = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        name = name if len(shards) > 1 else "model.safetensors"
-        write_tensors(directory / name, shard, {"format": "pt"}, progress)
-        weight_map |= {tensor.name: name for tensor in shard}
-    if len(shards) > 1:
-        total = sum(tensor.bytes for tensor in tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(directory / INDEX, index)

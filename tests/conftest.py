@@ -51,8 +51,8 @@ def exact_products():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Data and configuration of runs (`tests.runs`) that no test changes; compiled programs."""
-    from tests.runs import compiled_once, make_folder
+    """Data and configuration of runs (`tests.support.runs`) that no test changes; programs."""
+    from tests.support.runs import compiled_once, make_folder
 
     folder = make_folder(tmp_path_factory.mktemp("runs"))
     with compiled_once(folder / "compiled"):
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def whole(folder: Path):
     """A run that was not interrupted."""
-    from tests.runs import run
+    from tests.support.runs import run
 
     return run(folder, folder / "whole")
 
@@ -70,7 +70,7 @@ def whole(folder: Path):
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     """Data and configuration of one test."""
-    from tests.runs import make_folder
+    from tests.support.runs import make_folder
 
     return make_folder(tmp_path)
 
@@ -81,7 +81,7 @@ MEDIA = ("tile", "wide", "grid", "needle", "pair")
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small demo data set: frames.json, train.json, heldout.json, media/ and tokenizer/."""
-    from train.demo_data import Amounts, make_demo_data
+    from train.demo.data import Amounts, make_demo_data
 
     directory = tmp_path_factory.mktemp("demo") / "data"
     amounts = Amounts(

@@ -111,11 +111,11 @@ def main(tokenizer: str) -> None:
     from transformers import AutoTokenizer
 
     from vxl_jax import Model
-    from vxl_jax.config import demo
-    from vxl_jax.estimate import entry_bytes
     from vxl_jax.inference import entries, watching
-    from vxl_jax.model import VideoXL
-    from vxl_jax.stream import round_up
+    from vxl_jax.models.video_xl import VideoXL
+    from vxl_jax.planning.inference_bytes import entry_bytes
+    from vxl_jax.presets import demo
+    from vxl_jax.stream.batch import round_up
 
     model = Model(VideoXL(demo(), rngs=nnx.Rngs(3)), AutoTokenizer.from_pretrained(tokenizer))
     model.windows_at_once = 64  # a step of 256 frames

@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 
 from vxl_jax import VisualMemoryError
-from vxl_jax.config import demo
 from vxl_jax.inference import entries as entries_module
 from vxl_jax.inference.entries import Continuation, Entries, append_text
 from vxl_jax.inference.runtime import Runtime
-from vxl_jax.memory import Memory
-from vxl_jax.model import VideoXL
+from vxl_jax.models.video_xl import VideoXL
+from vxl_jax.nn import memory
+from vxl_jax.nn.memory import Memory
+from vxl_jax.presets import demo
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_growth_by_way_of_the_host_keeps_the_entries(
     for then, now in zip(before, entries.arrays(40), strict=True):
         assert np.array_equal(then, now)
 
-    make, most = entries_module.empty_memory, [50]
+    make, most = memory.empty_memory, [50]
 
     def full(config: Any, samples: int, slots: int) -> Memory:
         if slots > most[0]:

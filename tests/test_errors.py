@@ -20,12 +20,14 @@ from configs.demo import CONFIG as DEMO
 from convert import command, convert_from_hf, parity
 from train import errors as train_errors
 from train import finetune, inspect_data
-from train.demo_tokenizer import save_tokenizer
-from train.setup import prepare_data
-from vxl_jax import checkpoint, errors, generate
-from vxl_jax.config import demo
+from train.demo.tokenizer import save_tokenizer
+from train.run.setup import prepare_data
+from vxl_jax import errors
+from vxl_jax.checkpoints import orbax_tree
 from vxl_jax.errors import ArgumentError, CheckpointError, ConfigError, VxlError, is_file_fault
-from vxl_jax.published import load_tokenizer
+from vxl_jax.inference import cli as generate
+from vxl_jax.presets import demo
+from vxl_jax.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 MICRO = ROOT / "tests" / "golden" / "micro"
@@ -40,19 +42,19 @@ NO_VXL_ERROR = {
 """Exception classes that do not derive from `VxlError`, and why. Their subclasses are the same."""
 
 PLAIN_VALUE_ERRORS = {
-    "train/demo_data.py": "amounts that the caller fixes in its source",
-    "train/demo_tokenizer.py": "words that the caller fixes in its source",
-    "vxl_jax/decode.py": "arrays that do not belong to the plan of a stream",
-    "vxl_jax/flops.py": "a name that the caller fixes in its source",
+    "train/demo/data.py": "amounts that the caller fixes in its source",
+    "train/demo/tokenizer.py": "words that the caller fixes in its source",
+    "vxl_jax/inference/decode.py": "arrays that do not belong to the plan of a stream",
+    "vxl_jax/planning/flops.py": "a name that the caller fixes in its source",
     "vxl_jax/inference/entries.py": "a capacity that the caller reserves",
     "vxl_jax/inference/memory_file.py": "turned into a CheckpointError in the same file",
-    "vxl_jax/lora.py": "a model that has updates already",
+    "vxl_jax/models/lora.py": "a model that has updates already",
     "vxl_jax/media/sampling.py": "numbers that are checked where a user gives them",
     "vxl_jax/media/tiles.py": "numbers that are checked where a user gives them",
-    "vxl_jax/model.py": "a capacity that the caller computes",
-    "vxl_jax/sharding.py": "a parameter without a row in the table",
-    "vxl_jax/stream.py": "arguments that the caller computes; parity and training check a user's",
-    "vxl_jax/tensors.py": "turned into a CheckpointError in the same file",
+    "vxl_jax/models/video_xl.py": "a capacity that the caller computes",
+    "vxl_jax/nn/sharding.py": "a parameter without a row in the table",
+    "vxl_jax/stream/plan.py": "arguments that the caller computes and checks",
+    "vxl_jax/checkpoints/tensors.py": "turned into a CheckpointError in the same file",
 }
 """Files that raise a plain ValueError, and why a user cannot cause it: for most of them, a caller
 breaks the contract of a function."""
@@ -157,17 +159,17 @@ FAULTS = [
 
 
 def run_generate(monkeypatch: pytest.MonkeyPatch, work: Callable[..., Any], folder: Path) -> int:
-    monkeypatch.setattr(generate, "run", work)
+    monkeypatch.setattr(generate, "answer_all", work)
     return generate.main(["--model", "hf", "--video", "x.mp4", "--prompt", "a"])
 
 
 def run_plan(monkeypatch: pytest.MonkeyPatch, work: Callable[..., Any], folder: Path) -> int:
-    monkeypatch.setattr(generate, "print_plan", work)
+    monkeypatch.setattr(generate, "print_inference_plan", work)
     return generate.main(["--model", "hf", "--plan"])
 
 
 def run_convert(monkeypatch: pytest.MonkeyPatch, work: Callable[..., Any], folder: Path) -> int:
-    return command.run(work, ArgumentParser(), [])
+    return command.run_command(work, ArgumentParser(), [])
 
 
 def run_parity(monkeypatch: pytest.MonkeyPatch, work: Callable[..., Any], folder: Path) -> int:
@@ -176,7 +178,7 @@ def run_parity(monkeypatch: pytest.MonkeyPatch, work: Callable[..., Any], folder
 
 
 def run_finetune(monkeypatch: pytest.MonkeyPatch, work: Callable[..., Any], folder: Path) -> int:
-    monkeypatch.setattr(finetune, "print_plan", work)
+    monkeypatch.setattr(finetune, "print_training_plan", work)
     return finetune.main(["--config", "demo", "--plan", "--run-dir", str(folder)])
 
 
@@ -247,7 +249,7 @@ def test_a_device_without_memory_is_one_line(
 def test_exit_statuses(raised: str, status: int, last: str):
     code = f"""
 import sys, vxl_jax
-from vxl_jax import generate
+from vxl_jax.inference import cli as generate
 
 def run(options):
     raise {raised}
@@ -350,14 +352,14 @@ def raised_in(module: str, error: Exception) -> Exception:
 @pytest.mark.parametrize(
     ("module", "error", "expected"),
     [
-        ("vxl_jax.checkpoint", OSError("x"), True),
-        ("vxl_jax.checkpoint", ValueError("x"), True),  # of TensorStore, which has no frames
-        ("vxl_jax.checkpoint", Exception("x"), True),  # of tokenizers, in Rust
+        ("vxl_jax.checkpoints.load", OSError("x"), True),
+        ("vxl_jax.checkpoints.load", ValueError("x"), True),  # of TensorStore, which has no frames
+        ("vxl_jax.checkpoints.load", Exception("x"), True),  # of tokenizers, in Rust
         ("orbax.checkpoint", KeyError("x"), True),
         ("transformers.tokenization_utils", TypeError("x"), True),
         ("transformers.tokenization_utils", AttributeError("x"), True),
-        ("vxl_jax.checkpoint", KeyError("x"), False),
-        ("vxl_jax.checkpoint", TypeError("x"), False),
+        ("vxl_jax.checkpoints.load", KeyError("x"), False),
+        ("vxl_jax.checkpoints.load", TypeError("x"), False),
         ("vxl_jax", AttributeError("x"), False),
         ("orbax.checkpoint", RuntimeError("x"), False),
         ("orbax.checkpoint", NameError("x"), False),
@@ -423,7 +425,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def first(converted: Path) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """One of the parameters, as `read_params` takes them."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    path, struct = min(checkpoint.stored_shapes(converted).items())
+    path, struct = min(orbax_tree.stored_shapes(converted).items())
     return {path: jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=device)}
 
 
@@ -434,20 +436,20 @@ def test_a_damaged_tree_is_the_cause_of_the_error(converted: Path, tmp_path: Pat
     zarr = params / ".".join(path) / "zarr.json"
     zarr.write_text(zarr.read_text()[:50])
     with pytest.raises(CheckpointError, match=r"params: cannot be read \(") as caught:
-        checkpoint.read_params(params, target)
+        orbax_tree.read_params(params, target)
     assert isinstance(caught.value.__cause__, ValueError)
     with pytest.raises(CheckpointError, match=r"params: cannot be read \(") as caught:
-        checkpoint.part_reader(params)(path, (slice(0, 1),))
+        orbax_tree.part_reader(params)(path, (slice(0, 1),))
     assert isinstance(caught.value.__cause__, ValueError)
     metadata = params / "_METADATA"
     metadata.write_text(metadata.read_text().replace('"use_zarr3"', '"zarr3"'))
     with pytest.raises(CheckpointError, match=r"_METADATA: has no field 'use_zarr3'"):
-        checkpoint.part_reader(params)(path, (slice(0, 1),))
+        orbax_tree.part_reader(params)(path, (slice(0, 1),))
     metadata.unlink()
     with pytest.raises(CheckpointError, match="has no metadata of Orbax"):
-        checkpoint.stored_shapes(params)
+        orbax_tree.stored_shapes(params)
     with pytest.raises(CheckpointError, match="has no params"):
-        checkpoint.stored_shapes(converted, "params")
+        orbax_tree.stored_shapes(converted, "params")
 
 
 def test_a_fault_in_reading_a_tree_is_not_hidden(converted: Path, monkeypatch: pytest.MonkeyPatch):
@@ -455,7 +457,7 @@ def test_a_fault_in_reading_a_tree_is_not_hidden(converted: Path, monkeypatch: p
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
     monkeypatch.setattr(ocp.Checkpointer, "restore", raising(full))
     with pytest.raises(jax.errors.JaxRuntimeError):
-        checkpoint.read_params(converted, target)
+        orbax_tree.read_params(converted, target)
     monkeypatch.setattr(ocp.Checkpointer, "restore", lambda self, directory: None)
     with pytest.raises(TypeError, match="args"):
-        checkpoint.read_params(converted, target)
+        orbax_tree.read_params(converted, target)

@@ -11,9 +11,10 @@ import pytest
 from flax import nnx
 
 from vxl_jax import Model, VisualMemory, load_memory
-from vxl_jax.config import demo
 from vxl_jax.inference import chat as chat_module
-from vxl_jax.model import VideoXL
+from vxl_jax.inference import sampling
+from vxl_jax.models.video_xl import VideoXL
+from vxl_jax.presets import demo
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -54,7 +55,7 @@ def answer(model: Model, memory: VisualMemory, length: int) -> list[int]:
     """Ids of the answer about the first entries of a memory, without anyone beside."""
     ids = model.first_turn(1, QUESTION)
     turn = chat_module.Continuation(model, [(memory.entries, length)], slots=len(ids) + 6)
-    tokens = turn.decode(turn.read_text(ids), 6, chat_module.GREEDY)
+    tokens = turn.decode(turn.read_text(ids), 6, sampling.GREEDY)
     return [int(token) for (token,) in tokens]
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from train import index
-from train.index import open_index
+from train.data import index
+from train.data.index import open_index
 from vxl_jax.progress import progress_bar
 
 

@@ -7,19 +7,18 @@ Takes the options of `train.finetune` and a few of its own (`--help`). No weight
 
 import json
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from train.config import OwnOptions, TrainConfig, load_config
-from train.dataset import KINDS, Dataset, open_dataset
-from train.inspect_figures import (
+from train.config import TrainConfig
+from train.config.cli import OwnOptions, load_config
+from train.data.dataset import Dataset, open_dataset
+from train.data.epochs import Epochs, plan_run
+from train.data.lengths import KINDS
+from train.data.records.sample import BadSample
+from train.inspect.figures import (
     BadNames,
     bad_figures,
     bucket_figures,
@@ -30,43 +29,31 @@ from train.inspect_figures import (
     run_figures,
     source_figures,
 )
-from train.inspect_pictures import (
-    CONTEXT,
-    LEFT_OUT,
-    LOSS,
-    MEDIA,
+from train.inspect.media import check_media
+from train.inspect.pictures import (
     KindLengths,
-    Picture,
     draw_lengths,
     draw_samples,
 )
-from train.plan import Epochs, plan_run
-from train.records import BadSample, Block, Sample
-from train.report import write_text
-from train.setup import (
+from train.inspect.sheet import choose_samples, load_shown, sheet_sample
+from train.rows import write_text
+from train.run.setup import (
     count_steps,
-    load_tokenizer,
+    load_run_tokenizer,
     open_heldout,
     prepare_data,
     read_model_config,
 )
-from train.signals import sure_interrupt
-from train.workers import Loaded
-from vxl_jax.chat import IGNORE, IMAGE_TOKEN
 from vxl_jax.errors import ConfigError, VxlError
-from vxl_jax.progress import progress_bar
+from vxl_jax.interrupts import sure_interrupt
 
 MOST_SAMPLES = 64
 """Samples on the sheet at most."""
-MOST_FRAMES = 6
-"""Frames of a sample on the sheet at most."""
-FIRST_TOKENS, LAST_TOKENS = 140, 200
-"""Tokens of a long text on the sheet, from its beginning and its end."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options, rest = read_options(sys.argv[1:] if arguments is None else arguments)
+    options, rest = read_inspect_options(sys.argv[1:] if arguments is None else arguments)
     config, prepare = load_config(
         rest, prog="train.inspect_data", description="Look at the data before training on it."
     )
@@ -99,7 +86,7 @@ class Options(NamedTuple):
     samples: int
 
 
-def read_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
+def read_inspect_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     """The command's own options, and the others, which are those of `train.finetune`.
 
     Anything wrong is one message on stderr and SystemExit(2).
@@ -128,7 +115,7 @@ def read_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
 def inspect(config: TrainConfig, out: Path, options: Options) -> int:
     """Print, draw and write everything; returns how many samples are bad."""
     model = read_model_config(config)
-    tokenizer = load_tokenizer(config, model)
+    tokenizer = load_run_tokenizer(config, model)
     with (
         open_dataset(
             config.data.train_json, config.data, model, tokenizer, config.run.seed
@@ -154,9 +141,9 @@ def inspect(config: TrainConfig, out: Path, options: Options) -> int:
         draw_lengths(kind_lengths(data, plans), out / "lengths.png")
         if options.samples:
             pictures = [
-                picture(data, index, loaded, frames, tokenizer)
+                sheet_sample(data, index, loaded, frames, tokenizer)
                 for index, loaded, frames in load_shown(
-                    data, choose(data, options.samples, config.run.seed)
+                    data, choose_samples(data, options.samples, config.run.seed)
                 )
             ]
             bad.add([BadSample(p.name, p.fault) for p in pictures if p.fault])
@@ -178,82 +165,6 @@ def inspect(config: TrainConfig, out: Path, options: Options) -> int:
     return len(bad.reasons)
 
 
-# Media.
-
-T = TypeVar("T")
-
-
-def load_each(
-    data: Dataset,
-    indices: Sequence[int],
-    keep: Callable[[int, Loaded | BadSample, np.ndarray], T],
-) -> Iterator[T]:
-    """What `keep` makes of each sample and its pixels uint8 [F, S, S, 3], in order.
-
-    All workers decode; no more samples than there are workers are held with their pixels.
-    """
-    size, count = data.reader.preparer.size, max(1, data.pool.count)
-
-    def load(index: int) -> T:
-        pixels = np.zeros((data.lengths.frames[index], size, size, 3), np.uint8)
-        source, record = int(data.source[index]), int(data.record[index])
-        return keep(index, data.pool.load(source, record, None, pixels), pixels)
-
-    waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(count, "inspect") as threads:
-        try:
-            for index in indices:
-                waiting.append(threads.submit(load, int(index)))
-                if len(waiting) > 8 * count:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BaseException:
-            data.pool.close()  # or the threads would go on to the end of what they do
-            threads.shutdown(cancel_futures=True)
-            raise
-
-
-def check_media(datasets: Sequence[Dataset], bad: BadNames) -> dict[str, Any]:
-    """Decode all media of all samples; what fails is added to `bad`."""
-    began = time.perf_counter()
-    chosen = [distinct_with_media(dataset) for dataset in datasets]
-    frames = sum(int(d.lengths.frames[i].sum()) for d, i in zip(datasets, chosen, strict=True))
-    count = 0
-    with progress_bar(total=frames, desc="decoding media", unit="frame") as bar:
-        for data, indices in zip(datasets, chosen, strict=True):
-
-            def keep(
-                index: int, loaded: Loaded | BadSample, _: np.ndarray, data: Dataset = data
-            ) -> tuple[int, BadSample | None]:
-                fault = loaded if isinstance(loaded, BadSample) else None
-                return int(data.lengths.frames[index]), fault
-
-            with closing(load_each(data, indices.tolist(), keep)) as results:  # type: ignore[type-var]
-                for done, fault in results:
-                    if fault:
-                        count += 1
-                        bad.add([fault])
-                        bar.set_postfix(bad=count, refresh=False)
-                    bar.update(done)
-    return {
-        "samples": sum(map(len, chosen)),
-        "frames": frames,
-        "bad": count,
-        "seconds": round(time.perf_counter() - began, 2),
-    }
-
-
-def distinct_with_media(data: Dataset) -> np.ndarray:
-    """Samples with media; a record that several sources have only once."""
-    numbers: dict[tuple[Any, ...], int] = {}
-    places = [(s.path, s.media_root, s.allow_outside) for s in data.reader.sources]
-    of_source = np.array([numbers.setdefault(place, len(numbers)) for place in places])
-    indices = np.flatnonzero(data.lengths.frames > 0)
-    keys = of_source[data.source[indices]] * 2**32 + data.record[indices]
-    return indices[np.sort(np.unique(keys, return_index=True)[1])]
-
-
 # What is drawn.
 
 
@@ -266,129 +177,6 @@ def kind_lengths(data: Dataset, plans: Epochs) -> dict[str, KindLengths]:
             ends = [b.shape.tokens for b in plans.buckets if (b.frames > 0) == (number > 0)]
             found[name] = KindLengths(data.lengths.tokens[some], data.lengths.frames[some], ends)
     return found
-
-
-def choose(data: Dataset, count: int, seed: int) -> list[int]:
-    """Samples for the sheet: in turn one of every source and kind, at random; in their order."""
-    rng = np.random.default_rng(seed)
-    groups = []
-    for samples in data.ranges:
-        kinds = data.kind[samples.start : samples.stop]
-        for kind in np.unique(kinds):
-            members = samples.start + np.flatnonzero(kinds == kind)
-            groups.append(deque(rng.choice(members, min(count, len(members)), replace=False)))
-    chosen: list[int] = []
-    while len(chosen) < count and any(groups):
-        for i in rng.permutation(len(groups)):
-            if groups[i] and len(chosen) < count:
-                chosen.append(int(groups[i].popleft()))
-    return sorted(chosen)
-
-
-Frames = list[tuple[str, np.ndarray]]
-
-
-def load_shown(
-    data: Dataset, indices: Sequence[int]
-) -> Iterator[tuple[int, Loaded | BadSample, Frames]]:
-    """Samples with the few frames that are shown of each."""
-
-    def keep(
-        index: int, loaded: Loaded | BadSample, pixels: np.ndarray
-    ) -> tuple[int, Loaded | BadSample, Frames]:
-        if isinstance(loaded, BadSample):
-            return index, loaded, []
-        shown = shown_frames(loaded.sample.blocks)
-        return index, loaded, [(caption, pixels[i].copy()) for i, caption in shown]
-
-    return load_each(data, indices, keep)
-
-
-def shown_frames(blocks: Sequence[Block]) -> list[tuple[int, str]]:
-    """The frames to show, and their captions: all blocks have some as long as there is room; of a
-    video they are spread from its first to its last, of an image they are the first tiles.
-    """
-    room = [0] * len(blocks)
-    while sum(room) < min(MOST_FRAMES, sum(block.frames for block in blocks)):
-        for i, block in enumerate(blocks):
-            if room[i] < block.frames and sum(room) < MOST_FRAMES:
-                room[i] += 1
-    shown = []
-    start = 0
-    for number, (block, count) in enumerate(zip(blocks, room, strict=True), 1):
-        where = np.arange(count)
-        if block.is_video and count > 1:
-            where = np.linspace(0, block.frames - 1, count).round().astype(int)
-        which = f"{number}: " if len(blocks) > 1 else ""
-        shown += [(start + int(i), f"{which}{i + 1} of {block.frames}") for i in where]
-        start += block.frames
-    return shown
-
-
-def picture(
-    data: Dataset, index: int, loaded: Loaded | BadSample, frames: Frames, tokenizer: Any
-) -> Picture:
-    """A sample for the sheet; one that cannot be decoded is there with its reason."""
-    kind = KINDS[data.kind[index]]
-    if isinstance(loaded, BadSample):
-        pieces = [(loaded.reason, LEFT_OUT)]
-        return Picture(loaded.name, kind, "bad sample", [], pieces, loaded.reason)
-    sample, lengths = loaded.sample, data.lengths
-    text, visual, beacons = (int(a[index]) for a in (lengths.text, lengths.visual, lengths.beacons))
-    parts = [f"{text + visual + beacons:,} tokens"]
-    if visual:
-        parts[0] += f" ({text:,} of text, {visual:,} visual, {_plural(beacons, 'beacon')})"
-        parts.append(_amount(sample.blocks))
-    parts.append(f"{lengths.labels[index]:,} labelled")
-    return Picture(sample.name, kind, " · ".join(parts), frames, text_pieces(sample, tokenizer))
-
-
-def _amount(blocks: Sequence[Block]) -> str:
-    frames = sum(block.frames for block in blocks)
-    where = "" if len(blocks) == 1 else f" of {len(blocks)} files"
-    return _plural(frames, "frame" if blocks[0].is_video else "tile") + where
-
-
-def _plural(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def text_pieces(sample: Sample, tokenizer: Any) -> list[tuple[str, int]]:
-    """The sample's text in pieces, each with its style; the middle of a long one left out."""
-    styles = np.where(sample.labels == IGNORE, CONTEXT, LOSS)
-    styles[sample.ids == IMAGE_TOKEN] = MEDIA
-    count = len(sample.ids)
-    left_out = range(0)
-    if count > FIRST_TOKENS + LAST_TOKENS:
-        left_out = range(FIRST_TOKENS, count - LAST_TOKENS)
-    pieces: list[tuple[str, int]] = []
-    marks = iter(sample.blocks)
-    start = 0
-    # A run of one style ends where the style changes, at every mark, and where text is left out.
-    for end in range(1, count + 1):
-        inside = end < count and end not in (left_out.start, left_out.stop)
-        if inside and styles[end] == styles[start] != MEDIA:
-            continue
-        block = next(marks) if styles[start] == MEDIA else None
-        if start == left_out.start and left_out:
-            pieces.append((f" [{len(left_out):,} tokens left out] ", LEFT_OUT))
-        if start not in left_out:
-            text = (
-                f"⟨{block.path.name}: {_amount([block])}⟩"
-                if block
-                else _decode(tokenizer, sample.ids[start:end])
-            )
-            pieces.append((text, int(styles[start])))
-        start = end
-    return pieces
-
-
-def _decode(tokenizer: Any, ids: np.ndarray) -> str:
-    text = tokenizer.decode(
-        ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    # A turn a line; other newlines are marked.
-    return text.replace("<|im_end|>\n", "<|im_end|>\0").replace("\n", "↵").replace("\0", "↵\n")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
 """Video-XL in JAX: long videos through a compressed memory.
 
-CONTRIBUTING.md has the layout of the code, and the legend of axis letters that every einsum and
-shape comment uses.
+docs/architecture.md has the layout of the code, CONTRIBUTING.md the legend of axis letters that every
+einsum and shape comment uses.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vxl_jax.chat import encode_caption, encode_conversation, encode_prompt
-    from vxl_jax.checkpoint import load_network
+    from vxl_jax.checkpoints.load import load_network
     from vxl_jax.config import LanguageConfig, LoRAConfig, VideoXLConfig, VisionConfig
-    from vxl_jax.decode import Sampling
     from vxl_jax.errors import (
         ArgumentError,
         CheckpointError,
@@ -22,22 +20,20 @@ if TYPE_CHECKING:
         VisualMemoryError,
         VxlError,
     )
-    from vxl_jax.film import Picture, Video
     from vxl_jax.inference.chat import Chat
     from vxl_jax.inference.memory import VisualMemory, load_memory
     from vxl_jax.inference.model import Model, load
-    from vxl_jax.lora import add_lora, merge_lora
+    from vxl_jax.inference.sampling import Sampling
     from vxl_jax.media import MediaOptions
-    from vxl_jax.memory import Memory, empty_memory
-    from vxl_jax.model import VideoXL, decode_step, loss_and_metrics, prefill
-    from vxl_jax.stream import (
-        Stream,
-        StreamBatch,
-        StreamShape,
-        batch_streams,
-        draw_ratio,
-        plan_stream,
-    )
+    from vxl_jax.media.open import Picture, Video
+    from vxl_jax.models.functions import decode_step, prefill
+    from vxl_jax.models.lora import add_lora, merge_lora
+    from vxl_jax.models.loss import loss_and_metrics
+    from vxl_jax.models.video_xl import VideoXL
+    from vxl_jax.nn.memory import Memory, empty_memory
+    from vxl_jax.stream.batch import StreamBatch, StreamShape, batch_streams
+    from vxl_jax.stream.plan import Stream, draw_ratio, plan_stream
+    from vxl_jax.text.chat import encode_caption, encode_conversation, encode_prompt
 
 __all__ = [
     "ArgumentError",
@@ -91,36 +87,36 @@ _MODULES = {
     "LoRAConfig": "vxl_jax.config",
     "MediaError": "vxl_jax.errors",
     "MediaOptions": "vxl_jax.media",
-    "Memory": "vxl_jax.memory",
+    "Memory": "vxl_jax.nn.memory",
     "Model": "vxl_jax.inference.model",
     "PartlyWatched": "vxl_jax.errors",
-    "Picture": "vxl_jax.film",
-    "Sampling": "vxl_jax.decode",
-    "Stream": "vxl_jax.stream",
-    "StreamBatch": "vxl_jax.stream",
-    "StreamShape": "vxl_jax.stream",
-    "Video": "vxl_jax.film",
-    "VideoXL": "vxl_jax.model",
+    "Picture": "vxl_jax.media.open",
+    "Sampling": "vxl_jax.inference.sampling",
+    "Stream": "vxl_jax.stream.plan",
+    "StreamBatch": "vxl_jax.stream.batch",
+    "StreamShape": "vxl_jax.stream.batch",
+    "Video": "vxl_jax.media.open",
+    "VideoXL": "vxl_jax.models.video_xl",
     "VideoXLConfig": "vxl_jax.config",
     "VisionConfig": "vxl_jax.config",
     "VisualMemory": "vxl_jax.inference.memory",
     "VisualMemoryError": "vxl_jax.errors",
     "VxlError": "vxl_jax.errors",
-    "add_lora": "vxl_jax.lora",
-    "batch_streams": "vxl_jax.stream",
-    "decode_step": "vxl_jax.model",
-    "draw_ratio": "vxl_jax.stream",
-    "empty_memory": "vxl_jax.memory",
-    "encode_caption": "vxl_jax.chat",
-    "encode_conversation": "vxl_jax.chat",
-    "encode_prompt": "vxl_jax.chat",
+    "add_lora": "vxl_jax.models.lora",
+    "batch_streams": "vxl_jax.stream.batch",
+    "decode_step": "vxl_jax.models.functions",
+    "draw_ratio": "vxl_jax.stream.plan",
+    "empty_memory": "vxl_jax.nn.memory",
+    "encode_caption": "vxl_jax.text.chat",
+    "encode_conversation": "vxl_jax.text.chat",
+    "encode_prompt": "vxl_jax.text.chat",
     "load": "vxl_jax.inference.model",
     "load_memory": "vxl_jax.inference.memory",
-    "load_network": "vxl_jax.checkpoint",
-    "loss_and_metrics": "vxl_jax.model",
-    "merge_lora": "vxl_jax.lora",
-    "plan_stream": "vxl_jax.stream",
-    "prefill": "vxl_jax.model",
+    "load_network": "vxl_jax.checkpoints.load",
+    "loss_and_metrics": "vxl_jax.models.loss",
+    "merge_lora": "vxl_jax.models.lora",
+    "plan_stream": "vxl_jax.stream.plan",
+    "prefill": "vxl_jax.models.functions",
 }
 
 

@@ -4,7 +4,6 @@ Every field is read by the network or its stream plan. Combinations that cannot 
 when the dataclass is made, with the name of the field.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -193,53 +192,3 @@ class LoRAConfig:
     def scale(self) -> float:
         """Factor of the updates."""
         return self.alpha / self.rank
-
-
-def video_xl_7b(**changes: Any) -> VideoXLConfig:
-    """The published Video-XL-7B: CLIP ViT-L/14-336 and Qwen2-7B, windows of 10 frames."""
-    return dataclasses.replace(VideoXLConfig(), **changes)
-
-
-def tiny(**changes: Any) -> VideoXLConfig:
-    """Some ten thousand parameters for tests: 56 px frames of 4 tokens, windows of 4 frames."""
-    base = VideoXLConfig(
-        vision=VisionConfig(
-            image_size=56, patch_size=14, width=16, layers=3, heads=2, mlp_width=32
-        ),
-        language=LanguageConfig(
-            vocab_size=96, width=32, layers=3, heads=4, kv_heads=2, mlp_width=48, rope_theta=1e4
-        ),
-        window=16,
-        ratios=(2, 4, 8),
-    )
-    return dataclasses.replace(base, **changes)
-
-
-def demo(**changes: Any) -> VideoXLConfig:
-    """The model of the embedded demo: learns to read coloured shapes in minutes on two cores."""
-    base = VideoXLConfig(
-        vision=VisionConfig(
-            image_size=56, patch_size=14, width=64, layers=3, heads=4, mlp_width=256
-        ),
-        language=LanguageConfig(
-            vocab_size=512, width=64, layers=4, heads=4, kv_heads=2, mlp_width=160, rope_theta=1e4
-        ),
-        window=16,
-        ratios=(4, 8),
-    )
-    return dataclasses.replace(base, **changes)
-
-
-PRESETS = {"video_xl_7b": video_xl_7b, "tiny": tiny, "demo": demo}
-
-
-def cross_check_vocabulary(config: LanguageConfig, tokens: int, source: str) -> None:
-    """Refuse a tokenizer with more ids than the embedding has rows.
-
-    Raises: ConfigError naming `source`.
-    """
-    if tokens > config.vocab_size:
-        raise ConfigError(
-            f"{source} has {tokens} tokens but LanguageConfig.vocab_size is {config.vocab_size}; "
-            "use the tokenizer that belongs to the model, or a larger vocabulary"
-        )

@@ -1,9 +1,11 @@
 """Ctrl-C at moments when nothing is half done."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 
@@ -38,3 +40,49 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
     finally:
         signal.signal(signal.SIGINT, before)
         let_go()  # also after another error
+
+
+class StopRequest:
+    """Which signal has asked the run to stop, if any."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Notes SIGTERM and SIGINT (Ctrl-C); a second SIGINT raises KeyboardInterrupt.
+
+    The loop asks for it between steps. An exception out of nowhere would be lost where Python
+    ignores exceptions: in JAX's hook of the garbage collector, for one. A second SIGTERM changes
+    nothing: schedulers send several, and the checkpoint is being written.
+    """
+    request = StopRequest()
+
+    def note(number: int, _: Any) -> None:
+        if number == signal.SIGINT and request.signal is not None:
+            raise KeyboardInterrupt
+        request.signal = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def sure_interrupt() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt; a moment later where it would be lost, as above."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+        else:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -6,17 +6,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vxl_jax.chat import IMAGE_MARK, IMAGE_TOKEN, encode_follow_up
-from vxl_jax.decode import GREEDY, Sampling, check_new_tokens
 from vxl_jax.errors import ArgumentError
-from vxl_jax.estimate import OWN_SLOTS
-from vxl_jax.film import FRAMES, Film, Media, as_media, open_film
 from vxl_jax.inference.entries import Base, Continuation, Entries, append_text
 from vxl_jax.inference.memory import VisualMemory
 from vxl_jax.inference.ratios import Ratios
 from vxl_jax.inference.runtime import Runtime
+from vxl_jax.inference.sampling import GREEDY, Sampling, check_new_tokens
 from vxl_jax.inference.watching import Watcher, begin_block, watch_film
 from vxl_jax.interrupts import held_interrupts
+from vxl_jax.media.open import FRAMES, Film, MediaLike, as_media, open_film
+from vxl_jax.planning.inference_bytes import OWN_SLOTS
+from vxl_jax.text.chat import IMAGE_MARK, IMAGE_TOKEN, encode_follow_up
 
 NEW_TOKENS = 256
 """Most tokens of an answer, unless told."""
@@ -46,7 +46,7 @@ class Chat:
     def ask(
         self,
         question: str,
-        media: Media | Sequence[Media] = (),
+        media: MediaLike | Sequence[MediaLike] = (),
         *,
         ratio: Ratios | Literal["model"] = "model",
         frames: int | None = FRAMES,
@@ -68,7 +68,7 @@ class Chat:
     def stream(
         self,
         question: str,
-        media: Media | Sequence[Media] = (),
+        media: MediaLike | Sequence[MediaLike] = (),
         *,
         ratio: Ratios | Literal["model"] = "model",
         frames: int | None = FRAMES,
@@ -188,7 +188,7 @@ class Chat:
             self.turns += [{"from": "human", "value": question}, {"from": "gpt", "value": said}]
 
 
-def as_list(media: Media | Sequence[Media]) -> list[Media]:
+def as_list(media: MediaLike | Sequence[MediaLike]) -> list[MediaLike]:
     """One or several, as several."""
     return list(media) if isinstance(media, list | tuple) else [media]
 

@@ -19,15 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from vxl_jax.cards import DEVICE_ERRORS, is_out_of_memory
-from vxl_jax.decode import Sampling, decode
 from vxl_jax.errors import VisualMemoryError
-from vxl_jax.estimate import OWN_SLOTS, entry_bytes
+from vxl_jax.inference.decode import decode
 from vxl_jax.inference.runtime import Runtime
+from vxl_jax.inference.sampling import Sampling
 from vxl_jax.interrupts import held_interrupts
-from vxl_jax.memory import Memory, empty_memory
-from vxl_jax.model import decode_step, read
-from vxl_jax.stream import Stream, StreamShape, batch_streams, plan_stream, round_up
+from vxl_jax.models.functions import decode_step, read
+from vxl_jax.nn.memory import Memory, empty_memory
+from vxl_jax.planning.cards import DEVICE_ERRORS, is_out_of_memory
+from vxl_jax.planning.inference_bytes import OWN_SLOTS, entry_bytes
+from vxl_jax.stream.batch import StreamShape, batch_streams, round_up
+from vxl_jax.stream.plan import Stream, plan_stream
 
 APPEND_SLOTS = 128
 """Entries that are copied at once by `Entries.append`, which bounds its temporaries."""

@@ -8,9 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from vxl_jax.chat import IMAGE_TOKEN
 from vxl_jax.errors import MediaError, PartlyWatched, VisualMemoryError
-from vxl_jax.film import FRAMES, Film, Media, as_media, open_film
 from vxl_jax.inference.entries import Entries, append_text
 from vxl_jax.inference.memory_file import SavedMemory, check_fingerprint, check_free, write_memory
 from vxl_jax.inference.ratios import Ratios
@@ -24,6 +22,8 @@ from vxl_jax.inference.watching import (
     watch_film,
 )
 from vxl_jax.media import DEFAULT_OPTIONS, MediaOptions
+from vxl_jax.media.open import FRAMES, Film, MediaLike, as_media, open_film
+from vxl_jax.text.chat import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class VisualMemory:
 
     def extend(
         self,
-        media: Media,
+        media: MediaLike,
         *,
         frames: int | None = FRAMES,
         ratio: Ratios | Literal["model"] = "model",

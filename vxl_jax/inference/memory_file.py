@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from vxl_jax.checkpoints.safetensors_read import PICKLES, metadata_of, tensors_of
+from vxl_jax.checkpoints.safetensors_write import NewTensor, Piece, write_tensors
+from vxl_jax.checkpoints.tensors import STORED_NAME
 from vxl_jax.errors import CheckpointError, VisualMemoryError, VxlError
 from vxl_jax.inference.entries import Entries
 from vxl_jax.inference.runtime import Runtime
 from vxl_jax.inference.watching import Block, begin_block
-from vxl_jax.tensor_files import Piece, Planned, write_tensors
-from vxl_jax.tensors import PICKLES, STORED_NAME, metadata_of, tensors_of
 
 FORMAT = "vxl-jax memory 1"
 """What a saved memory says it is."""
@@ -81,9 +82,9 @@ def write_memory(
     for name in ("keys", "values"):
         places = itertools.product(range(language.layers), range(language.kv_heads))
         pieces = [Piece(each, partial(_rows, entries, length, name, *place)) for place in places]
-        planned.append(Planned(name, stored, shape, pieces))
+        planned.append(NewTensor(name, stored, shape, pieces))
     waiting = Piece(features.nbytes, lambda: features)
-    planned.append(Planned("features", stored, features.shape, [waiting]))
+    planned.append(NewTensor("features", stored, features.shape, [waiting]))
     needed = sum(tensor.bytes for tensor in planned)
     free = shutil.disk_usage(path.absolute().parent).free
     if needed + SPARE_BYTES > free:

@@ -14,18 +14,20 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from vxl_jax.cards import claim_memory
-from vxl_jax.chat import DEFAULT_SYSTEM
-from vxl_jax.checkpoint import load_network
-from vxl_jax.decode import GREEDY, Sampling, check_new_tokens, until_stopped
-from vxl_jax.film import FRAMES, Media, as_media, open_film
+from vxl_jax.checkpoints.hf_config import read_config, read_max_context
+from vxl_jax.checkpoints.load import load_network
 from vxl_jax.inference.chat import NEW_TOKENS, Chat, as_list, check_question
+from vxl_jax.inference.decode import until_stopped
 from vxl_jax.inference.entries import Base, Continuation
 from vxl_jax.inference.memory import VisualMemory
 from vxl_jax.inference.ratios import Ratios
 from vxl_jax.inference.runtime import Runtime
+from vxl_jax.inference.sampling import GREEDY, Sampling, check_new_tokens
 from vxl_jax.media import DEFAULT_OPTIONS, MediaOptions
-from vxl_jax.published import load_tokenizer, read_config, read_max_context
+from vxl_jax.media.open import FRAMES, MediaLike, as_media, open_film
+from vxl_jax.planning.cards import claim_memory
+from vxl_jax.text.chat import DEFAULT_SYSTEM
+from vxl_jax.text.tokenizer import load_tokenizer
 
 
 def load(
@@ -60,7 +62,7 @@ class Model(Runtime):
 
     def watch(
         self,
-        media: Media | Sequence[Media],
+        media: MediaLike | Sequence[MediaLike],
         *,
         frames: int | None = FRAMES,
         ratio: Ratios | Literal["model"] = "model",

@@ -13,12 +13,12 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax import Array, lax
 
-from vxl_jax.chat import DEFAULT_SYSTEM, IMAGE_MARK, IMAGE_TOKEN, encode_prompt
 from vxl_jax.config import VideoXLConfig
 from vxl_jax.errors import VisualMemoryError
-from vxl_jax.estimate import STEP_TOKENS
 from vxl_jax.inference.ratios import Ratios, check_ratios
-from vxl_jax.model import VideoXL
+from vxl_jax.models.video_xl import VideoXL
+from vxl_jax.planning.inference_bytes import STEP_TOKENS
+from vxl_jax.text.chat import DEFAULT_SYSTEM, IMAGE_MARK, IMAGE_TOKEN, encode_prompt
 
 CPU_STEP_TOKENS = 2048
 """Visual tokens that are put into a memory at once on a CPU."""

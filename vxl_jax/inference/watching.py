@@ -8,17 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from vxl_jax.chat import IMAGE_TOKEN
 from vxl_jax.config import DTYPES, VideoXLConfig
 from vxl_jax.errors import MediaError
-from vxl_jax.film import AT_ONCE, Film, ahead
 from vxl_jax.inference.entries import Base, Continuation, device_memory
 from vxl_jax.inference.ratios import Ratios, ratio_at
 from vxl_jax.inference.runtime import Runtime
 from vxl_jax.interrupts import held_interrupts
-from vxl_jax.model import encode
+from vxl_jax.media.open import AT_ONCE, Film
+from vxl_jax.media.prefetch import ahead
+from vxl_jax.models.functions import encode
 from vxl_jax.progress import progress_bar
-from vxl_jax.stream import plan_stream, round_up
+from vxl_jax.stream.batch import round_up
+from vxl_jax.stream.plan import plan_stream
+from vxl_jax.text.chat import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,15 @@ Sizes are (width, height) in pixels, as in Pillow; arrays are [rows, columns, RG
 computed follows the published Video-XL data code and the CLIP image processor it calls.
 
 In import order: `options`, `heartbeat`, `tiles` (images cut up), `frames` (squares for the tower),
-`sampling` (which frames), `paths`, `kinds` (what a file is), `images`, `folder` (of frames),
-`animation`, `containers` (what video files say), `tone_map`, `video_index`, `av_input`, `av_pixels`
-and `video` (files by PyAV), `decord_video`, `reader` (all of these as one), `process` (a child that
-can be ended), `decoding` (the reader in such a child).
+`sampling` (which frames), `paths`, `kinds` (what a file is), `images/` (pictures, animations,
+folders of frames), `video/` (files by PyAV and decord), `reader` (all of these as one), `children/`
+(the reader in a process that can be ended), `open` (what is watched, in chunks), `prefetch`.
 """
 
-from vxl_jax.media.animation import Animation, is_animation
-from vxl_jax.media.folder import PICTURES, FrameFolder
 from vxl_jax.media.frames import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
-from vxl_jax.media.images import image_size, load_image
+from vxl_jax.media.images.animation import Animation, is_animation
+from vxl_jax.media.images.folder import PICTURES, FrameFolder
+from vxl_jax.media.images.loading import image_size, load_image
 from vxl_jax.media.kinds import image_format
 from vxl_jax.media.options import DEFAULT_OPTIONS, MediaOptions
 from vxl_jax.media.paths import resolve_media
@@ -32,7 +31,7 @@ from vxl_jax.media.reader import (
     select_frames,
 )
 from vxl_jax.media.sampling import (
-    Sampling,
+    FrameSampling,
     Timeline,
     choose_frames,
     frame_indices,
@@ -40,7 +39,7 @@ from vxl_jax.media.sampling import (
     uniform_indices,
 )
 from vxl_jax.media.tiles import Size, best_resolution, grid_pinpoints, tile_grid, tile_image
-from vxl_jax.media.video import VideoFile
+from vxl_jax.media.video.pyav import VideoFile
 
 __all__ = [
     "CLIP_MEAN",
@@ -51,8 +50,8 @@ __all__ = [
     "Animation",
     "FrameChoice",
     "FrameFolder",
+    "FrameSampling",
     "MediaOptions",
-    "Sampling",
     "Selection",
     "Size",
     "Timeline",

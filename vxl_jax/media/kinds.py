@@ -96,7 +96,7 @@ def _format_of_brands(start: bytes) -> str | None:
     return None
 
 
-def describe(beginning: bytes) -> tuple[str, str]:
+def describe_format(beginning: bytes) -> tuple[str, str]:
     """Say what a file that is not an image is and what to do, from its first KB."""
     if beginning[4:8] == b"ftyp":
         return "it is a video", "give it as a video"

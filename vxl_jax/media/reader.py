@@ -10,14 +10,14 @@ from typing import Protocol
 import numpy as np
 
 from vxl_jax.errors import MediaError
-from vxl_jax.media.animation import Animation, is_animation
-from vxl_jax.media.decord_video import DecordVideo
-from vxl_jax.media.folder import FrameFolder
+from vxl_jax.media.images.animation import Animation, is_animation
+from vxl_jax.media.images.folder import FrameFolder
 from vxl_jax.media.kinds import image_format
 from vxl_jax.media.options import DEFAULT_OPTIONS, MediaOptions
 from vxl_jax.media.paths import check_file, printable
-from vxl_jax.media.sampling import Sampling, Timeline, choose_frames
-from vxl_jax.media.video import VideoFile
+from vxl_jax.media.sampling import FrameSampling, Timeline, choose_frames
+from vxl_jax.media.video.decord_video import DecordVideo
+from vxl_jax.media.video.pyav import VideoFile
 
 MEDIA_VERSION = 2
 """Changes when other frames or tiles are found in the same files: caches are then built again."""
@@ -89,7 +89,7 @@ class FrameChoice:
     max_frames: None: all.
     """
 
-    sampling: Sampling = "capped"
+    sampling: FrameSampling = "capped"
     max_frames: int | None = None
     fps: float = 1.0
     start: float | None = None

@@ -152,13 +152,13 @@ class Timeline:
         return taken
 
 
-Sampling = Literal["capped", "uniform", "fps"]
+FrameSampling = Literal["capped", "uniform", "fps"]
 """How frames are chosen, see `choose_frames`."""
 
 
 def choose_frames(
     timeline: Timeline,
-    sampling: Sampling,
+    sampling: FrameSampling,
     max_frames: int,
     wanted_fps: float = 1.0,
     start: float | None = None,

@@ -1,0 +1,108 @@
+"""A new model from Qwen2 and CLIP."""
+
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import vxl_jax
+from convert import convert_to_hf, init_checkpoint
+from tests.support.checkpoints import GOLDEN, MICRO, tensors_in
+from vxl_jax.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A Qwen2 and a CLIP checkpoint, taken out of the one we have."""
+    folder = tmp_path_factory.mktemp("parts")
+    held = load_file(MICRO / "model.safetensors")
+    values = json.loads((MICRO / "config.json").read_text())
+    qwen, clip = folder / "qwen", folder / "clip"
+    qwen.mkdir()
+    shutil.copytree(GOLDEN / "clip-vision", clip)
+    drop = ("beacon", "mm_")
+    values = {name: value for name, value in values.items() if not name.startswith(drop)}
+    (qwen / "config.json").write_text(json.dumps({**values, "model_type": "qwen2"}))
+    (qwen / "tokenizer.json").write_text("{}")
+    language = {
+        name: value.astype(ml_dtypes.bfloat16)
+        for name, value in held.items()
+        if "vision_tower" not in name and "beacon" not in name and "projector" not in name
+    }
+    save_file(language, qwen / "model.safetensors")
+    tower = "model.vision_tower.vision_tower."
+    vision = {n.removeprefix(tower): value for n, value in held.items() if n.startswith(tower)}
+    vision["text_model.embeddings.token_embedding.weight"] = np.zeros((3, 4), np.float32)
+    vision["logit_scale"] = np.array(4.6, np.float32)
+    save_file(vision, clip / "model.safetensors")
+    return qwen, clip
+
+
+def test_a_new_model_from_qwen_and_clip(parts, tmp_path):
+    init_checkpoint(*parts, tmp_path / "new", seed=3)
+    model = vxl_jax.load_network(tmp_path / "new")
+    assert (model.config.param_dtype, model.config.dtype) == ("bfloat16", "bfloat16")
+    assert (model.config.window, model.config.ratios) == (1440, (2, 4, 8, 12, 16))
+    assert (tmp_path / "new" / "tokenizer.json").exists()
+    language = model.language
+    for name in ("q", "k", "v"):
+        own = getattr(language.layers.attention, name)
+        beacon = getattr(language.layers.attention, f"beacon_{name}")
+        np.testing.assert_array_equal(own.kernel[...], beacon.kernel[...])
+        np.testing.assert_array_equal(own.bias[...], beacon.bias[...])
+    np.testing.assert_array_equal(language.beacon_embed[0], language.embed.embedding[504])
+    convert_to_hf(tmp_path / "new", tmp_path / "hf", dtype="float32")
+    ours, held = tensors_in(tmp_path / "hf"), tensors_in(MICRO)
+    for name in held:
+        if "beacon" not in name and "projector" not in name:
+            expected = held[name].astype(ml_dtypes.bfloat16).astype(np.float32)
+            if "post_layernorm" not in name and "layers.2" not in name:
+                np.testing.assert_array_equal(ours[name], expected, err_msg=name)
+    for i, inputs in ((0, 32), (2, 64)):
+        weight = ours[f"model.mm_projector.{i}.weight"]
+        assert weight.shape == (64, inputs)
+        assert abs(weight).max() == pytest.approx(inputs**-0.5, rel=0.02)
+        assert abs(weight.mean()) < 0.02 * inputs**-0.5 + 0.005
+
+
+def test_the_seed_decides_the_new_projector(parts, tmp_path):
+    weights = []
+    for i, seed in enumerate((0, 0, 1)):
+        init_checkpoint(*parts, tmp_path / str(i), seed=seed)
+        weights.append(np.asarray(vxl_jax.load_network(tmp_path / str(i)).projector.up.kernel[...]))
+    np.testing.assert_array_equal(weights[0], weights[1])
+    assert (weights[0] != weights[2]).any()
+
+
+def test_a_projector_from_a_file_or_a_checkpoint(parts, converted, tmp_path):
+    held = load_file(MICRO / "model.safetensors")
+    projector = {name: value for name, value in held.items() if "mm_projector" in name}
+    save_file(projector, tmp_path / "mm_projector.safetensors")
+    for i, source in enumerate((tmp_path / "mm_projector.safetensors", converted, MICRO)):
+        init_checkpoint(*parts, tmp_path / str(i), projector=source, dtype="float32")
+        model = vxl_jax.load_network(tmp_path / str(i))
+        np.testing.assert_array_equal(
+            model.projector.down.kernel[...], projector["model.mm_projector.2.weight"].T
+        )
+    save_file({"other": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="has no tensor named"):
+        init_checkpoint(*parts, tmp_path / "x", projector=tmp_path / "other.safetensors")
+
+
+def test_parts_that_do_not_fit_are_refused(parts, tmp_path):
+    qwen, clip = parts
+    with pytest.raises(CheckpointError, match="model_type is 'llava_qwen'; only 'qwen2'"):
+        init_checkpoint(MICRO, clip, tmp_path / "x")
+    with pytest.raises(CheckpointError, match="hidden_act is 'silu'; only 'quick_gelu'"):
+        init_checkpoint(qwen, qwen, tmp_path / "x")
+    with pytest.raises(CheckpointError, match="pickle files"):
+        init_checkpoint(qwen, clip, tmp_path / "x", projector=tmp_path / "a.bin")
+    shutil.copytree(qwen, tmp_path / "qwen")
+    path = tmp_path / "qwen" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "eos_token_id": 9999}))
+    with pytest.raises(CheckpointError, match="eos_token_id 9999 is not a token"):
+        init_checkpoint(tmp_path / "qwen", clip, tmp_path / "x")

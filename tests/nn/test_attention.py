@@ -1,0 +1,251 @@
+"""Attention by tiles, and memories in several parts."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.support.networks import noisy_model, relative_error
+from vxl_jax.models.functions import decode_step, read
+from vxl_jax.nn.attention import tiled as attention
+from vxl_jax.nn.memory import Memory, empty_memory
+from vxl_jax.presets import tiny
+from vxl_jax.stream.batch import StreamBatch, batch_streams
+from vxl_jax.stream.plan import Stream, plan_stream
+from vxl_jax.text.chat import IMAGE_TOKEN as I
+
+pytestmark = pytest.mark.usefixtures("exact_products")
+
+
+@pytest.fixture(scope="module")
+def split_model():
+    return nnx.split(noisy_model())
+
+
+# Tiles.
+
+
+TILES = [(1, 1), (3, 5), (8, 4), (17, 10), (7, 32), (64, 64)]
+"""Some below, at and above the unit of a CPU, 8, and some that divide nothing."""
+
+
+def dense_attention(q, k, v, keys, values, window_start, window_memory):
+    """Softmax over the whole row of scores, in NumPy's float64."""
+    group = q.shape[2] // k.shape[2]
+    out = np.zeros(q.shape)
+    for b, t, n in np.ndindex(q.shape[:3]):
+        own, past = slice(window_start[b, t], t + 1), slice(window_memory[b, t])
+        seen = np.concatenate([k[b, own, n // group], keys[b, n // group, past]])
+        p = np.exp(seen.astype(np.float64) @ q[b, t, n])
+        read = np.concatenate([v[b, own, n // group], values[b, n // group, past]])
+        out[b, t, n] = p @ read / p.sum()
+    return out
+
+
+def attention_case(tokens=30, slots=13):
+    """Two samples whose windows differ, the second with padding (windows of one token) behind."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, tokens, 4, 8)).astype(np.float32) / np.float32(8**0.5)
+    k, v = rng.normal(size=(2, 2, tokens, 2, 8)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 3, 2, 2, slots, 8)).astype(np.float32)
+    start = np.array([[0] * 10 + [10] * 13 + [23] * 7, [0] * 4 + [4] * 20 + [*range(24, 30)]])
+    seen = np.array([[0] * 10 + [5] * 13 + [12] * 7, [0] * 4 + [3] * 20 + [0] * 6])
+    return (q, k, v, keys, values), (1, start.astype(np.int32), seen.astype(np.int32))
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_attention_by_tiles_equals_a_softmax_over_whole_rows(tile):
+    (q, k, v, keys, values), (layer, start, seen) = attention_case()
+    ours = attention.window_attention(q, k, v, keys, values, layer, start, seen, tile)
+    expected = dense_attention(q, k, v, keys[layer], values[layer], start, seen)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_gradients_of_attention_are_those_of_a_softmax_over_whole_rows(tile):
+    arrays, (layer, start, seen) = attention_case()
+    direction = np.random.default_rng(1).normal(size=arrays[0].shape).astype(np.float32)
+
+    def ours(*arrays):
+        return (attention.window_attention(*arrays, layer, start, seen, tile) * direction).sum()
+
+    def whole_rows(q, k, v, keys, values):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        keys, values = (jnp.repeat(x[layer], 2, axis=1) for x in (keys, values))
+        own = jnp.einsum("BTNH,BSNH->BNTS", q, k)
+        past = jnp.einsum("BTNH,BNMH->BNTM", q, keys)
+        index = jnp.arange(own.shape[-1])
+        own_seen = (start[..., None] <= index) & (index <= index[:, None])
+        past_seen = jnp.arange(past.shape[-1]) < seen[..., None]
+        scores = jnp.concatenate([own, past], -1)
+        visible = jnp.concatenate([own_seen, past_seen], -1)[:, None]
+        p = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        values = jnp.concatenate([jnp.moveaxis(v, 1, 2), values], axis=2)
+        return (jnp.einsum("BNTS,BNSH->BTNH", p, values) * direction).sum()
+
+    wanted = range(len(arrays))
+    expected = jax.jit(jax.grad(whole_rows, wanted))(*arrays)
+    for a, b in zip(jax.jit(jax.grad(ours, wanted))(*arrays), expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["memory", "own window"])
+def test_tiles_that_nobody_sees_are_not_computed(source):
+    """A value that is NaN would spoil every query that computes with it, at whatever weight."""
+    (q, k, v, keys, values), (layer, start, seen) = attention_case(slots=16)
+    q, k, v, keys, values = q[:1], k[:1], v[:1], keys[:, :1], values[:, :1]
+    start, seen = start[:1], seen[:1]
+
+    # The queries from 24 on are in a window that starts at 23; nobody sees a slot from 12 on.
+    queries = slice(24, 30) if source == "own window" else slice(0, 30)
+
+    def total(q, k, v, keys, values):
+        out = attention.window_attention(q, k, v, keys, values, layer, start, seen, (8, 4))
+        return (out[:, queries] ** 2).sum()
+
+    gradient = jax.jit(jax.value_and_grad(total))
+    expected = gradient(q, k, v, keys, values)
+    if source == "own window":
+        k[:, :20], v[:, :20] = np.nan, np.nan
+    else:
+        keys[:, :, :, 12:], values[:, :, :, 12:] = np.nan, np.nan
+    ours = gradient(q, k, v, keys, values)
+    np.testing.assert_array_equal(ours[0], expected[0])
+    np.testing.assert_array_equal(ours[1][:, queries], expected[1][:, queries])
+
+
+def test_a_memory_without_slots():
+    (q, k, v, keys, values), (layer, start, seen) = attention_case()
+    none = keys[:, :, :, :0], values[:, :, :, :0]
+    ours = attention.window_attention(q, k, v, *none, layer, start, 0 * seen)
+    expected = dense_attention(q, k, v, keys[layer], values[layer], start, 0 * seen)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_gradients_of_a_base_are_summed_over_the_samples():
+    (q, k, v, keys, values), (layer, start, seen) = attention_case()
+    base = keys[:, :1], values[:, :1]
+    none = np.zeros_like(keys[:, :, :, :0])
+    direction = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+
+    def as_base(base):
+        out = attention.window_attention(
+            *(q, k, v, none, none, layer, start, 0 * seen, (8, 4)), bases=[(*base, seen)]
+        )
+        return (out * direction).sum()
+
+    def as_memory(base):
+        memory = (jnp.repeat(x, 2, axis=1) for x in base)
+        out = attention.window_attention(q, k, v, *memory, layer, start, seen, (8, 4))
+        return (out * direction).sum()
+
+    ours = jax.jit(jax.value_and_grad(as_base))(base)
+    expected = jax.jit(jax.value_and_grad(as_memory))(base)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_forward_mode_is_refused():
+    """As the docstring says; a dense softmax has it."""
+    (q, k, v, keys, values), (layer, start, seen) = attention_case()
+
+    def run(q):
+        return attention.window_attention(q, k, v, keys, values, layer, start, seen)
+
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(run, (q,), (q,))
+
+
+@pytest.mark.parametrize(("backend", "unit"), [("cpu", 8), ("gpu", 128)])
+def test_tiles_are_whole_units_within_their_budget(backend: str, unit: int):
+    counts = [1, 7, 8, 9, 127, 128, 129, 1530, 1549, 28_160, 74_240, 100_003]
+    for count, most in itertools.product(counts, [1, 5, 136, 200, 1548, 2047, 50_000]):
+        with attention.made_for(backend):
+            size = attention._tile_size(count, most)
+        tiles = -(-count // size)
+        assert 1 <= size <= most
+        if min(count, most) >= unit:
+            assert size % unit == 0
+            # As few as whole units within the budget allow, and less than a unit to spare in each.
+            assert tiles == -(-count // (most // unit * unit))
+            assert size * tiles - count < unit * tiles
+        else:
+            assert size * tiles - count < tiles
+
+
+def test_padding_of_a_long_group_is_modest():
+    """Work of 28,160 tokens on a GPU: 18 windows of 1440 tokens and their beacons, 28 heads."""
+    with attention.made_for("gpu"):
+        most = math.isqrt(attention.tile_bytes() // (4 * 28))
+        rows = attention._tile_size(28_160, most)
+    assert rows == 1536
+    assert 28_160 < rows * -(-28_160 // rows) <= 1.04 * 28_160
+
+
+# Memories before a memory.
+
+
+FILM = plan_stream([1, 2, I, 5, 6, 7, 8], [48], window=16, ratio=[4, 8, 2])
+"""Windows: text (2 entries), visual (4, 2 and 8 entries), text (4 entries)."""
+
+
+def windows(stream: Stream, first: int, last: int) -> StreamBatch:
+    """Windows first <= i < last of a stream, one in each group; ranks as in the whole stream."""
+    ends = np.append(stream.window_start, stream.length)
+    tokens = slice(ends[first], ends[last])
+    part = Stream(
+        *(getattr(stream, name)[tokens] for name in ("kind", "source", "rank", "target")),
+        stream.window_start[first:last] - ends[first],
+        stream.window_memory[first:last],
+    )
+    batch = batch_streams([part] * 3, windows_per_group=1)
+    kept = int((part.rank < stream.persistent).sum())
+    return replace(batch, length=np.full(3, kept, np.int32))
+
+
+def one_sample(memory: Memory) -> Memory:
+    return Memory(memory.keys[:, :1], memory.values[:, :1], memory.length[:1])
+
+
+@pytest.mark.parametrize(
+    ("cuts", "spare"), [((2, 4), 0), ((1, 3), 5), ((1, 1, 4), 3), ((2, 2), 0), ((0, 3), 4)]
+)
+def test_bases_and_a_memory_are_one_memory(cuts: tuple[int, ...], spare: int, split_model):
+    """Bases end at the windows `cuts`; where two are equal, a base of spare slots has no entry."""
+    graph, params = split_model
+    config = tiny()
+    visual = np.random.default_rng(2).normal(size=(3, 48, config.language.width))
+    visual = np.broadcast_to(visual[:1], visual.shape).astype(np.float32)
+    answer = np.array([[3, 1, 4], [9, 2, 6]], np.int32)
+
+    def finish(memory: Memory, bases: tuple[Memory, ...], first: int) -> list[np.ndarray]:
+        logits, memory = read(graph, params, memory, windows(FILM, first, 5), visual, bases)
+        found = [np.asarray(logits)]
+        for token in answer:
+            logits, memory = decode_step(graph, params, memory, token, bases)
+            found.append(np.asarray(logits))
+        before = sum(int(base.length[0]) for base in bases)
+        assert (np.asarray(memory.length) == FILM.persistent + len(answer) - before).all()
+        return found
+
+    expected = finish(empty_memory(config, 3, 24), (), 0)
+    bases: tuple[Memory, ...] = ()
+    first = 0
+    for cut in cuts:
+        kept = FILM.window_memory[cut] - FILM.window_memory[first]
+        memory = empty_memory(config, 3, int(kept) + spare)
+        if cut > first:
+            _, memory = read(graph, params, memory, windows(FILM, first, cut), visual, bases)
+        assert (np.asarray(memory.length) == kept).all()
+        bases = (*bases, one_sample(memory))
+        first = cut
+    kept_bases = jax.tree.map(np.array, bases)
+    ours = finish(empty_memory(config, 3, 24), bases, first)
+    for a, b in zip(ours, expected, strict=True):
+        assert relative_error(a, b) < 1e-5
+    jax.tree.map(np.testing.assert_array_equal, bases, kept_bases)

@@ -1,0 +1,1 @@
+"""What `python -m train.inspect_data` prints and draws."""

@@ -1,0 +1,1 @@
+"""The training run: model, step, processes, checkpoints, what is written."""

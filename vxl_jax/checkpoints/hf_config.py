@@ -1,0 +1,244 @@
+"""Read the configuration of a checkpoint in the published PyTorch layout."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vxl_jax.checkpoints.hf_tower import find_tower, read_vision
+from vxl_jax.checkpoints.json_files import Fields, Required, read_json
+from vxl_jax.checkpoints.names import EMBEDDING_NAME, HEAD_NAME
+from vxl_jax.checkpoints.safetensors_read import find_tensors
+from vxl_jax.checkpoints.tensors import STORED, Tensor
+from vxl_jax.config import LanguageConfig, VideoXLConfig
+from vxl_jax.errors import CheckpointError
+
+PARAMS, UNUSED = "params", "unused.safetensors"
+"""What a converted checkpoint has instead of the published safetensors files."""
+
+
+# What the network computes; a checkpoint that asks for anything else is refused. A missing field
+# counts as the first value.
+REQUIRED_LANGUAGE: Required = {
+    "hidden_act": ("silu",),
+    "rope_scaling": (None,),
+    "use_sliding_window": (False,),
+    "attention_dropout": (0.0,),
+}
+REQUIRED_MODEL: Required = {
+    "model_type": ("llava_qwen",),
+    "enable_beacon": (True,),
+    "beacon_pos": ("interleave",),
+    "beacon_attn": ("full-coverage",),
+    "beacon_attend_prev": (True,),
+    "beacon_sink_size": (0,),
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_resampler_type": ("spatial_pool",),
+    "mm_spatial_pool_mode": ("average",),
+    "mm_vision_select_feature": ("patch",),
+    "mm_patch_merge_type": ("unires",),
+}
+
+# The same for fields that other models have and that this one's checkpoints do not write.
+FOREIGN_LANGUAGE: Required = {
+    "attention_bias": (True, None),
+    "qkv_bias": (True, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
+}
+FOREIGN_MODEL: Required = {
+    "beacon_accum": (True,),
+    "beacon_parallel_window": (1,),
+    "beacon_ratio_mix": ("step-random",),
+    "mm_use_im_start_end": (False, None),
+    "s2": (False, None),
+    "add_faster_video": (False, None),
+}
+
+
+def read_config(
+    directory: Path,
+    *,
+    vision: str | Path | None = None,
+    tensors: Any = None,
+    **changes: Any,
+) -> VideoXLConfig:
+    """The model configuration of a published directory; `changes` are fields of VideoXLConfig.
+
+    vision: directory of the tower's config.json; by default `vision_tower/` in the directory, or
+    what its `mm_vision_tower` names. tensors: `Tensor` by name of the checkpoint, if they are known
+    already; they tell whether embeddings are tied, see `ties_embeddings`.
+
+    Raises: CheckpointError if a field is missing or asks for what the network does not compute.
+    """
+    refuse_adapter(directory)
+    path = directory / "config.json"
+    values = Fields(read_json(path), path)
+    if "model_type" not in values.values and (directory / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"{directory}: is a training run; python -m convert.to_hf {directory} DIR makes a "
+            "checkpoint of it"
+        )
+    values.require(REQUIRED_MODEL | FOREIGN_MODEL)
+    if sorted(values.items("beacon_param", str, ["q", "k", "v"])) != ["k", "q", "v"]:
+        raise CheckpointError(f"{path}: beacon_param must be q, k and v")
+    if values.integer("beacon_window") != values.get(
+        "beacon_stride", values.integer("beacon_window")
+    ):
+        raise CheckpointError(f"{path}: beacon_stride must equal beacon_window")
+    name = values["mm_vision_tower"]
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path}: mm_vision_tower is {name!r}; it must be a path or a name")
+    tower = find_tower(directory, name, vision)
+    if isinstance(tower, Path):
+        tower = read_vision(tower, values.integer("mm_vision_select_layer", -2))
+    else:
+        layer = values.integer("mm_vision_select_layer", tower.feature_layer)
+        tower = dataclasses.replace(tower, feature_layer=layer)
+    if values.get("mm_hidden_size", tower.width) != tower.width:
+        raise CheckpointError(
+            f"{path}: mm_hidden_size is {values['mm_hidden_size']!r}, but the vision tower's "
+            f"hidden_size is {tower.width}"
+        )
+    if tensors is None:
+        tensors = _stored_tensors(directory) if values.get("tie_word_embeddings", False) else {}
+    return VideoXLConfig(
+        vision=tower,
+        language=read_language(values, tensors),
+        pool_stride=values.integer("mm_spatial_pool_stride"),
+        window=values.integer("beacon_window"),
+        ratios=values.items("beacon_ratio", int),
+        **changes,
+    )
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Refuse a folder that holds a peft adapter instead of a whole model.
+
+    Raises: CheckpointError that names the adapter's base model.
+    """
+    path = directory / "adapter_config.json"
+    weights = [p.name for end in ("safetensors", "bin", "pt") for p in directory.glob(f"*.{end}")]
+    adapters = [name for name in weights if name.startswith("adapter_model.")]
+    if not adapters and (not path.is_file() or any("model" in name for name in weights)):
+        return
+    base = read_json(path).get("base_model_name_or_path") if path.is_file() else None
+    raise CheckpointError(
+        f"{directory}: holds a peft adapter of {base or 'another model'} (adapter_config.json), "
+        "not a whole model; merge it into that model:\n"
+        f"  python -m convert.from_hf {base or 'BASE'} DST --adapter {directory}"
+    )
+
+
+def _stored_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of a published directory; none of one that is converted or has no weights."""
+    if (directory / PARAMS).is_dir() or not any(directory.glob("*.safetensors")):
+        return {}
+    return find_tensors(directory)[0]
+
+
+def ties_embeddings(values: "Fields", tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the logits are read with the token embedding.
+
+    They are if `tie_word_embeddings` says so, unless the checkpoint has an `lm_head.weight` with
+    other weights than `model.embed_tokens.weight`: then that head is used, as by transformers 5.
+
+    Raises: CheckpointError if `tie_word_embeddings` is neither true nor false.
+    """
+    tied = values.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise CheckpointError(
+            f"{values.path}: tie_word_embeddings is {tied!r}; it must be true or false"
+        )
+    if not tied or EMBEDDING_NAME not in tensors or HEAD_NAME not in tensors:
+        return tied
+    return _same_weights(tensors[EMBEDDING_NAME], tensors[HEAD_NAME])
+
+
+def _same_weights(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= STORED.keys():
+        return False
+    for start, piece in one.pieces():
+        ours = piece.read().copy()  # the next read uses its buffer
+        theirs = other.rows(start, start + len(ours)).read() if one.shape else other.read()
+        same_bytes = one.dtype == other.dtype and ours.tobytes() == theirs.tobytes()
+        if not same_bytes and not np.array_equal(ours.astype("f4"), theirs.astype("f4")):
+            return False
+    return True
+
+
+def read_max_context(directory: Path) -> int | None:
+    """Positions that the model of a published directory has learned; None if it does not say.
+
+    Raises: CheckpointError if that is no number.
+    """
+    path = directory / "config.json"
+    values = Fields(read_json(path), path)
+    known = "max_position_embeddings" in values.values
+    return values.integer("max_position_embeddings") if known else None
+
+
+def read_language(values: Fields, tensors: Mapping[str, Tensor]) -> LanguageConfig:
+    """Sizes of a Qwen2 from its config.json.
+
+    tensors: of the checkpoint; see `ties_embeddings`.
+
+    Raises: CheckpointError if a field is missing or asks for what the network does not compute.
+    """
+    values = _without_default_rope(values)
+    values.require(REQUIRED_LANGUAGE | FOREIGN_LANGUAGE)
+    if other := {*values.items("layer_types", str, [])} - {"full_attention"}:
+        raise CheckpointError(
+            f"{values.path}: layer_types has {', '.join(sorted(other))}; only 'full_attention' is "
+            "implemented"
+        )
+    config = LanguageConfig(
+        vocab_size=values.integer("vocab_size"),
+        width=values.integer("hidden_size"),
+        layers=values.integer("num_hidden_layers"),
+        heads=values.integer("num_attention_heads"),
+        kv_heads=values.integer("num_key_value_heads"),
+        mlp_width=values.integer("intermediate_size"),
+        rope_theta=_rope_theta(values),
+        norm_eps=values.number("rms_norm_eps"),
+        tie_embeddings=ties_embeddings(values, tensors),
+    )
+    if values.get("head_dim", None) not in (None, config.head_size):
+        raise CheckpointError(
+            f"{values.path}: head_dim is {values['head_dim']!r}; only hidden_size / "
+            f"num_attention_heads, {config.head_size}, is implemented"
+        )
+    return config
+
+
+def _without_default_rope(values: Fields) -> Fields:
+    """The fields without a `rope_scaling` that scales nothing."""
+    scaling = values.get("rope_scaling", None)
+    if isinstance(scaling, dict) and all(value == "default" for value in scaling.values()):
+        return Fields({**values.values, "rope_scaling": None}, values.path)
+    return values
+
+
+def _rope_theta(values: Fields) -> float:
+    """`rope_theta`, which transformers writes inside `rope_parameters` since version 5."""
+    inner = values.get("rope_parameters", None)
+    if inner is None:
+        return values.number("rope_theta")
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"{values.path}: rope_parameters is {inner!r}; it must be an object")
+    fields = Fields(inner, values.path)
+    fields.require(
+        {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1.0, None)}
+    )
+    if "rope_theta" not in inner:
+        return values.number("rope_theta")
+    theta = fields.number("rope_theta")
+    if "rope_theta" in values.values and values.number("rope_theta") != theta:
+        raise CheckpointError(
+            f"{values.path}: rope_theta is {values['rope_theta']!r}, and {inner['rope_theta']!r} "
+            "in rope_parameters; remove the wrong one"
+        )
+    return theta

@@ -1,0 +1,128 @@
+"""Configuration of the vision tower of a published checkpoint."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from vxl_jax.checkpoints.json_files import Fields, Required, read_json
+from vxl_jax.config import VisionConfig
+from vxl_jax.errors import CheckpointError
+
+TOWER_FOLDER = "vision_tower"
+"""Where a checkpoint that stands by itself has the tower's config.json."""
+
+
+KNOWN_TOWERS = {"openai/clip-vit-large-patch14-336": VisionConfig()}
+
+
+KNOWN_PARTS = {name.rpartition("/")[2]: name for name in KNOWN_TOWERS}
+"""Names of `KNOWN_TOWERS` by their last part."""
+
+
+REQUIRED_TOWER: Required = {
+    "hidden_act": ("quick_gelu",),
+    "model_type": ("clip_vision_model", "clip"),
+    "num_channels": (3,),
+    "attention_dropout": (0.0,),
+}
+
+
+REQUIRED_PIXELS: Required = {
+    "do_normalize": (True,),
+    "do_rescale": (True,),
+    "do_convert_rgb": (True, None),
+    "resample": (3,),  # bicubic
+}
+
+
+def find_tower(directory: Path, name: str, vision: str | Path | None) -> Path | VisionConfig:
+    """Directory with the tower's config.json, or the configuration of a tower known by name.
+
+    name: `mm_vision_tower` of the checkpoint: a directory, or the name of a known tower. A path
+    that does not exist here names the known tower that it ends with. vision: see `read_config`.
+
+    Raises: CheckpointError saying where it was looked for.
+    """
+    if vision is not None:
+        if not (Path(vision) / "config.json").is_file():
+            raise CheckpointError(f"{vision}: has no config.json of a vision tower")
+        return Path(vision)
+    places = [directory / TOWER_FOLDER, Path(os.path.abspath(directory / name))]
+    for place in places:
+        if os.path.isfile(place / "config.json"):  # False also where it may not be looked at
+            return place
+    if known := known_tower(name):
+        return KNOWN_TOWERS[known]
+    raise CheckpointError(
+        f"{directory / 'config.json'}: mm_vision_tower {name!r} is neither a directory with a "
+        f"config.json (looked in {' and '.join(map(str, places))}) nor one of "
+        f"{sorted(KNOWN_TOWERS)}; copy the tower's config.json and preprocessor_config.json to "
+        f"{places[0]}, or name their directory with --vision"
+    )
+
+
+def known_tower(name: str) -> str | None:
+    """Which of `KNOWN_TOWERS` a name or a path of another machine means; None if none of them.
+
+    A path means the tower that its last part names; one into a Hugging Face cache, that of its
+    `models--OWNER--NAME` part.
+    """
+    parts = [part for part in re.split(r"[/\\]+", name.strip()) if part not in ("", ".")]
+    if len(parts) >= 3 and parts[-2] == "snapshots":
+        parts = parts[-3].split("--")
+    return KNOWN_PARTS.get(parts[-1].lower()) if parts else None
+
+
+def read_vision(tower: Path, feature_layer: int = -2) -> VisionConfig:
+    """Sizes of a CLIP vision tower from its config.json, alone or inside a whole CLIP's.
+
+    Raises: CheckpointError if a field is missing or asks for what the network does not compute.
+    """
+    path = tower / "config.json"
+    tower_values = read_json(path)
+    inner = tower_values.get("vision_config", tower_values)
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"{path}: vision_config must be an object")
+    fields = Fields(inner, path)
+    fields.require(REQUIRED_TOWER)
+    size = fields.integer("image_size")
+    pixels: dict[str, Any] = {}
+    if (tower / "preprocessor_config.json").is_file():
+        file = tower / "preprocessor_config.json"
+        processor = Fields(read_json(file), file)
+        _check_pixels(processor, size)
+        for name in ("image_mean", "image_std"):
+            if name in processor.values:
+                pixels[name] = processor.items(name, float)
+    return VisionConfig(
+        image_size=size,
+        patch_size=fields.integer("patch_size"),
+        width=fields.integer("hidden_size"),
+        layers=fields.integer("num_hidden_layers"),
+        feature_layer=feature_layer,
+        heads=fields.integer("num_attention_heads"),
+        mlp_width=fields.integer("intermediate_size"),
+        norm_eps=fields.number("layer_norm_eps", 1e-5),
+        **pixels,
+    )
+
+
+def _check_pixels(processor: Fields, size: int) -> None:
+    """Refuse an image processor that makes other pixels than this library does.
+
+    size: of the tower's input.
+    """
+    processor.require(REQUIRED_PIXELS)
+    if abs(processor.number("rescale_factor", 1 / 255) * 255 - 1) > 1e-4:
+        raise CheckpointError(
+            f"{processor.path}: rescale_factor is {processor['rescale_factor']!r}; only 1/255 is "
+            "implemented"
+        )
+    for name in ("crop_size", "size"):
+        value = processor.get(name, size)
+        sides = {*value.values()} if isinstance(value, dict) else {value}
+        if sides != {size}:
+            raise CheckpointError(
+                f"{processor.path}: {name} is {value!r}, but the tower's image_size is {size}"
+            )

@@ -1,0 +1,317 @@
+"""What is watched, as chunks of pixels: the next is decoded while the device works on one.
+
+Files are decoded in a child process, which is ended if it hangs. No more than a few chunks are in
+memory, whatever the length of the film.
+"""
+
+import math
+import os
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from vxl_jax.errors import ArgumentError, MediaError
+from vxl_jax.media.children.decoding import ImageRequest, VideoRequest, absolute, borrowed_decoder
+from vxl_jax.media.frames import resize_and_crop
+from vxl_jax.media.images.folder import PICTURES
+from vxl_jax.media.images.loading import load_image
+from vxl_jax.media.kinds import image_format
+from vxl_jax.media.options import DEFAULT_OPTIONS, MediaOptions
+from vxl_jax.media.reader import FrameChoice, Selection
+from vxl_jax.media.tiles import grid_pinpoints, tile_image
+
+Chunk = tuple[np.ndarray, np.ndarray]
+"""Pixels [F, S, S, 3] (uint8, or floats that are normalised) and the second of each frame [F]."""
+
+FRAMES = 128
+"""Frames of a video file, unless told: what the published evaluations take."""
+
+AT_ONCE = 256
+"""Most frames that are decoded at once."""
+
+VIDEO_THREADS = min(16, os.cpu_count() or 1)
+"""Threads that decode and resize one video."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video, or a part of one.
+
+    source: path of a video file, or of a folder of pictures in the order of their names; pictures
+        [F, H, W, 3] uint8, or [F, S, S, 3] floats that are normalised for the tower already; or
+        anything that gives pictures [H, W, 3] one by one, a camera for example.
+    frames: at most so many are taken of a file or folder, evenly from its first to its last; all
+        if None. What is neither is taken whole.
+    sample_fps: frames a second that are taken of a file, where these are fewer than `frames`.
+    start, end: seconds of the file between which frames are taken.
+    fps: frame rate of arrays, folders and live sources, 1 if it is not known. Ratios and messages
+        go by seconds.
+    options: how the pixels of files are decoded.
+    """
+
+    source: Any
+    frames: int | None = FRAMES
+    sample_fps: float | None = None
+    start: float | None = None
+    end: float | None = None
+    fps: float = 1.0
+    options: MediaOptions = DEFAULT_OPTIONS
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image, cut into tiles: a path, a Pillow image, or pixels [H, W, 3] uint8.
+
+    options: how the pixels of a file are decoded.
+    """
+
+    source: Any
+    options: MediaOptions = DEFAULT_OPTIONS
+
+
+MediaLike = Any
+"""`Video`, `Picture`, or the source of one: image files, by their content, and Pillow images are
+pictures; everything else is a video, animated images too."""
+
+
+def as_media(media: MediaLike, **options: Any) -> Video | Picture:
+    """What it is, said. options: fields of a `Video` that is not one yet.
+
+    Raises: ArgumentError if they are given for one that is.
+    """
+    if isinstance(media, Video | Picture):
+        given = [name for name, value in options.items() if value != getattr(Video, name)]
+        if given:
+            raise ArgumentError(f"{', '.join(given)}: a {type(media).__name__} has its own")
+        return media
+    if _is_image(media):
+        return Picture(media, options.get("options", DEFAULT_OPTIONS))
+    return Video(media, **options)
+
+
+def _is_image(source: Any) -> bool:
+    if not isinstance(source, str | Path):
+        return isinstance(source, Image.Image)
+    if not os.path.isfile(source):  # opening it tells what is wrong
+        return Path(source).suffix.lower() in PICTURES
+    form = image_format(source)
+    if form is None or form not in ("GIF", "PNG", "WEBP", "AVIF"):
+        return form is not None
+    with borrowed_decoder() as decoder:
+        return not decoder.is_animation(absolute(source))
+
+
+class Chunks(Protocol):
+    """An iterator of `Chunk` that can be closed: a generator, for example."""
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Itself."""
+        ...
+
+    def __next__(self) -> Chunk:
+        """The next chunk."""
+        ...
+
+    def close(self) -> None:
+        """Leave it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Film:
+    """The frames of one visual block in order: of a video, or the tiles of an image.
+
+    name: for messages. seconds: of each frame, None where their number is not known before they
+    come. chunks: a function from a number of frames to chunks of at most so many, in order. It
+    raises MediaError where a frame cannot be decoded, after all before it. step: seconds from a
+    frame to the next where seconds count from the first of these frames, and not from the beginning
+    of a file; else None.
+    """
+
+    name: str
+    is_video: bool
+    seconds: np.ndarray | None
+    chunks: Callable[[int], "Chunks"]
+    step: float | None = None
+
+
+def open_film(media: Video | Picture, size: int) -> Film:
+    """Open what is to be watched.
+
+    size: side of a frame or tile in pixels.
+
+    Raises: MediaError if it is missing, empty or no picture or video.
+    """
+    if isinstance(media.source, bytes):
+        media = replace(media, source=os.fsdecode(media.source))
+    if isinstance(media.source, str) and not media.source:
+        raise MediaError("the path is empty; give the path of a file or folder")
+    if isinstance(media, Picture):
+        return _picture(media, size)
+    if not 0 < media.fps < math.inf:
+        raise MediaError(f"a video of {media.fps} frames a second; fps must be more than 0")
+    if isinstance(media.source, str | Path):
+        return _video_file(media, size)
+    if isinstance(media.source, np.ndarray):
+        return _array(media.source, media.fps, size)
+    if isinstance(media.source, Iterable):
+        return _live(media.source, media.fps, size, media.options)
+    raise MediaError(
+        f"{type(media.source).__name__}: neither a path nor pictures; see vxl_jax.Video"
+    )
+
+
+def _picture(media: Picture, size: int) -> Film:
+    source = media.source
+    if isinstance(source, str | Path):
+        return _picture_file(media, size)
+    if not isinstance(source, Image.Image):
+        source = Image.fromarray(_checked_pixels(np.asarray(source)[None])[0])
+    return _of_tiles("image", tile_image(source, grid_pinpoints(size), size))
+
+
+def _picture_file(media: Picture, size: int) -> Film:
+    request = ImageRequest(absolute(media.source), size, media.options)
+    with borrowed_decoder() as decoder:
+        tiles = decoder.read_tiles(request, decoder.count_tiles(request))
+    return _of_tiles(str(media.source), tiles)
+
+
+def _of_tiles(name: str, tiles: np.ndarray) -> Film:
+    seconds = np.zeros(len(tiles))
+
+    def chunks(count: int) -> Generator[Chunk, None, None]:
+        for i in range(0, len(tiles), count):
+            yield tiles[i : i + count], seconds[i : i + count]
+
+    return Film(name, False, seconds, chunks)
+
+
+def _array(pixels: np.ndarray, fps: float, size: int) -> Film:
+    name = f"{len(pixels)} frames"
+    _checked_pixels(pixels, size)
+    seconds = np.arange(len(pixels)) / fps
+
+    def chunks(count: int) -> Generator[Chunk, None, None]:
+        for i in range(0, len(pixels), count):
+            some = pixels[i : i + count]
+            if some.dtype == np.uint8:
+                some = np.stack([resize_and_crop(frame, size) for frame in some])
+            yield some, seconds[i : i + count]
+
+    return Film(name, True, seconds, chunks, 1 / fps)
+
+
+def _checked_pixels(pixels: np.ndarray, size: int | None = None) -> np.ndarray:
+    """Pictures [F, H, W, 3]; where a size is given, they may also be normalised floats."""
+    given = f"an array {pixels.dtype} {list(pixels.shape)}"
+    if pixels.ndim != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape:
+        raise MediaError(f"{given}: pictures are [height, width, 3], videos [F, H, W, 3]")
+    normalised = size and np.issubdtype(pixels.dtype, np.floating)
+    if normalised and pixels.shape[1:3] != (size, size):
+        raise MediaError(f"{given}: normalised frames must be {size} x {size}; or give uint8")
+    if not normalised and pixels.dtype != np.uint8:
+        raise MediaError(f"{given}: pixels must be uint8 RGB")
+    return pixels
+
+
+def _live(pictures: Iterable[Any], fps: float, size: int, options: MediaOptions) -> Film:
+    def resized(picture: Any) -> np.ndarray:
+        if isinstance(picture, str | Path):
+            picture = load_image(picture, options)
+        elif not isinstance(picture, Image.Image):
+            picture = _checked_pixels(np.asarray(picture)[None])[0]
+        return resize_and_crop(picture, size)
+
+    def chunks(count: int) -> Generator[Chunk, None, None]:
+        some: list[np.ndarray] = []
+        done, failed = 0, None
+        each = iter(pictures)
+        while failed is None:
+            try:
+                some.append(resized(next(each)))
+            except Exception as error:  # those before it come first
+                failed = error
+            if some and (failed is not None or len(some) == count):
+                yield np.stack(some), (done + np.arange(len(some))) / fps
+                some, done = [], done + len(some)
+        if not isinstance(failed, StopIteration):
+            raise failed
+
+    return Film("frames", True, None, chunks, 1 / fps)
+
+
+def _video_file(media: Video, size: int) -> Film:
+    _check_numbers(media)
+    choice = FrameChoice(
+        "uniform" if media.sample_fps is None else "capped",
+        media.frames,
+        1.0 if media.sample_fps is None else media.sample_fps,
+        media.start,
+        media.end,
+    )
+    request = VideoRequest(absolute(media.source), choice, media.fps, VIDEO_THREADS, media.options)
+    with borrowed_decoder() as decoder:
+        selection = decoder.open_video(request)
+    name = str(media.source)
+    return Film(name, True, selection.seconds, partial(_FileChunks, request, selection, size))
+
+
+def _check_numbers(media: Video) -> None:
+    """Refuses numbers that choose no frames. Raises: MediaError."""
+    frames, name = media.frames, media.source
+    if frames is not None and (not isinstance(frames, Integral) or frames < 1):
+        raise MediaError(f"{name}: {frames!r} frames asked for; give at least one")
+    for field in ("sample_fps", "start", "end"):
+        value = getattr(media, field)
+        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+            raise MediaError(f"{name}: {field} is {value!r}; it must be a number")
+    if media.sample_fps is not None and media.sample_fps <= 0:
+        raise MediaError(f"{name}: sample_fps is {media.sample_fps}; it must be more than 0")
+
+
+class _FileChunks:
+    """Chunks of a video file, decoded in a child process."""
+
+    def __init__(self, request: VideoRequest, selection: Selection, size: int, count: int):
+        self._stopped = threading.Event()
+        self._chunks = self._decode(request, selection, size, count)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def stop(self) -> None:
+        """Give up what is being decoded; for any thread."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Leave it, in the thread that has used it."""
+        self._chunks.close()
+
+    def _decode(
+        self, request: VideoRequest, selection: Selection, size: int, count: int
+    ) -> Generator[Chunk, None, None]:
+        there = [index for index in selection.indices if index < selection.there]
+        with borrowed_decoder() as decoder:
+            try:
+                for start in range(0, len(there), count):
+                    some = there[start : start + count]
+                    pixels, error = decoder.read_frames(request, some, size, self._stopped.is_set)
+                    if len(pixels):
+                        yield pixels, selection.seconds[start : start + len(pixels)]
+                    if error is not None:
+                        raise error
+            finally:
+                decoder.forget()
+        if selection.missing is not None:
+            raise MediaError(f"{request.path}: {selection.missing}; fetch it again")

@@ -1,0 +1,50 @@
+"""The next chunk is made by a thread while one is used."""
+
+import queue
+import threading
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any
+
+
+def ahead(chunks: Any, depth: int = 1) -> Generator[Any, None, None]:
+    """The same items, made by a thread, up to `depth` of them before they are asked for.
+
+    An error of the thread is raised after the items before it. chunks: an iterator with `close`;
+    where it has `stop`, that is called if nobody wants the rest.
+    """
+    made: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+    left = threading.Event()
+
+    def put(kind: str, item: Any = None) -> bool:
+        while not left.is_set():
+            try:
+                made.put((kind, item), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def make() -> None:
+        try:
+            with closing(chunks):
+                for item in chunks:
+                    if not put("item", item):
+                        return
+            put("end")
+        except BaseException as error:
+            put("error", error)
+
+    thread = threading.Thread(target=make, daemon=True)  # a camera may never give its next picture
+    try:
+        thread.start()
+        while True:
+            kind, item = made.get()
+            if kind == "error":
+                raise item
+            if kind == "end":
+                return
+            yield item
+    finally:
+        left.set()
+        getattr(chunks, "stop", lambda: None)()

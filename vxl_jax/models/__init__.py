@@ -1,0 +1,4 @@
+"""Whole models, and the pure functions over them.
+
+In import order: `video_xl`, `functions`, `loss`, `lora`, `int8`.
+"""

@@ -1,0 +1,95 @@
+"""Weight-only int8 for the language model: half the bytes of bfloat16, for inference.
+
+Each column of a kernel is a float32 scale times integers from -127 to 127, rounded to nearest
+(symmetric, per output channel; Dettmers et al. 2022, arXiv 2208.07339, section 2.1). Activations
+and products keep the compute dtype, logits are float32. Embeddings, norms, biases, the vision tower
+and the projector are not quantized.
+"""
+
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from vxl_jax.config import LoRATarget, VideoXLConfig
+from vxl_jax.models.video_xl import VideoXL
+
+INT8_LINEARS = get_args(LoRATarget)
+"""Names of the linears of a layer of the language model."""
+
+
+class Int8Linear(nnx.Module):
+    """x kernel * scale + bias, summed in float32.
+
+    kernel int8 [L, in, out], scale float32 [L, out]; without L inside a layer. The result is
+    rounded to the linear's `preferred_element_type` if it has one (the head: float32), else to its
+    compute dtype.
+    """
+
+    def __init__(self, linear: nnx.Linear):
+        kernel, scale = quantize_kernel(linear.kernel[...])
+        self.kernel, self.scale = nnx.Param(kernel), nnx.Param(scale)
+        self.bias = linear.bias
+        self.dtype, self.out_features = linear.dtype, linear.out_features
+        self.out_dtype = linear.preferred_element_type or linear.dtype
+
+    def __call__(self, inputs: Array) -> Array:
+        """[..., in] -> [..., out]."""
+        kernel = self.kernel[...].astype(self.dtype)  # exact
+        last = (((inputs.ndim - 1,), (0,)), ((), ()))
+        x = inputs.astype(self.dtype)
+        y = lax.dot_general(x, kernel, last, preferred_element_type=jnp.float32) * self.scale[...]
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(self.out_dtype)
+
+
+def quantize(model: VideoXL) -> None:
+    """Quantize the language model's linears and its head to int8, in place.
+
+    The model has weights, or is being traced (jit, eval_shape).
+    """
+    language = model.language
+    for block in (language.layers.attention, language.layers.mlp, language):
+        for name in (*INT8_LINEARS, "head"):
+            linear = getattr(block, name, None)
+            if isinstance(linear, nnx.Linear):
+                setattr(block, name, Int8Linear(linear))
+
+
+def new_network(config: VideoXLConfig, weights: str | None = None) -> VideoXL:
+    """Build a network with random weights (under `nnx.eval_shape`, its shapes).
+
+    weights: as for `load_network`.
+    """
+    model = VideoXL(config, rngs=nnx.Rngs(0))
+    if weights == "int8":
+        quantize(model)
+    return model
+
+
+def is_quantized(path: tuple[str, ...]) -> bool:
+    """Whether `quantize` turns the parameter at a path into int8."""
+    return path[0] == "language" and path[-1] == "kernel"
+
+
+@jax.jit
+def quantize_kernel(kernel: Array) -> tuple[Array, Array]:
+    """Kernel [..., in, out] -> int8 kernel of the same shape and float32 scale [..., out]."""
+
+    def one(kernel: Array) -> tuple[Array, Array]:
+        wide = kernel.astype(jnp.float32)
+        scale = jnp.maximum(jnp.abs(wide).max(0), jnp.finfo(jnp.float32).tiny) / 127
+        return jnp.round(wide / scale).astype(jnp.int8), scale
+
+    return one(kernel) if kernel.ndim == 2 else lax.map(one, kernel)
+
+
+def quantized(path: tuple[str, ...], array: Any) -> dict[tuple[str, ...], Any]:
+    """Parameters that replace the one at a path, by path: int8 kernel and scale, or itself."""
+    if not is_quantized(path):
+        return {path: array}
+    kernel, scale = quantize_kernel(array)
+    return {path: kernel, (*path[:-1], "scale"): scale}

@@ -1,0 +1,1 @@
+"""Attention over the memory and the own window."""

@@ -1,0 +1,107 @@
+"""CLIP vision tower and projector: frames to visual tokens.
+
+Sources: CLIP (arXiv 2103.00020); LLaVA-1.5's two-layer projector (arXiv 2310.03744); Video-XL's
+2 × 2 average pooling after the projector (arXiv 2409.14485, section 3.1).
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import Array, lax
+
+from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.nn.layers import linear_maker
+from vxl_jax.nn.scan import recomputed, stacked
+from vxl_jax.nn.sharding import by_sample
+
+
+def normalize_pixels(pixels: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
+    """RGB uint8 [..., 3] -> float32, normalised by mean and standard deviation of each channel.
+
+    Floating-point pixels are assumed to be normalised and returned unchanged.
+    """
+    if jnp.issubdtype(pixels.dtype, jnp.floating):
+        return pixels
+    return (pixels.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+class VisionLayer(nnx.Module):
+    """Pre-norm transformer layer with bidirectional attention and quick GELU."""
+
+    def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
+        c = config.vision
+        linear = linear_maker(config, rngs)
+        norm = _layer_norm(config, rngs)
+        self.attention_norm = norm()
+        self.q, self.k, self.v, self.o = (linear(c.width, c.width) for _ in range(4))
+        self.mlp_norm = norm()
+        self.up = linear(c.width, c.mlp_width)
+        self.down = linear(c.mlp_width, c.width)
+        self.heads = c.heads
+
+    def __call__(self, x: Array) -> Array:
+        """[F, P, D] -> [F, P, D]: F frames of P patches."""
+        y = self.attention_norm(x)
+        heads = partial(rearrange, pattern="F P (N H) -> F P N H", N=self.heads)
+        y = jax.nn.dot_product_attention(heads(self.q(y)), heads(self.k(y)), heads(self.v(y)))
+        x = x + self.o(rearrange(y, "F P N H -> F P (N H)"))
+        y = self.up(self.mlp_norm(x))
+        return x + self.down(y * jax.nn.sigmoid(1.702 * y))
+
+
+class VisionTower(nnx.Module):
+    """CLIP's vision transformer, up to the layer whose hidden states are the features."""
+
+    def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
+        c = config.vision
+        self.config = config
+        param_dtype = DTYPES[config.param_dtype]
+        self.patch_embed = linear_maker(config, rngs)(c.patch_size**2 * 3, c.width, use_bias=False)
+        init = nnx.initializers.normal(0.02)
+        self.class_embed = nnx.Param(init(rngs.params(), (c.width,), param_dtype))
+        self.position_embed = nnx.Param(init(rngs.params(), (c.grid**2 + 1, c.width), param_dtype))
+        self.pre_norm = _layer_norm(config, rngs)()
+        self.layers = stacked(partial(VisionLayer, config), c.layers_used, rngs)
+
+    def __call__(self, pixels: Array) -> Array:
+        """Frames [F, S, S, 3] -> features [F, P, D] without the class token.
+
+        uint8 RGB, or floats that are already normalised.
+        """
+        c = self.config.vision
+        dtype = DTYPES[self.config.dtype]
+        pixels = normalize_pixels(pixels, c.image_mean, c.image_std).astype(dtype)
+        side = c.grid * c.patch_size
+        patches = rearrange(
+            pixels[:, :side, :side],
+            "F (h p) (w q) C -> F (h w) (p q C)",
+            p=c.patch_size,
+            q=c.patch_size,
+        )
+        x = by_sample(self.patch_embed(by_sample(patches)))
+        first = jnp.broadcast_to(self.class_embed[...].astype(dtype), (x.shape[0], 1, c.width))
+        x = jnp.concatenate([first, x], axis=1) + self.position_embed[...].astype(dtype)
+        x = by_sample(self.pre_norm(x))
+
+        graph, params = nnx.split(self.layers)
+
+        def body(x: Array, layer_params: Any) -> tuple[Array, None]:
+            return by_sample(nnx.merge(graph, layer_params)(x)), None
+
+        return lax.scan(recomputed(body, self.config.remat), x, params)[0][:, 1:]
+
+
+def _layer_norm(config: VideoXLConfig, rngs: nnx.Rngs) -> Any:
+    return partial(
+        nnx.LayerNorm,
+        config.vision.width,
+        epsilon=config.vision.norm_eps,
+        dtype=DTYPES[config.dtype],
+        param_dtype=DTYPES[config.param_dtype],
+        use_fast_variance=False,
+        rngs=rngs,
+    )

@@ -1,0 +1,41 @@
+"""Stacked layers, what their backward pass keeps, and maps in blocks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from vxl_jax.config import Remat
+
+
+def stacked(make: Any, layers: int, rngs: nnx.Rngs) -> Any:
+    """Build `layers` modules with different random weights, as one with a leading layer axis."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def build(rngs: nnx.Rngs) -> Any:
+        return make(rngs=rngs)
+
+    return build(rngs)
+
+
+def recomputed(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """Checkpoint the body of a scan over layers: `remat` says what its backward pass may keep."""
+    if remat == "none":
+        return body
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = keep if remat == "products" else None
+    return jax.checkpoint(body, prevent_cse=False, policy=policy)
+
+
+def map_in_blocks(function: Callable[[Array], Array], x: Array, rows: int) -> Array:
+    """Map over the first axis of x, at most `rows` at a time, recomputing for gradients."""
+    if len(x) <= rows:
+        return function(x)
+    blocks = -(-len(x) // rows)
+    padded = jnp.pad(x, ((0, blocks * rows - len(x)), *((0, 0) for _ in x.shape[1:])))
+    out = lax.map(jax.checkpoint(function), padded.reshape(blocks, rows, *x.shape[1:]))
+    return out.reshape(blocks * rows, *out.shape[2:])[: len(x)]

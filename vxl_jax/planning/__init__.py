@@ -1,0 +1,1 @@
+"""What a model costs: operations, bytes, and cards that have them."""

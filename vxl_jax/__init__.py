@@ -1,7 +1,7 @@
 """Video-XL in JAX: long videos through a compressed memory.
 
-docs/architecture.md has the layout of the code, CONTRIBUTING.md the legend of axis letters that every
-einsum and shape comment uses.
+docs/architecture.md has the layout of the code, CONTRIBUTING.md the legend of axis letters that
+every einsum and shape comment uses.
 """
 
 from importlib import import_module

@@ -1,6 +1,6 @@
 """Device memory that runs out in the middle of a step costs that step, and nothing before it.
 
-The failures are XLA's own: a child process lowers its address space (`tests.starved`).
+The failures are XLA's own: a child process lowers its address space (`tests.support.starved`).
 """
 
 import json
@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from tests.starved import ENVIRONMENT
+from tests.support.starved import ENVIRONMENT
 
 
 @pytest.fixture(scope="module")
 def cases(demo_data: Path) -> dict[str, Any]:
     """What each case left behind."""
     tokenizer = str(demo_data / "tokenizer")
-    command = [sys.executable, "-X", "faulthandler", "-m", "tests.starved", tokenizer]
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.support.starved", tokenizer]
     environment = os.environ | ENVIRONMENT
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

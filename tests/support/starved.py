@@ -1,4 +1,4 @@
-"""A process that runs out of memory in the middle of steps, for `tests.test_starved`.
+"""A process that runs out of memory in the middle of steps, for `tests.inference.test_starved`.
 
 `RLIMIT_AS` is lowered around single programs. Started with malloc's pools off (`ENVIRONMENT`), so
 that what a program allocates is asked of the kernel, which then refuses it: XLA's own error.

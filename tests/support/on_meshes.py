@@ -25,12 +25,9 @@ from jax.sharding import PartitionSpec as P
 
 from train import finetune
 from train.config.cli import load_config
-from train.run import distributed
-from train.run import step as step_module
 from train.run.fit import StepEstimator
 from train.run.setup import read_model_config
 from train.run.step import fingerprint
-from vxl_jax.checkpoints import arrays as arrays_module
 from vxl_jax.checkpoints import load as checkpoint
 from vxl_jax.checkpoints.hf_config import read_config
 from vxl_jax.nn.sharding import make_mesh, param_placement
@@ -38,7 +35,7 @@ from vxl_jax.nn.sharding import make_mesh, param_placement
 
 def main(jobs: list[dict[str, Any]]) -> None:
     """Do the jobs one after the other; processes of one run have the same."""
-    distributed.start_processes = functools.cache(distributed.start_processes)
+    finetune.start_processes = functools.cache(finetune.start_processes)
     for job in jobs:
         path = Path(job["path"])
         if "arguments" in job:
@@ -70,7 +67,7 @@ def watched() -> Any:
     fingerprint of the parameters that it begins with.
     """
     placed: dict[str, Any] = {"batches": []}
-    update, place_batch = step_module.update, distributed.place_batch
+    update, place_batch = finetune.update, finetune.place_batch
 
     def watched_update(optimizer: Any, trained: Any, opt_state: Any, sums: Any) -> Any:
         if "parameters" not in placed:
@@ -88,11 +85,11 @@ def watched() -> Any:
         placed["batches"].append([rows_of(x, axis) for x, axis in arrays])
         return streams, pixels
 
-    step_module.update, distributed.place_batch = watched_update, watched_place_batch
+    finetune.update, finetune.place_batch = watched_update, watched_place_batch
     try:
         yield placed
     finally:
-        step_module.update, distributed.place_batch = update, place_batch
+        finetune.update, finetune.place_batch = update, place_batch
 
 
 def where(tree: Any) -> dict[str, list[int]]:
@@ -142,7 +139,7 @@ def loaded(directory: str, shape: list[int]) -> dict[str, Any]:
     """Where the parameters of a published checkpoint lie, their fingerprint, and for each of them
     the most numbers that were read at once.
     """
-    read_part, most = arrays_module.read_part, dict[str, int]()
+    read_part, most = checkpoint.read_part, dict[str, int]()
 
     def watched_read_part(row: Any, tensors: Any, index: Any, *rest: Any) -> np.ndarray:
         part = read_part(row, tensors, index, *rest)
@@ -150,7 +147,7 @@ def loaded(directory: str, shape: list[int]) -> dict[str, Any]:
         most[name] = max(most.get(name, 0), part.size)
         return part
 
-    arrays_module.read_part = watched_read_part
+    checkpoint.read_part = watched_read_part
     placement = param_placement(make_mesh(*shape), read_config(Path(directory)))
     params = nnx.to_pure_dict(nnx.state(checkpoint.load_network(directory, placement=placement)))
     return {"where": where(params), "fingerprint": fingerprint(params), "most": most}

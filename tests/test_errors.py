@@ -51,10 +51,11 @@ PLAIN_VALUE_ERRORS = {
     "vxl_jax/models/lora.py": "a model that has updates already",
     "vxl_jax/media/sampling.py": "numbers that are checked where a user gives them",
     "vxl_jax/media/tiles.py": "numbers that are checked where a user gives them",
-    "vxl_jax/models/video_xl.py": "a capacity that the caller computes",
+    "vxl_jax/models/functions.py": "a capacity that the caller computes",
     "vxl_jax/nn/sharding.py": "a parameter without a row in the table",
+    "vxl_jax/stream/batch.py": "arguments that the caller computes",
     "vxl_jax/stream/plan.py": "arguments that the caller computes and checks",
-    "vxl_jax/checkpoints/tensors.py": "turned into a CheckpointError in the same file",
+    "vxl_jax/checkpoints/safetensors_read.py": "turned into a CheckpointError in the same file",
 }
 """Files that raise a plain ValueError, and why a user cannot cause it: for most of them, a caller
 breaks the contract of a function."""
@@ -254,7 +255,7 @@ from vxl_jax.inference import cli as generate
 def run(options):
     raise {raised}
 
-generate.run = run
+generate.answer_all = run
 sys.exit(generate.main(["--model", "hf", "--video", "x.mp4", "--prompt", "a"]))
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -15,8 +15,7 @@ from PIL import Image
 
 from tests.support.data import write_video
 from vxl_jax.errors import MediaError
-from vxl_jax.media import MediaOptions, load_video_frames, uniform_indices
-from vxl_jax.media import open as film
+from vxl_jax.media import MediaOptions, load_video_frames, prefetch, uniform_indices
 from vxl_jax.media.open import AT_ONCE, Picture, Video, as_media, open_film
 from vxl_jax.media.prefetch import ahead
 
@@ -228,7 +227,7 @@ def test_items_are_made_ahead_but_not_far(depth: int, monkeypatch: pytest.Monkey
                 enough.set()
             yield i
 
-    monkeypatch.setattr(film.queue, "Queue", Watched)
+    monkeypatch.setattr(prefetch.queue, "Queue", Watched)
     got = ahead(items(), depth)
     assert [next(got) for _ in range(5)] == [0, 1, 2, 3, 4]
     assert enough.wait(LONG)

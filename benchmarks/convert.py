@@ -40,7 +40,7 @@ def make_checkpoint(directory: Path, layers: int) -> int:
     directory.mkdir()
     config = VideoXLConfig(language=LanguageConfig(layers=layers), param_dtype="bfloat16")
     write_json(directory / "config.json", published_config(config))
-    write_tower(config.vision, directory)
+    write_tower(config.tower, directory)
     _, shapes = abstract_params(config)
     block = np.random.default_rng(0).integers(0, 2**16, 2**24, np.uint16)
     block &= 0xBFFF  # no exponent of all ones: finite weights

@@ -105,7 +105,7 @@ def jax_phase(phase: str, size: str, frames: int) -> Callable[[], Any]:
     ids = np.arange(TEXT) % config.language.vocab_size
     text = plan_stream(ids, [], window=config.window, ratio=RATIO, labels=ids)
     if phase == "vision":
-        side = config.vision.image_size
+        side = config.tower.image_size
         pixels = np.zeros((1, VISION_FRAMES, side, side, 3), np.uint8)
         encode = jax.jit(lambda params, pixels: nnx.merge(graph, params).vision(pixels[0]))
         return lambda: jax.block_until_ready(encode(params, pixels))
@@ -177,7 +177,7 @@ def torch_phase(phase: str, size: str, frames: int) -> Callable[[], Any]:
 
     config = config_of(size)
     if phase == "vision":
-        v = config.vision
+        v = config.tower
         tower = CLIPVisionModel(
             CLIPVisionConfig(
                 hidden_size=v.width,

@@ -93,7 +93,7 @@ def use_records(path: Path, tokenizer: Path) -> dict[str, Any]:
         epochs[len(epochs) // 2]
         planned = time.perf_counter()
         rng = np.random.default_rng(0)
-        size = MODEL.vision.image_size
+        size = MODEL.tower.image_size
         out = np.empty((0, size, size, 3), np.uint8)
         for sample in rng.integers(0, len(dataset), 200):
             dataset.pool.load(0, int(dataset.record[sample]), (0, 1), out)

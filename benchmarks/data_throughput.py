@@ -21,18 +21,18 @@ def decode_plainly(task: tuple[str, list[int]]) -> int:
     from decord import VideoReader
 
     frames = VideoReader(task[0], num_threads=1).get_batch(task[1]).asnumpy()
-    size = MODEL.vision.image_size
+    size = MODEL.tower.image_size
     return len([resize_and_crop(frame, size) for frame in frames])
 
 
 def decode_ours(task: tuple[str, list[int]]) -> int:
     """The same through this project's function."""
-    return len(load_video_frames(*task, MODEL.vision.image_size))
+    return len(load_video_frames(*task, MODEL.tower.image_size))
 
 
 def tile_plainly(path: str) -> int:
     """Tiles of an image through Pillow."""
-    size = MODEL.vision.image_size
+    size = MODEL.tower.image_size
     return len(tile_image(load_image(path), grid_pinpoints(size), size))
 
 

@@ -92,7 +92,7 @@ def film(size: str, path: str, frames: int) -> dict[str, Any]:
 
     info = probe_video(path)
     indices = uniform_indices(info.frames, frames)
-    load_video_frames(path, indices, model.config.vision.image_size, num_threads=16)
+    load_video_frames(path, indices, model.config.tower.image_size, num_threads=16)
     return {
         "frames": frames,
         "entries": memory.length,
@@ -200,7 +200,7 @@ def int8_error(size: str) -> dict[str, Any]:
     draw = np.random.default_rng(0)
     text = draw.integers(0, config.language.vocab_size, 512)
     ids = np.concatenate([text[:14], [IMAGE_TOKEN], text[14:]])
-    side = config.vision.image_size
+    side = config.tower.image_size
     pixels = draw.integers(0, 256, (1, 20, side, side, 3), np.uint8)
     stream = plan_stream(ids, [20 * config.tokens_per_frame], window=config.window, ratio=RATIO)
     streams = batch_streams([stream])

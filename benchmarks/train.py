@@ -84,7 +84,7 @@ def time_steps(recipe: str, frames: int, remat: str, unrolled: bool) -> dict[str
     mesh = make_mesh(1, devices=jax.devices()[:1])
     placement = param_placement(mesh, model_config)
     stream = StepEstimator(config, model_config, mesh).stream(frames)
-    size = model_config.vision.image_size
+    size = model_config.tower.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (1, frames, size, size, 3), np.uint8)
     streams = batch_streams([stream], StreamShape.of(stream))
     batch = Batch(streams, pixels, [None], frames, stream.length, stream.length)

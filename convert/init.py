@@ -124,7 +124,7 @@ def _new_projector(config: VideoXLConfig, seed: int) -> dict[str, Tensor]:
     rng = np.random.default_rng(seed)
     made = {}
     width = config.language.width
-    for i, inputs in ((0, config.vision.width), (2, width)):
+    for i, inputs in ((0, config.tower.width), (2, width)):
         bound = inputs**-0.5
         for name, shape in (("weight", (width, inputs)), ("bias", (width,))):
             values = rng.uniform(-bound, bound, shape).astype(np.float32)

@@ -211,7 +211,7 @@ def check(model: VideoXL, golden: Golden) -> Iterator[Comparison]:
 
 
 def _check_inference(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Iterator[Comparison]:
-    name, pixels = case["name"], golden.pixels(case, model.config.vision.image_size)
+    name, pixels = case["name"], golden.pixels(case, model.config.tower.image_size)
     suffix = "long_suffix" if case.get("suffix") == "long" else "suffix"
     ratio = golden.field(case, "ratio", int)
     stream = golden.plan(case, suffix, pixels.shape[1], model.config, ratio=ratio)
@@ -262,7 +262,7 @@ def _check_beacons(
 
 
 def _check_training(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Iterator[Comparison]:
-    name, pixels = case["name"], golden.pixels(case, model.config.vision.image_size)
+    name, pixels = case["name"], golden.pixels(case, model.config.tower.image_size)
     ratios, labels = (golden.field(case, name, list) for name in ("window_ratios", "labels"))
     stream = golden.plan(case, "suffix", pixels.shape[1], model.config, ratio=ratios, labels=labels)
     graph, params = nnx.split(model)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from vxl_jax.checkpoints.names import HEAD_NAME, NameRow
 from vxl_jax.checkpoints.orbax_tree import part_reader, stored_shapes
 from vxl_jax.checkpoints.safetensors_read import tensors_of
 from vxl_jax.checkpoints.tensors import Tensor, raise_problems
-from vxl_jax.config import LoRAConfig, VideoXLConfig
+from vxl_jax.config import LoRAConfig, VideoXLConfig, with_changes
 from vxl_jax.errors import CheckpointError, ConfigError
 from vxl_jax.models.lora import LORA_NAMES, lora_shapes, merge_kernel
 from vxl_jax.presets import PRESETS
@@ -147,7 +147,7 @@ def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool)
     if base:
         names = ("pool_stride", "ratios")
         changes = {k: v for k, v in section.changes().items() if k in names}
-        config = replace(base.config, **changes)
+        config = with_changes(base.config, **changes)
     else:
         config = PRESETS[section.preset](**section.changes())
     shapes = base.shapes if base else abstract_params(config)[1]
@@ -188,7 +188,7 @@ def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool)
             write_json(part / "config.json", values)
         else:
             write_json(part / "config.json", published_config(config))
-            write_tower(config.vision, part)
+            write_tower(config.tower, part)
         if tokenizer_path:
             copy_small_files(tokenizer_path, part, leave=("config.json",))
 

@@ -11,11 +11,16 @@ from typing import Any
 from tqdm import tqdm
 
 import vxl_jax.progress
-from vxl_jax.checkpoints.hf_config import PARAMS, REQUIRED_LANGUAGE, REQUIRED_MODEL
+from vxl_jax.checkpoints.hf_config import (
+    PARAMS,
+    REQUIRED_BEACONS,
+    REQUIRED_LANGUAGE,
+    REQUIRED_VISION,
+)
 from vxl_jax.checkpoints.hf_tower import KNOWN_TOWERS, TOWER_FOLDER, find_tower
-from vxl_jax.checkpoints.json_files import read_json, write_json
+from vxl_jax.checkpoints.json_files import Required, read_json, write_json
 from vxl_jax.checkpoints.safetensors_read import INDEX_FILE
-from vxl_jax.config import VideoXLConfig, VisionConfig
+from vxl_jax.config import Compression, VideoXLConfig, VisionConfig
 from vxl_jax.errors import CheckpointError
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -208,9 +213,10 @@ def _tower_files(tower: VisionConfig) -> dict[str, dict[str, Any]]:
 def published_config(config: VideoXLConfig) -> dict[str, Any]:
     """Fields of config.json for a model that never had any."""
     c = config.language
-    return {
-        **{name: allowed[0] for name, allowed in (REQUIRED_LANGUAGE | REQUIRED_MODEL).items()},
-        "architectures": ["LlavaQwenForCausalLM"],
+    values = {
+        **_allowed(REQUIRED_LANGUAGE),
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
         "vocab_size": c.vocab_size,
         "hidden_size": c.width,
         "num_hidden_layers": c.layers,
@@ -220,22 +226,44 @@ def published_config(config: VideoXLConfig) -> dict[str, Any]:
         "rope_theta": c.rope_theta,
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tie_embeddings,
-        "beacon_window": config.window,
-        "beacon_stride": config.window,
-        "beacon_ratio": list(config.ratios),
+        "torch_dtype": config.param_dtype,
+    }
+    if config.vision is not None:
+        values |= _vision_fields(config, config.vision)
+    if config.compression is not None:
+        values |= _beacon_fields(config.compression)
+    return values
+
+
+def _vision_fields(config: VideoXLConfig, tower: VisionConfig) -> dict[str, Any]:
+    known = (name for name, known in KNOWN_TOWERS.items() if known == tower)
+    return {
+        **_allowed(REQUIRED_VISION),
+        "model_type": "llava_qwen",
+        "architectures": ["LlavaQwenForCausalLM"],
+        "enable_beacon": config.compression is not None,
+        "image_aspect_ratio": "anyres",
+        "mm_spatial_pool_stride": config.pool_stride,
+        "mm_hidden_size": tower.width,
+        "mm_vision_select_layer": tower.feature_layer,
+        "mm_vision_tower": next(known, TOWER_FOLDER),
+    }
+
+
+def _beacon_fields(compression: Compression) -> dict[str, Any]:
+    return {
+        **_allowed(REQUIRED_BEACONS),
+        "beacon_window": compression.window,
+        "beacon_stride": compression.window,
+        "beacon_ratio": list(compression.ratios),
         "beacon_ratio_mix": "step-random",
         "beacon_param": ["q", "k", "v"],
         "beacon_embed_init": "eos",
-        "image_aspect_ratio": "anyres",
-        "mm_patch_merge_type": "unires",
-        "mm_spatial_pool_stride": config.pool_stride,
-        "mm_hidden_size": config.vision.width,
-        "mm_vision_select_layer": config.vision.feature_layer,
-        "mm_vision_tower": next(
-            (name for name, tower in KNOWN_TOWERS.items() if tower == config.vision), TOWER_FOLDER
-        ),
-        "torch_dtype": config.param_dtype,
     }
+
+
+def _allowed(required: Required) -> dict[str, Any]:
+    return {name: allowed[0] for name, allowed in required.items()}
 
 
 def byte_bar(what: str, total: int) -> tqdm:

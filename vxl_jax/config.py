@@ -4,6 +4,7 @@ Every field is read by the network or its stream plan. Combinations that cannot 
 when the dataclass is made, with the name of the field.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -19,6 +20,10 @@ products too; none: all that the backward pass needs. Hidden values of an MLP th
 in turns are computed again in any case."""
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+WINDOW = 1440
+"""Visual tokens in a compression window of the published model."""
 
 
 def _positive(config: Any, *names: str) -> None:
@@ -112,17 +117,35 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True)
+class Compression:
+    """Visual tokens compressed by beacon tokens (arXiv 2409.14485, section 3.2)."""
+
+    window: int = WINDOW
+    """Visual tokens in one compression window (10 frames of 144)."""
+    ratios: tuple[int, ...] = (2, 4, 8, 12, 16)
+    """Compression ratios that training draws from. (): beacons have parameters, but training leaves
+    visual tokens uncompressed."""
+
+    def __post_init__(self):
+        _positive(self, "window")
+        bad = [ratio for ratio in self.ratios if not 1 <= ratio <= self.window]
+        if bad:
+            raise ConfigError(
+                f"Compression.ratios {bad} must be between 1 and the window {self.window}"
+            )
+
+
+@dataclass(frozen=True)
 class VideoXLConfig:
     """The whole model. Defaults: Video-XL-7B (arXiv 2409.14485)."""
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
+    vision: VisionConfig | None = field(default_factory=VisionConfig)
+    """None: a language model alone (plain Qwen2), which reads text."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
+    compression: Compression | None = field(default_factory=Compression)
+    """None: no beacons. Their parameters are not built, and visual tokens stay uncompressed."""
     pool_stride: int = 2
     """Projected patches are averaged over pool_stride × pool_stride; 1 leaves them as they are."""
-    window: int = 1440
-    """Visual tokens in one compression window (10 frames of 144)."""
-    ratios: tuple[int, ...] = (2, 4, 8, 12, 16)
-    """Compression ratios that training draws from; () keeps visual tokens uncompressed."""
     param_dtype: str = "float32"
     """Dtype in which parameters are stored: float32 or bfloat16."""
     dtype: str = "float32"
@@ -131,7 +154,7 @@ class VideoXLConfig:
     """What each layer keeps for the backward pass; the rest is computed again."""
 
     def __post_init__(self):
-        _positive(self, "pool_stride", "window")
+        _positive(self, "pool_stride")
         for name in ("param_dtype", "dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ConfigError(
@@ -141,21 +164,60 @@ class VideoXLConfig:
             raise ConfigError(
                 f"VideoXLConfig.remat is {self.remat!r}; use one of {', '.join(get_args(Remat))}"
             )
-        if self.pool_stride > self.vision.grid:
+        if self.vision is not None and self.pool_stride > self.vision.grid:
             raise ConfigError(
                 f"VideoXLConfig.pool_stride {self.pool_stride} is larger than the tower's grid of "
                 f"{self.vision.grid} patches"
             )
-        bad = [ratio for ratio in self.ratios if not 1 <= ratio <= self.window]
-        if bad:
+
+    @property
+    def tower(self) -> VisionConfig:
+        """The vision tower.
+
+        Raises:
+          ConfigError: the model has none.
+        """
+        if self.vision is None:
             raise ConfigError(
-                f"VideoXLConfig.ratios {bad} must be between 1 and the window {self.window}"
+                "VideoXLConfig.vision is None: the model reads text alone; load a checkpoint with "
+                "a vision tower to give it images or videos"
             )
+        return self.vision
+
+    @property
+    def window(self) -> int:
+        """Visual tokens that are processed together: the compression window, if there is one."""
+        return WINDOW if self.compression is None else self.compression.window
+
+    @property
+    def ratios(self) -> tuple[int, ...]:
+        """Compression ratios that training draws from; () without compression."""
+        return () if self.compression is None else self.compression.ratios
 
     @property
     def tokens_per_frame(self) -> int:
         """Visual tokens that one frame or tile gives to the language model."""
-        return (self.vision.grid // self.pool_stride) ** 2
+        return (self.tower.grid // self.pool_stride) ** 2
+
+
+def with_changes(config: VideoXLConfig, **changes: Any) -> VideoXLConfig:
+    """Replace fields of a configuration; `window` and `ratios` are those of its compression.
+
+    Raises:
+      ConfigError: an unknown field, or `window` or `ratios` of a model without compression.
+    """
+    inner = {name: changes.pop(name) for name in ("window", "ratios") if name in changes}
+    known = {each.name for each in dataclasses.fields(config)}
+    if unknown := sorted(changes.keys() - known):
+        raise ConfigError(f"{', '.join(unknown)}: not a field of VideoXLConfig")
+    config = dataclasses.replace(config, **changes)
+    if not inner or (inner == {"ratios": ()} and config.compression is None):
+        return config
+    if config.compression is None:
+        raise ConfigError(
+            f"{', '.join(inner)}: the model has no compression; give compression=Compression(...)"
+        )
+    return dataclasses.replace(config, compression=dataclasses.replace(config.compression, **inner))
 
 
 LoRATarget = Literal["q", "k", "v", "o", "gate", "up", "down", "beacon_q", "beacon_k", "beacon_v"]

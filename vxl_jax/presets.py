@@ -1,14 +1,13 @@
 """Named model configurations."""
 
-import dataclasses
 from typing import Any
 
-from vxl_jax.config import LanguageConfig, VideoXLConfig, VisionConfig
+from vxl_jax.config import Compression, LanguageConfig, VideoXLConfig, VisionConfig, with_changes
 
 
 def video_xl_7b(**changes: Any) -> VideoXLConfig:
     """The published Video-XL-7B: CLIP ViT-L/14-336 and Qwen2-7B, windows of 10 frames."""
-    return dataclasses.replace(VideoXLConfig(), **changes)
+    return with_changes(VideoXLConfig(), **changes)
 
 
 def tiny(**changes: Any) -> VideoXLConfig:
@@ -20,10 +19,9 @@ def tiny(**changes: Any) -> VideoXLConfig:
         language=LanguageConfig(
             vocab_size=96, width=32, layers=3, heads=4, kv_heads=2, mlp_width=48, rope_theta=1e4
         ),
-        window=16,
-        ratios=(2, 4, 8),
+        compression=Compression(window=16, ratios=(2, 4, 8)),
     )
-    return dataclasses.replace(base, **changes)
+    return with_changes(base, **changes)
 
 
 def demo(**changes: Any) -> VideoXLConfig:
@@ -35,10 +33,9 @@ def demo(**changes: Any) -> VideoXLConfig:
         language=LanguageConfig(
             vocab_size=512, width=64, layers=4, heads=4, kv_heads=2, mlp_width=160, rope_theta=1e4
         ),
-        window=16,
-        ratios=(4, 8),
+        compression=Compression(window=16, ratios=(4, 8)),
     )
-    return dataclasses.replace(base, **changes)
+    return with_changes(base, **changes)
 
 
 PRESETS = {"video_xl_7b": video_xl_7b, "tiny": tiny, "demo": demo}

@@ -65,6 +65,22 @@ def test_text_logits_are_those_of_qwen2(models):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * abs(theirs).max())
 
 
+def test_plain_qwen2_loads_and_has_the_same_logits(models):
+    qwen, _, directory = models
+    model = vxl_jax.load_network(directory.parent / "qwen")
+    assert model.config.vision is None
+    assert model.config.compression is None
+    assert not hasattr(model.language.layers.attention, "beacon_q")
+    ids = np.random.default_rng(0).integers(0, 96, 50)
+    stream = plan_stream(ids, [], window=model.config.window, ratio=None)
+    ours = model.logits(model(batch_streams([stream])))[0]
+    with torch.no_grad():
+        theirs = qwen(torch.tensor(ids)[None]).logits[0].numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * abs(theirs).max())
+    with pytest.raises(vxl_jax.ConfigError, match="reads text alone"):
+        model.encode(np.zeros((1, 2, 28, 28, 3), np.uint8))
+
+
 def test_features_are_those_of_clip(models):
     _, clip, directory = models
     model = vxl_jax.load_network(directory)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from train.config import Part, part_of
-from vxl_jax.config import LanguageConfig, VideoXLConfig, VisionConfig
+from vxl_jax.config import Compression, LanguageConfig, VideoXLConfig, VisionConfig
 from vxl_jax.models.functions import decode_step, prefill
 from vxl_jax.models.loss import loss_and_metrics
 from vxl_jax.models.video_xl import VideoXL
@@ -114,7 +114,7 @@ def test_tokens_after_a_memory_are_the_rest_of_the_stream(at_once):
 @pytest.mark.parametrize("frames", [0, 3, 12])
 def test_a_shape_is_the_work_of_the_sample_it_was_made_for(ratios, ratio, frames):
     """Of a video and text behind it, nothing is lost by knowing the shape alone."""
-    config = replace(video_xl_7b(), ratios=ratios)
+    config = video_xl_7b(ratios=ratios)
     ids = [I] * bool(frames) + [1] * 30
     blocks = [frames * config.tokens_per_frame] if frames else []
     stream = plan_stream(ids, blocks, window=config.window, ratio=ratio, labels=ids)
@@ -133,8 +133,7 @@ CONFIG = VideoXLConfig(
         vocab_size=640, width=256, layers=1, heads=2, kv_heads=1, mlp_width=320
     ),
     pool_stride=4,
-    window=WINDOW,
-    ratios=(2, 4),
+    compression=Compression(WINDOW, (2, 4)),
     remat="none",
 )
 

@@ -70,7 +70,7 @@ class Loader:
         self.plans, self.dataset, self.pool = plans, dataset, dataset.pool
         self.random, self.shards = random, shards or Shards()
         data, model = dataset.reader.preparer.data, dataset.reader.preparer.model
-        self.size = model.vision.image_size
+        self.size = model.tower.image_size
         self.limit = data.buffer_mb * 2**20
         # Frames that are moved in time are others each time; held-out samples come once.
         self.cache = _Cache(data.cache_mb * 2**20 if random and not data.frame_jitter else 0)

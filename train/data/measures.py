@@ -59,7 +59,7 @@ class Measures:
             **{name: getattr(data, name) for name in names.split()},
             "media_root": str(self.source.media_root.resolve()),
             "allow_outside": self.source.allow_outside,
-            "image_size": model.vision.image_size,
+            "image_size": model.tower.image_size,
             "tokens_per_frame": model.tokens_per_frame,
             "prompts": self.reader.prompts,
             "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest(),

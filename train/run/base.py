@@ -46,7 +46,7 @@ def describe_base(checkpoint: Path | None, tokenizer: Path, note: Path | None) -
     if checkpoint is None:
         return found
     config = read_config(checkpoint)
-    parts = {name: asdict(getattr(config, name)) for name in ("vision", "language")}
+    parts = {"vision": asdict(config.tower), "language": asdict(config.language)}
     sizes = {f"{part}.{name}": value for part in parts for name, value in parts[part].items()}
     sizes |= {name: getattr(config, name) for name in ("pool_stride", "window", "ratios")}
     found["model"] = json.loads(json.dumps(sizes))

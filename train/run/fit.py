@@ -103,7 +103,7 @@ class StepEstimator:
         batch = batch_streams(
             [stream] * samples + [None] * (places - samples), StreamShape.of(stream)
         )
-        size = self.model.vision.image_size
+        size = self.model.tower.image_size
 
         def struct(x: Any, axis: int) -> Any:
             sharding = NamedSharding(self.mesh, sample_spec(axis))

@@ -92,10 +92,28 @@ def prepare_data(config: TrainConfig, prepare: Prepare | None) -> None:
 
 
 def read_model_config(config: TrainConfig) -> VideoXLConfig:
-    """Sizes of the checkpoint or the preset, with the changes of the `model` section."""
+    """Read the sizes of the checkpoint or preset, with the changes of the `model` section.
+
+    Raises:
+      ConfigError: the model has no vision tower, or not the beacons that are to be trained.
+    """
     if config.model.checkpoint is None:
         return PRESETS[config.model.preset](**config.model.changes())
-    return published.read_config(Path(config.model.checkpoint), **config.model.changes())
+    directory = Path(config.model.checkpoint)
+    model_config = published.read_config(directory, **config.model.changes())
+    if model_config.vision is None:
+        raise ConfigError(
+            f"model.checkpoint {directory}: has no vision tower; python -m convert.init makes a "
+            "Video-XL of it and a tower"
+        )
+    beacons = [name for name in config.lora.targets if name.startswith("beacon_")]
+    trained = "beacon" in config.optim.train or (config.lora.rank and beacons)
+    if model_config.compression is None and trained:
+        raise ConfigError(
+            f"model.checkpoint {directory}: has no beacons; leave 'beacon' out of optim.train and "
+            "beacon_q, beacon_k and beacon_v out of lora.targets"
+        )
+    return model_config
 
 
 def load_run_tokenizer(config: TrainConfig, model_config: VideoXLConfig) -> Any:

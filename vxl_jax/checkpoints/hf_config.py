@@ -12,8 +12,16 @@ from vxl_jax.checkpoints.json_files import Fields, Required, read_json
 from vxl_jax.checkpoints.names import EMBEDDING_NAME, HEAD_NAME
 from vxl_jax.checkpoints.safetensors_read import find_tensors
 from vxl_jax.checkpoints.tensors import STORED, Tensor
-from vxl_jax.config import LanguageConfig, VideoXLConfig
+from vxl_jax.config import (
+    Compression,
+    LanguageConfig,
+    VideoXLConfig,
+    VisionConfig,
+    with_changes,
+)
 from vxl_jax.errors import CheckpointError
+
+MODEL_TYPES = ("llava_qwen", "qwen2")
 
 PARAMS, UNUSED = "params", "unused.safetensors"
 """What a converted checkpoint has instead of the published safetensors files."""
@@ -27,13 +35,14 @@ REQUIRED_LANGUAGE: Required = {
     "use_sliding_window": (False,),
     "attention_dropout": (0.0,),
 }
-REQUIRED_MODEL: Required = {
-    "model_type": ("llava_qwen",),
+REQUIRED_BEACONS: Required = {
     "enable_beacon": (True,),
     "beacon_pos": ("interleave",),
     "beacon_attn": ("full-coverage",),
     "beacon_attend_prev": (True,),
     "beacon_sink_size": (0,),
+}
+REQUIRED_VISION: Required = {
     "mm_projector_type": ("mlp2x_gelu",),
     "mm_resampler_type": ("spatial_pool",),
     "mm_spatial_pool_mode": ("average",),
@@ -49,10 +58,12 @@ FOREIGN_LANGUAGE: Required = {
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
 }
-FOREIGN_MODEL: Required = {
+FOREIGN_BEACONS: Required = {
     "beacon_accum": (True,),
     "beacon_parallel_window": (1,),
     "beacon_ratio_mix": ("step-random",),
+}
+FOREIGN_VISION: Required = {
     "mm_use_im_start_end": (False, None),
     "s2": (False, None),
     "add_faster_video": (False, None),
@@ -66,13 +77,21 @@ def read_config(
     tensors: Any = None,
     **changes: Any,
 ) -> VideoXLConfig:
-    """The model configuration of a published directory; `changes` are fields of VideoXLConfig.
+    """Read the model configuration of a directory in the published layout.
 
-    vision: directory of the tower's config.json; by default `vision_tower/` in the directory, or
-    what its `mm_vision_tower` names. tensors: `Tensor` by name of the checkpoint, if they are known
-    already; they tell whether embeddings are tied, see `ties_embeddings`.
+    Video-XL (`llava_qwen` with beacons), the same without beacons, and plain Qwen2, which has no
+    vision tower, are told apart by `model_type`, `enable_beacon` and `beacon_window`.
 
-    Raises: CheckpointError if a field is missing or asks for what the network does not compute.
+    Args:
+      directory: has `config.json`.
+      vision: directory of the tower's config.json; by default `vision_tower/` in the directory, or
+        what its `mm_vision_tower` names.
+      tensors: `Tensor` by name of the checkpoint, if they are known already; they tell whether
+        embeddings are tied, see `ties_embeddings`.
+      changes: as for `with_changes`.
+
+    Raises:
+      CheckpointError: a field is missing or asks for what the network does not compute.
     """
     refuse_adapter(directory)
     path = directory / "config.json"
@@ -82,16 +101,26 @@ def read_config(
             f"{directory}: is a training run; python -m convert.to_hf {directory} DIR makes a "
             "checkpoint of it"
         )
-    values.require(REQUIRED_MODEL | FOREIGN_MODEL)
-    if sorted(values.items("beacon_param", str, ["q", "k", "v"])) != ["k", "q", "v"]:
-        raise CheckpointError(f"{path}: beacon_param must be q, k and v")
-    if values.integer("beacon_window") != values.get(
-        "beacon_stride", values.integer("beacon_window")
-    ):
-        raise CheckpointError(f"{path}: beacon_stride must equal beacon_window")
+    values.require({"model_type": MODEL_TYPES})
+    has_vision = values.get("model_type", MODEL_TYPES[0]) != "qwen2"
+    if tensors is None:
+        tensors = _stored_tensors(directory) if values.get("tie_word_embeddings", False) else {}
+    config = VideoXLConfig(
+        vision=_read_tower(values, directory, vision) if has_vision else None,
+        language=read_language(values, tensors),
+        compression=_read_compression(values),
+        pool_stride=values.integer("mm_spatial_pool_stride") if has_vision else 1,
+    )
+    return with_changes(config, **changes)
+
+
+def _read_tower(values: Fields, directory: Path, vision: str | Path | None) -> VisionConfig:
+    values.require(REQUIRED_VISION | FOREIGN_VISION)
     name = values["mm_vision_tower"]
     if not isinstance(name, str):
-        raise CheckpointError(f"{path}: mm_vision_tower is {name!r}; it must be a path or a name")
+        raise CheckpointError(
+            f"{values.path}: mm_vision_tower is {name!r}; it must be a path or a name"
+        )
     tower = find_tower(directory, name, vision)
     if isinstance(tower, Path):
         tower = read_vision(tower, values.integer("mm_vision_select_layer", -2))
@@ -100,19 +129,23 @@ def read_config(
         tower = dataclasses.replace(tower, feature_layer=layer)
     if values.get("mm_hidden_size", tower.width) != tower.width:
         raise CheckpointError(
-            f"{path}: mm_hidden_size is {values['mm_hidden_size']!r}, but the vision tower's "
-            f"hidden_size is {tower.width}"
+            f"{values.path}: mm_hidden_size is {values['mm_hidden_size']!r}, but the vision "
+            f"tower's hidden_size is {tower.width}"
         )
-    if tensors is None:
-        tensors = _stored_tensors(directory) if values.get("tie_word_embeddings", False) else {}
-    return VideoXLConfig(
-        vision=tower,
-        language=read_language(values, tensors),
-        pool_stride=values.integer("mm_spatial_pool_stride"),
-        window=values.integer("beacon_window"),
-        ratios=values.items("beacon_ratio", int),
-        **changes,
-    )
+    return tower
+
+
+def _read_compression(values: Fields) -> Compression | None:
+    """Window and ratios; None for a checkpoint without beacons."""
+    if not values.get("enable_beacon", "beacon_window" in values.values):
+        return None
+    values.require(REQUIRED_BEACONS | FOREIGN_BEACONS)
+    if sorted(values.items("beacon_param", str, ["q", "k", "v"])) != ["k", "q", "v"]:
+        raise CheckpointError(f"{values.path}: beacon_param must be q, k and v")
+    window = values.integer("beacon_window")
+    if window != values.get("beacon_stride", window):
+        raise CheckpointError(f"{values.path}: beacon_stride must equal beacon_window")
+    return Compression(window, values.items("beacon_ratio", int))
 
 
 def refuse_adapter(directory: Path) -> None:

@@ -73,6 +73,7 @@ class NameRow:
 
 
 EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
+BEACON_EMBEDDING_NAME = "model.beacon_embed_tokens.weight"
 PUBLISHED_TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
@@ -92,9 +93,12 @@ def _name_rows(config: VideoXLConfig) -> Iterator[NameRow]:
         return NameRow(theirs, tuple(ours.split(".")), SAME, layers)
 
     yield one(EMBEDDING_NAME, "language.embed.embedding")
-    yield one("model.beacon_embed_tokens.weight", "language.beacon_embed")
+    beacons: tuple[str, ...] = ()
+    if config.compression is not None:
+        yield one(BEACON_EMBEDDING_NAME, "language.beacon_embed")
+        beacons = ("beacon_q", "beacon_k", "beacon_v")
     there, here, n = "model.layers.{i}.", "language.layers.", config.language.layers
-    for name in ("q", "k", "v", "beacon_q", "beacon_k", "beacon_v"):
+    for name in ("q", "k", "v", *beacons):
         yield from linear(f"{there}self_attn.{name}_proj", f"{here}attention.{name}", n)
     yield from linear(f"{there}self_attn.o_proj", f"{here}attention.o", n, bias=False)
     for name in ("gate", "up", "down"):
@@ -104,6 +108,8 @@ def _name_rows(config: VideoXLConfig) -> Iterator[NameRow]:
     yield one("model.norm.weight", "language.norm.scale")
     if not config.language.tie_embeddings:
         yield from linear("lm_head", "language.head", bias=False)
+    if config.vision is None:
+        return
 
     yield from linear("model.mm_projector.0", "projector.up")
     yield from linear("model.mm_projector.2", "projector.down")
@@ -113,14 +119,14 @@ def _name_rows(config: VideoXLConfig) -> Iterator[NameRow]:
     yield NameRow(
         f"{PUBLISHED_TOWER}embeddings.patch_embedding.weight",
         ("vision", "patch_embed", "kernel"),
-        patch_layout(config.vision.patch_size),
+        patch_layout(config.tower.patch_size),
     )
     yield one(f"{PUBLISHED_TOWER}pre_layrnorm.weight", "vision.pre_norm.scale")
     yield one(f"{PUBLISHED_TOWER}pre_layrnorm.bias", "vision.pre_norm.bias")
     there, here, n = (
         f"{PUBLISHED_TOWER}encoder.layers.{{i}}.",
         "vision.layers.",
-        config.vision.layers_used,
+        config.tower.layers_used,
     )
     for theirs, ours in (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"), ("out_proj", "o")):
         yield from linear(f"{there}self_attn.{theirs}", f"{here}{ours}", n)
@@ -135,7 +141,8 @@ def is_unused(name: str, config: VideoXLConfig) -> bool:
     """Whether a published tensor is one that the network never reads.
 
     They are the tower's layers above the features, its last norm, position ids that old releases of
-    transformers wrote, and the head of a model with tied embeddings.
+    transformers wrote, the head of a model with tied embeddings, and beacons of a model that is
+    loaded without compression.
     """
     if name.startswith(f"{PUBLISHED_TOWER}post_layernorm.") or name.endswith(
         "embeddings.position_ids"
@@ -143,10 +150,14 @@ def is_unused(name: str, config: VideoXLConfig) -> bool:
         return True
     if name == HEAD_NAME:
         return config.language.tie_embeddings
+    if name == BEACON_EMBEDDING_NAME or ".self_attn.beacon_" in name:
+        return config.compression is None
+    if config.vision is None:
+        return False
     layer = re.match(re.escape(f"{PUBLISHED_TOWER}encoder.layers.") + r"(\d+)\.", name)
     if layer is None:
         return False
-    return config.vision.layers_used <= int(layer[1]) < config.vision.layers
+    return config.tower.layers_used <= int(layer[1]) < config.tower.layers
 
 
 def first_layer(name: str) -> str:

@@ -88,7 +88,7 @@ class Chat:
                 "videos and images"
             )
         ratios = self.model.checked_ratios(ratio)
-        size = self.model.config.vision.image_size
+        size = self.model.config.tower.image_size
         films = [open_film(as_media(item, frames=frames), size) for item in media]
         check_new_tokens(max_new_tokens)
         with self._lock:

@@ -141,7 +141,7 @@ class VisualMemory:
         media = as_media(
             media, frames=frames, sample_fps=sample_fps, start=start, end=end, options=options
         )
-        self.watch(open_film(media, runtime.config.vision.image_size), ratios, new_block, progress)
+        self.watch(open_film(media, runtime.config.tower.image_size), ratios, new_block, progress)
 
     def watch(
         self, film: Film, ratios: Ratios, new_block: bool | None = True, progress: bool = False

@@ -95,7 +95,7 @@ class Model(Runtime):
         ratios = self.checked_ratios(ratio)
         fields: dict[str, Any] = {"frames": frames, "sample_fps": sample_fps}
         fields |= {"start": start, "end": end, "options": options}
-        size = self.config.vision.image_size
+        size = self.config.tower.image_size
         films = [open_film(as_media(item, **fields), size) for item in as_list(media)]
         memory = self.remember(system)
         memory.check_room(films, ratios)

@@ -103,8 +103,9 @@ class Runtime:
 
 def _of_memory(config: VideoXLConfig) -> dict[str, Any]:
     """Fields of a configuration on which the entries of a memory depend, beside the parameters."""
-    unused = ("remat", "ratios", "param_dtype")
-    return {name: value for name, value in asdict(config).items() if name not in unused}
+    unused = ("remat", "compression", "param_dtype")
+    fields = {name: value for name, value in asdict(config).items() if name not in unused}
+    return fields | {"window": config.window}
 
 
 @jax.jit

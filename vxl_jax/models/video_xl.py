@@ -30,17 +30,21 @@ class VideoXL(nnx.Module):
 
     def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.vision = VisionTower(config, rngs=rngs)
-        self.projector = Projector(config, rngs=rngs)
+        if config.vision is not None:
+            self.vision = VisionTower(config, rngs=rngs)
+            self.projector = Projector(config, rngs=rngs)
         self.language = LanguageModel(config, rngs=rngs)
-        start_beacons(self.language, rngs.params())
+        if config.compression is not None:
+            start_beacons(self.language, rngs.params())
 
     def encode(self, pixels: Array | np.ndarray) -> Array:
         """Frames or tiles [B, F, S, S, 3] -> visual tokens [B, F * tokens_per_frame, D].
 
         uint8 RGB, or floats that are already normalised.
+
+        Raises: ConfigError if the model has no vision tower.
         """
-        vision, batch = self.config.vision, pixels.shape[0]
+        vision, batch = self.config.tower, pixels.shape[0]
         frame_bytes = 4 * vision.heads * (vision.grid**2 + 1) ** 2
         most = FRAME_BLOCK_BYTES // (frame_bytes * -(-batch // sample_shards()))
         graph, params = nnx.split((self.vision, self.projector))

@@ -33,7 +33,7 @@ class VisionLayer(nnx.Module):
     """Pre-norm transformer layer with bidirectional attention and quick GELU."""
 
     def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
-        c = config.vision
+        c = config.tower
         linear = linear_maker(config, rngs)
         norm = _layer_norm(config, rngs)
         self.attention_norm = norm()
@@ -57,7 +57,7 @@ class VisionTower(nnx.Module):
     """CLIP's vision transformer, up to the layer whose hidden states are the features."""
 
     def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
-        c = config.vision
+        c = config.tower
         self.config = config
         param_dtype = DTYPES[config.param_dtype]
         self.patch_embed = linear_maker(config, rngs)(c.patch_size**2 * 3, c.width, use_bias=False)
@@ -72,7 +72,7 @@ class VisionTower(nnx.Module):
 
         uint8 RGB, or floats that are already normalised.
         """
-        c = self.config.vision
+        c = self.config.tower
         dtype = DTYPES[self.config.dtype]
         pixels = normalize_pixels(pixels, c.image_mean, c.image_std).astype(dtype)
         side = c.grid * c.patch_size
@@ -98,8 +98,8 @@ class VisionTower(nnx.Module):
 def _layer_norm(config: VideoXLConfig, rngs: nnx.Rngs) -> Any:
     return partial(
         nnx.LayerNorm,
-        config.vision.width,
-        epsilon=config.vision.norm_eps,
+        config.tower.width,
+        epsilon=config.tower.norm_eps,
         dtype=DTYPES[config.dtype],
         param_dtype=DTYPES[config.param_dtype],
         use_fast_variance=False,

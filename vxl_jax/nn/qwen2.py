@@ -37,25 +37,22 @@ class Attention(nnx.Module):
         self.k = linear(c.width, kv_width, use_bias=True)
         self.v = linear(c.width, kv_width, use_bias=True)
         self.o = linear(c.width, c.width)
-        self.beacon_q = linear(c.width, c.width, use_bias=True)
-        self.beacon_k = linear(c.width, kv_width, use_bias=True)
-        self.beacon_v = linear(c.width, kv_width, use_bias=True)
+        if config.compression is not None:
+            self.beacon_q = linear(c.width, c.width, use_bias=True)
+            self.beacon_k = linear(c.width, kv_width, use_bias=True)
+            self.beacon_v = linear(c.width, kv_width, use_bias=True)
         self.head_size = c.head_size
 
     def project(self, x: Array, is_beacon: Array | None) -> tuple[Array, Array, Array]:
         """x [B, T, D] -> q [B, T, N, H], k and v [B, T, K, H], before RoPE."""
 
-        def heads(own: nnx.Linear, beacon: nnx.Linear) -> Array:
-            y = own(x)
+        def heads(name: str) -> Array:
+            y = getattr(self, name)(x)
             if is_beacon is not None:
-                y = jnp.where(is_beacon[..., None], beacon(x), y)
+                y = jnp.where(is_beacon[..., None], getattr(self, f"beacon_{name}")(x), y)
             return y.reshape(*y.shape[:-1], -1, self.head_size)
 
-        return (
-            heads(self.q, self.beacon_q),
-            heads(self.k, self.beacon_k),
-            heads(self.v, self.beacon_v),
-        )
+        return heads("q"), heads("k"), heads("v")
 
     def __call__(
         self,
@@ -148,7 +145,10 @@ class DecoderLayer(nnx.Module):
 
 
 class LanguageModel(nnx.Module):
-    """Token and beacon embeddings, stacked layers, final norm and head."""
+    """Token and beacon embeddings, stacked layers, final norm and head.
+
+    Without `config.compression` there are neither beacon embedding nor beacon projections.
+    """
 
     def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
         c = config.language
@@ -157,7 +157,8 @@ class LanguageModel(nnx.Module):
         self.embed = nnx.Embed(
             c.vocab_size, c.width, param_dtype=param_dtype, dtype=dtype, rngs=rngs
         )
-        self.beacon_embed = nnx.Param(jnp.zeros((1, c.width), param_dtype))
+        if config.compression is not None:
+            self.beacon_embed = nnx.Param(jnp.zeros((1, c.width), param_dtype))
         self.layers = stacked(partial(DecoderLayer, config), c.layers, rngs)
         self.norm = RMSNorm(c.width, c.norm_eps, param_dtype)
         if not c.tie_embeddings:
@@ -177,7 +178,9 @@ class LanguageModel(nnx.Module):
         if visual is not None:
             index = jnp.where(streams.kind == VISUAL, streams.source, 0)
             x = jnp.where(kind == VISUAL, _take(visual.astype(x.dtype), index), x)
-        return by_sample(jnp.where(kind == BEACON, self.beacon_embed[0].astype(x.dtype), x))
+        if streams.has_beacons:
+            x = jnp.where(kind == BEACON, self.beacon_embed[0].astype(x.dtype), x)
+        return by_sample(x)
 
     def run_group(
         self, x: Array, group: Group, memory: Memory, bases: Sequence[Memory] = ()

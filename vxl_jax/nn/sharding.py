@@ -109,10 +109,9 @@ def param_placement(mesh: Mesh, config: VideoXLConfig) -> Placement:
     The function raises ValueError for a parameter of more than `SMALL` numbers that has no row in
     the table, or not as many axes as its row: it would be whole on every device.
     """
-    head_size = {
-        "language": config.language.head_size,
-        "vision": config.vision.width // config.vision.heads,
-    }
+    head_size = {"language": config.language.head_size}
+    if config.vision is not None:
+        head_size["vision"] = config.vision.width // config.vision.heads
 
     def place(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
         axes = logical_axes(path)

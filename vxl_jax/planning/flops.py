@@ -136,7 +136,7 @@ class StepFlops:
 
 def frame_flops(config: VideoXLConfig) -> Flops:
     """Of encoding one frame or tile: the tower's layers that are used, and the projector."""
-    c = config.vision
+    c = config.tower
     patches, tokens = c.grid**2, c.grid**2 + 1
     of_token = 2 * c.width * (4 * c.width + 2 * c.mlp_width) + 4 * c.width * tokens
     up, down = _projector(config)
@@ -190,7 +190,7 @@ def step_flops(
     if not parts:
         return StepFlops(forward, Flops())
     vision, projector, language, beacon, lora = (part in parts for part in PARTS)
-    up, down = (work.frames * config.vision.grid**2 * each for each in _projector(config))
+    up, down = (work.frames * config.tower.grid**2 * each for each in _projector(config))
     of_beacons = c.layers * work.beacons * _qkv(config)
     backward = Flops(
         vision=vision * (2 * forward.vision - work.frames * _patch_embedding(config)),
@@ -207,14 +207,14 @@ def step_flops(
 
 def _patch_embedding(config: VideoXLConfig) -> int:
     """Of one frame."""
-    c = config.vision
+    c = config.tower
     return c.grid**2 * 2 * 3 * c.patch_size**2 * c.width
 
 
 def _projector(config: VideoXLConfig) -> tuple[int, int]:
     """Of one patch: first and second layer."""
     width = config.language.width
-    return 2 * config.vision.width * width, 2 * width * width
+    return 2 * config.tower.width * width, 2 * width * width
 
 
 def _qkv(config: VideoXLConfig) -> int:

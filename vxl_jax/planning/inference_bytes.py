@@ -125,7 +125,7 @@ class Estimator:
         c = self.wide
         tokens = self.windows * c.window
         frames = -(-tokens // c.tokens_per_frame)
-        size = c.vision.image_size
+        size = c.tower.image_size
         pixels = jax.ShapeDtypeStruct((1, frames, size, size, 3), np.uint8)
         visual = jax.ShapeDtypeStruct((1, tokens, c.language.width), DTYPES[c.dtype])
         stream = plan_stream([IMAGE_TOKEN], [tokens], window=c.window, ratio=ratio)

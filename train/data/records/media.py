@@ -27,7 +27,7 @@ class Preparer:
 
     def __init__(self, data: DataSection, model: VideoXLConfig):
         self.data, self.model = data, model
-        self.size = model.vision.image_size
+        self.size = model.tower.image_size
         self.pinpoints = grid_pinpoints(self.size, data.max_tiles, data.min_tiles)
 
     def image(self, path: Path) -> "ImageMedium":

@@ -131,7 +131,7 @@ def jax_phase(phase: str, size: str, frames: int) -> Callable[[], Any]:
         )
         return lambda: jax.block_until_ready(gradient(params))
 
-    tokens = frames * config.tokens_per_frame  # phase "video": from visual features
+    tokens = config.layout.count(frames)  # phase "video": from visual features
     stream = plan_stream([1, IMAGE_TOKEN, 2], [tokens], window=config.window, ratio=RATIO)
     streams = batch_streams([stream], windows_per_group=1)
     visual = jnp.ones((1, tokens, config.language.width), config.dtype)
@@ -156,7 +156,7 @@ def train_step_bytes(size: str, frames: int) -> int:
 
     config = config_of(size)
     graph, params = nnx.split(nnx.eval_shape(lambda: VideoXL(config, rngs=nnx.Rngs(0))))
-    tokens = frames * config.tokens_per_frame
+    tokens = config.layout.count(frames)
     stream = plan_stream([1, IMAGE_TOKEN, 2], [tokens], window=config.window, ratio=TRAIN_RATIO)
     streams = batch_streams([stream])
     visual = jax.ShapeDtypeStruct((1, tokens, config.language.width), config.dtype)

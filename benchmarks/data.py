@@ -186,7 +186,7 @@ def mixture(count: int, model: VideoXLConfig) -> Lengths:
             blocks.append(np.zeros(0, np.int64))
     of_sample = np.repeat(np.arange(count), [len(b) for b in blocks])
     frames = np.concatenate(blocks)
-    tokens = frames * model.tokens_per_frame
+    tokens = model.layout.counts(frames)
 
     def total(of_block: np.ndarray) -> np.ndarray:
         return np.bincount(of_sample, of_block, count).astype(np.int32)

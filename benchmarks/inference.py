@@ -122,9 +122,9 @@ def prefill(size: str, weights: str | None) -> dict[str, Any]:
     config = model.config
     frames = 2048 if size == "7b" else 64
     entries, start = memory.entries, memory.snapshot().length
-    entries.reserve(start + frames * config.tokens_per_frame // RATIO + 2000)
-    at_once = model.windows_at_once * config.window // config.tokens_per_frame
-    tokens = at_once * config.tokens_per_frame
+    entries.reserve(start + config.layout.count(frames) // RATIO + 2000)
+    at_once = config.layout.frames_of(model.windows_at_once * config.window)
+    tokens = config.layout.count(at_once)
     features = jnp.ones((tokens, config.language.width), config.dtype)
     watcher = Watcher([(entries, start)], begin_block(config, start))
 
@@ -202,7 +202,7 @@ def int8_error(size: str) -> dict[str, Any]:
     ids = np.concatenate([text[:14], [IMAGE_TOKEN], text[14:]])
     side = config.tower.image_size
     pixels = draw.integers(0, 256, (1, 20, side, side, 3), np.uint8)
-    stream = plan_stream(ids, [20 * config.tokens_per_frame], window=config.window, ratio=RATIO)
+    stream = plan_stream(ids, [config.layout.count(20)], window=config.window, ratio=RATIO)
     streams = batch_streams([stream])
     index = np.flatnonzero(stream.kind == 0)
 

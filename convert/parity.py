@@ -165,7 +165,7 @@ class Golden:
         try:
             return plan_stream(
                 [*ids[0], IMAGE_TOKEN, *ids[1]],
-                [frames * config.tokens_per_frame],
+                [config.layout.count(frames)],
                 window=config.window,
                 **options,
             )

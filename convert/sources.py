@@ -11,11 +11,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convert.writing import copy_files, copy_small_files, published_config, write_tower
-from train.config import ModelSection
+from train.config import DataSection, ModelSection
 from train.config.resume import upgrade
 from train.run.base import BASE, compare_base, describe_base, read_about
 from vxl_jax.checkpoints.arrays import Index, read_part, unused_tensors, whole
 from vxl_jax.checkpoints.hf_config import PARAMS, UNUSED, read_config, refuse_adapter
+from vxl_jax.checkpoints.hf_preprocessing import preprocessing_fields
 from vxl_jax.checkpoints.json_files import read_json, write_json
 from vxl_jax.checkpoints.load import (
     abstract_params,
@@ -29,6 +30,7 @@ from vxl_jax.checkpoints.safetensors_read import tensors_of
 from vxl_jax.checkpoints.tensors import Tensor, raise_problems
 from vxl_jax.config import LoRAConfig, VideoXLConfig, with_changes
 from vxl_jax.errors import CheckpointError, ConfigError
+from vxl_jax.media.preprocessing import Preprocessing
 from vxl_jax.models.lora import LORA_NAMES, lora_shapes, merge_kernel
 from vxl_jax.presets import PRESETS
 from vxl_jax.typing import ParamPath, Shapes
@@ -125,7 +127,7 @@ def _published(directory: Path) -> OpenModel:
 
 
 def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool) -> OpenModel:
-    section, lora, run_dir = _sections(directory / "config.json")
+    section, preprocessing, lora, run_dir = _sections(directory / "config.json")
     number = saved_step(directory / "checkpoints", step)
     tree = directory / "checkpoints" / str(number) / "state"
     trained = stored_shapes(tree, "params")
@@ -147,9 +149,9 @@ def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool)
     if base:
         names = ("pool_stride", "ratios")
         changes = {k: v for k, v in section.changes().items() if k in names}
-        config = with_changes(base.config, **changes)
+        config = with_changes(base.config, preprocessing=preprocessing, **changes)
     else:
-        config = PRESETS[section.preset](**section.changes())
+        config = PRESETS[section.preset](preprocessing=preprocessing, **section.changes())
     shapes = base.shapes if base else abstract_params(config)[1]
     expected = {p: shapes[p] for p in trained if p in shapes} | lora_shapes(shapes, lora)
     raise_problems(tree, compare_shapes(expected, trained))
@@ -184,7 +186,9 @@ def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool)
             base.write_files(part)
             values = read_json(part / "config.json")
             values["mm_spatial_pool_stride"] = config.pool_stride
-            values["beacon_ratio"] = list(config.ratios)
+            if config.compression is not None:
+                values["beacon_ratio"] = list(config.ratios)
+            values |= preprocessing_fields(config.preprocessing, config.tower.image_size)
             write_json(part / "config.json", values)
         else:
             write_json(part / "config.json", published_config(config))
@@ -231,12 +235,13 @@ def _find_directory(
     )
 
 
-def _sections(path: Path) -> tuple[ModelSection, LoRAConfig, str]:
+def _sections(path: Path) -> tuple[ModelSection, Preprocessing, LoRAConfig, str]:
     try:
         values: Any = upgrade(read_json(path))
         model = _section(ModelSection, values["model"])
         run_dir = str(values.get("run", {}).get("run_dir", ""))
-        return model, _section(LoRAConfig, values.get("lora", {})), run_dir
+        preprocessing = _section(DataSection, values["data"]).preprocessing
+        return model, preprocessing, _section(LoRAConfig, values.get("lora", {})), run_dir
     except (AttributeError, TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: is not the configuration of a run ({error})") from error
 

@@ -17,6 +17,7 @@ from vxl_jax.checkpoints.hf_config import (
     REQUIRED_LANGUAGE,
     REQUIRED_VISION,
 )
+from vxl_jax.checkpoints.hf_preprocessing import preprocessing_fields
 from vxl_jax.checkpoints.hf_tower import KNOWN_TOWERS, TOWER_FOLDER, find_tower
 from vxl_jax.checkpoints.json_files import Required, read_json, write_json
 from vxl_jax.checkpoints.safetensors_read import INDEX_FILE
@@ -242,7 +243,7 @@ def _vision_fields(config: VideoXLConfig, tower: VisionConfig) -> dict[str, Any]
         "model_type": "llava_qwen",
         "architectures": ["LlavaQwenForCausalLM"],
         "enable_beacon": config.compression is not None,
-        "image_aspect_ratio": "anyres",
+        **preprocessing_fields(config.preprocessing, tower.image_size),
         "mm_spatial_pool_stride": config.pool_stride,
         "mm_hidden_size": tower.width,
         "mm_vision_select_layer": tower.feature_layer,

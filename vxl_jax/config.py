@@ -13,6 +13,9 @@ import ml_dtypes
 import numpy as np
 
 from vxl_jax.errors import ConfigError
+from vxl_jax.media.frames import CLIP_MEAN, CLIP_STD
+from vxl_jax.media.layout import VisualLayout
+from vxl_jax.media.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 
 Remat = Literal["full", "products", "none"]
 """Rematerialisation. full: a layer keeps its input alone; products: the results of its matrix
@@ -50,9 +53,9 @@ class VisionConfig:
     heads: int = 16
     mlp_width: int = 4096
     norm_eps: float = 1e-5
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_mean: tuple[float, float, float] = CLIP_MEAN
     """Mean subtracted from RGB in [0, 1]."""
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    image_std: tuple[float, float, float] = CLIP_STD
     """Standard deviation that RGB in [0, 1] is divided by."""
 
     def __post_init__(self):
@@ -146,6 +149,8 @@ class VideoXLConfig:
     """None: no beacons. Their parameters are not built, and visual tokens stay uncompressed."""
     pool_stride: int = 2
     """Projected patches are averaged over pool_stride × pool_stride; 1 leaves them as they are."""
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+    """How images and videos become frames and tiles, in training and when it is asked."""
     param_dtype: str = "float32"
     """Dtype in which parameters are stored: float32 or bfloat16."""
     dtype: str = "float32"
@@ -195,9 +200,9 @@ class VideoXLConfig:
         return () if self.compression is None else self.compression.ratios
 
     @property
-    def tokens_per_frame(self) -> int:
-        """Visual tokens that one frame or tile gives to the language model."""
-        return (self.tower.grid // self.pool_stride) ** 2
+    def layout(self) -> VisualLayout:
+        """How many visual tokens frames and tiles give to the language model."""
+        return VisualLayout(self.tower.grid, self.pool_stride)
 
 
 def with_changes(config: VideoXLConfig, **changes: Any) -> VideoXLConfig:

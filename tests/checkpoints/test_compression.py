@@ -48,7 +48,7 @@ def uncompressed_logits(model):
     config = model.config
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (1, 2, *[config.tower.image_size] * 2, 3), np.uint8)
-    tokens = [2 * config.tokens_per_frame]
+    tokens = [config.layout.count(2)]
     stream = plan_stream([1, IMAGE_TOKEN, 2, 3], tokens, window=64, ratio=None)
     run = jax.jit(lambda model: model.logits(model(batch_streams([stream]), model.encode(pixels))))
     return np.asarray(run(model))

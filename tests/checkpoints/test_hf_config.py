@@ -81,7 +81,7 @@ def test_files_of_a_tower_come_before_its_name(change):
 
 
 def test_a_known_tower_gives_the_layer_that_the_checkpoint_asks_for(change):
-    fields = {"mm_vision_tower": KNOWN, "mm_hidden_size": 1024}
+    fields = {"mm_vision_tower": KNOWN, "mm_hidden_size": 1024, "image_grid_pinpoints": None}
     directory = change({**fields, "mm_vision_select_layer": -3})
     assert read_config(directory).vision == replace(VisionConfig(), feature_layer=-3)
 

@@ -70,7 +70,7 @@ def fresh(
 ) -> list[int]:
     """The answer's ids when all is read anew, in one go, by the functions below this interface."""
     ids = encode_prompt("<image>" * len(blocks) + question, model.tokenizer)
-    tokens = [len(block) * model.config.tokens_per_frame for block in blocks]
+    tokens = [model.config.layout.count(len(block)) for block in blocks]
     stream = plan_stream(ids, tokens, window=model.config.window, ratio=ratio)
     pixels = np.concatenate(blocks)[None]
     (answer,) = generate(

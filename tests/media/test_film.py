@@ -182,7 +182,7 @@ def test_what_is_a_picture_and_what_a_video():
         assert isinstance(as_media(picture), Picture)
     for video in ("a.mp4", "folder", np.zeros((1, 2, 2, 3), np.uint8), iter([])):
         assert as_media(video, frames=7) == Video(video, 7)
-    assert as_media(Video("a.mp4", 3), frames=128) == Video("a.mp4", 3)
+    assert as_media(Video("a.mp4", 3), frames="model") == Video("a.mp4", 3)
     pixels = MediaOptions(square_pixels=True)
     assert as_media("a.mp4", options=pixels) == Video("a.mp4", options=pixels)
     assert as_media("a.jpg", options=pixels, frames=7) == Picture("a.jpg", pixels)

@@ -116,7 +116,7 @@ def test_a_shape_is_the_work_of_the_sample_it_was_made_for(ratios, ratio, frames
     """Of a video and text behind it, nothing is lost by knowing the shape alone."""
     config = video_xl_7b(ratios=ratios)
     ids = [I] * bool(frames) + [1] * 30
-    blocks = [frames * config.tokens_per_frame] if frames else []
+    blocks = [config.layout.count(frames)] if frames else []
     stream = plan_stream(ids, blocks, window=config.window, ratio=ratio, labels=ids)
     one, shape = PassSize.of(stream, frames), StreamShape.of(stream)
     assert PassSize.of_shape(config, shape, frames) == one
@@ -149,7 +149,7 @@ def xla_flops(function, *arguments):
 def example(ratio, frames, text=6):
     """A batch of two samples, a video and text that is to be learned, and the pixels."""
     ids = [1] + [I] * bool(frames) + list(range(2, 2 + text))
-    blocks = [frames * CONFIG.tokens_per_frame] if frames else []
+    blocks = [CONFIG.layout.count(frames)] if frames else []
     stream = plan_stream(ids, blocks, window=WINDOW, ratio=ratio, labels=ids)
     pixels = jnp.zeros((2, frames, 56, 56, 3)) if frames else None
     return batch_streams([stream, stream]), pixels

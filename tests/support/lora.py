@@ -84,7 +84,7 @@ def training_form(graph: Any, params: Any, streams: Any, pixels: Any) -> Any:
 
 def watched(config: VideoXLConfig) -> tuple[Stream, np.ndarray]:
     """A video with beacons of all ratios, and text after it that has labels."""
-    ids, tokens = [1, 2, 3, IMAGE_TOKEN, 4, 5], 10 * config.tokens_per_frame
+    ids, tokens = [1, 2, 3, IMAGE_TOKEN, 4, 5], config.layout.count(10)
     labels = [IGNORE] * 4 + [4, 5]
     stream = plan_stream(ids, [tokens], window=config.window, ratio=[2, 8, 4], labels=labels)
     shape = (1, 10, config.vision.image_size, config.vision.image_size, 3)

@@ -38,7 +38,7 @@ def training_sample(model: VideoXL, frames: int = 10, seed: int = 0) -> tuple[St
     labels = [IGNORE, IGNORE, IGNORE, 4, 5]
     stream = plan_stream(
         [1, 2, IMAGE_TOKEN, 4, 5],
-        [frames * model.config.tokens_per_frame],
+        [model.config.layout.count(frames)],
         window=model.config.window,
         ratio=[2, 8, 4],
         labels=labels,

@@ -315,7 +315,7 @@ def test_published_recipes_have_the_published_numbers():
             (config.data.batch_size, config.optim.accumulate),
             config.data.epochs,
             model.ratios,
-            model.tokens_per_frame,
+            model.layout.count(1),
             (config.data.template, config.data.image_mode),
             config.data.max_frames,
         )

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from vxl_jax.config import LoRAConfig, Remat
 from vxl_jax.errors import ConfigError
 from vxl_jax.media import MediaOptions
+from vxl_jax.media.preprocessing import ImageMode, Preprocessing, tile_grids
 from vxl_jax.media.sampling import FrameSampling
 from vxl_jax.presets import PRESETS
 
@@ -109,7 +110,7 @@ class DataSection:
     question_type."""
     template: Literal["chat", "caption"] = "chat"
     """Text around a sample: the chat template, or the plain picture and caption of pre-training."""
-    image_mode: Literal["anyres", "square"] = "anyres"
+    image_mode: ImageMode = "anyres"
     """An image becomes the tiles that suit its size, or the square in its centre."""
     min_tiles: int = 2
     """Tiles of one image at least; the published model gives even a small image two."""
@@ -200,9 +201,19 @@ class DataSection:
         )
 
     @property
-    def media_options(self) -> MediaOptions:
-        """How pixels are decoded."""
-        return MediaOptions(self.decoder, self.square_pixels, self.tone_map, self.color_profile)
+    def preprocessing(self) -> Preprocessing:
+        """How samples become pixels; written into the checkpoints of the run."""
+        return Preprocessing(
+            image_mode=self.image_mode,
+            grids=tile_grids(self.min_tiles, self.max_tiles),
+            frame_sampling=self.frame_sampling,
+            max_frames=self.max_frames,
+            video_fps=self.video_fps,
+            time_prompt=self.time_prompt,
+            options=MediaOptions(
+                self.decoder, self.square_pixels, self.tone_map, self.color_profile
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -317,7 +328,8 @@ class RunSection:
     max_new_tokens: int = 64
     """Tokens of an answer at most."""
     eval_ratio: int | None = None
-    """Compression ratio for held-out questions; None: the smallest that is trained."""
+    """Compression ratio for held-out questions; None: the largest that is trained, as asking does
+    by default."""
 
     def __post_init__(self) -> None:
         _check(self.run_dir != "", "run.run_dir", self.run_dir, "a directory")

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +47,19 @@ class Measures:
     def _key(self, data: DataSection) -> dict[str, Any]:
         """Everything that lengths depend on, but for the data file and the media."""
         model = self.reader.preparer.model
-        names = (
-            "template image_mode min_tiles max_tiles max_frames frame_sampling video_fps "
-            "time_prompt max_length decoder control_tokens"
-        )
+        names = ("template", "max_length", "control_tokens")
         tokenizer = self.reader.tokenizer
         assert isinstance(tokenizer, FastTokenizer)
         return {
             "columns": COLUMNS,
             "media": MEDIA_VERSION,
             "records": RECORDS_VERSION,
-            **{name: getattr(data, name) for name in names.split()},
+            **{name: getattr(data, name) for name in names},
+            "preprocessing": asdict(self.reader.preparer.preprocessing),
             "media_root": str(self.source.media_root.resolve()),
             "allow_outside": self.source.allow_outside,
             "image_size": model.tower.image_size,
-            "tokens_per_frame": model.tokens_per_frame,
+            "layout": asdict(model.layout),
             "prompts": self.reader.prompts,
             "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest(),
             "chosen": hashlib.sha256(self.chosen.tobytes()).hexdigest(),
@@ -154,7 +153,7 @@ class Measures:
     ) -> tuple[np.ndarray, ...]:
         """Columns of `Lengths`, from frames of all blocks of all samples one after another."""
         model = self.reader.preparer.model
-        tokens = frames.astype(np.int64) * model.tokens_per_frame
+        tokens = model.layout.counts(frames)
         beacons = count_beacons(tokens, model.window, self.pool.work.ratios)
         of_sample = np.repeat(np.arange(len(blocks)), blocks)
 

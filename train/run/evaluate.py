@@ -17,6 +17,7 @@ from train.data.records.sample import BadSample, Sample
 from train.run.distributed import exchange, is_first
 from vxl_jax.config import VideoXLConfig
 from vxl_jax.inference.decode import generate
+from vxl_jax.inference.ratios import default_ratio
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.progress import progress_bar
 
@@ -142,8 +143,9 @@ def question_type(sample: Sample) -> str:
 
 
 def eval_ratios(model: VideoXLConfig, run: RunSection) -> tuple[int, ...]:
-    """The one ratio for held-out questions; none where the model does not compress."""
-    return (run.eval_ratio,) if run.eval_ratio else tuple(sorted(model.ratios)[:1])
+    """Choose the one ratio for held-out questions, () where the model does not compress."""
+    ratio = run.eval_ratio or default_ratio(model.ratios)
+    return () if ratio is None else (ratio,)
 
 
 def accuracy(

@@ -137,7 +137,7 @@ class StepEstimator:
         ids[0] = IMAGE_TOKEN
         labels = np.where(np.arange(len(ids)) > SAMPLE_TEXT - SAMPLE_LABELS, ids, IGNORE)
         ids, labels = (ids, labels) if frames else (ids[1:], labels[1:])
-        visual = [frames * self.model.tokens_per_frame] if frames else []
+        visual = [self.model.layout.count(frames)] if frames else []
         ratio = min(self.model.ratios, default=None)
         return plan_stream(ids, visual, window=self.model.window, ratio=ratio, labels=labels)
 

@@ -1,5 +1,6 @@
 """What a run is made of, before it begins: its directory, data, model and optimizer state."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -18,12 +19,13 @@ from train.data.dataset import Dataset, open_dataset
 from train.data.epochs import Epochs
 from train.data.loader import Batch
 from train.errors import DataError
+from train.run.distributed import is_first
 from train.run.evaluate import eval_ratios
 from train.run.optimizer import Optimizer
 from train.run.step import split_parts
 from vxl_jax.checkpoints import hf_config as published
 from vxl_jax.checkpoints.load import abstract_params, load_network
-from vxl_jax.config import VideoXLConfig
+from vxl_jax.config import VideoXLConfig, with_changes
 from vxl_jax.errors import ConfigError, VxlError
 from vxl_jax.models.lora import add_lora
 from vxl_jax.models.video_xl import VideoXL
@@ -97,8 +99,10 @@ def read_model_config(config: TrainConfig) -> VideoXLConfig:
     Raises:
       ConfigError: the model has no vision tower, or not the beacons that are to be trained.
     """
+    preprocessing = config.data.preprocessing
     if config.model.checkpoint is None:
-        return PRESETS[config.model.preset](**config.model.changes())
+        changes = config.model.changes()
+        return PRESETS[config.model.preset](preprocessing=preprocessing, **changes)
     directory = Path(config.model.checkpoint)
     model_config = published.read_config(directory, **config.model.changes())
     if model_config.vision is None:
@@ -113,7 +117,15 @@ def read_model_config(config: TrainConfig) -> VideoXLConfig:
             f"model.checkpoint {directory}: has no beacons; leave 'beacon' out of optim.train and "
             "beacon_q, beacon_k and beacon_v out of lora.targets"
         )
-    return model_config
+    before = model_config.preprocessing
+    if is_first() and before != preprocessing:
+        names = (each.name for each in dataclasses.fields(before))
+        changed = [name for name in names if getattr(before, name) != getattr(preprocessing, name)]
+        print(
+            f"{directory} was trained with other preprocessing ({', '.join(changed)}); this run, "
+            "and what it becomes, uses that of its data section"
+        )
+    return with_changes(model_config, preprocessing=preprocessing)
 
 
 def load_run_tokenizer(config: TrainConfig, model_config: VideoXLConfig) -> Any:

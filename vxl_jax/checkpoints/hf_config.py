@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vxl_jax.checkpoints.hf_preprocessing import read_preprocessing
 from vxl_jax.checkpoints.hf_tower import find_tower, read_vision
 from vxl_jax.checkpoints.json_files import Fields, Required, read_json
 from vxl_jax.checkpoints.names import EMBEDDING_NAME, HEAD_NAME
@@ -106,11 +107,16 @@ def read_config(
     if tensors is None:
         tensors = _stored_tensors(directory) if values.get("tie_word_embeddings", False) else {}
     config = VideoXLConfig(
-        vision=_read_tower(values, directory, vision) if has_vision else None,
-        language=read_language(values, tensors),
-        compression=_read_compression(values),
-        pool_stride=values.integer("mm_spatial_pool_stride") if has_vision else 1,
+        vision=None, language=read_language(values, tensors), compression=_read_compression(values)
     )
+    if has_vision:
+        tower = _read_tower(values, directory, vision)
+        config = dataclasses.replace(
+            config,
+            vision=tower,
+            pool_stride=values.integer("mm_spatial_pool_stride"),
+            preprocessing=read_preprocessing(values, tower.image_size),
+        )
     return with_changes(config, **changes)
 
 

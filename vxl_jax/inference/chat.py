@@ -10,11 +10,12 @@ from vxl_jax.errors import ArgumentError
 from vxl_jax.inference.entries import Base, Continuation, Entries, append_text
 from vxl_jax.inference.memory import VisualMemory
 from vxl_jax.inference.ratios import Ratios
-from vxl_jax.inference.runtime import Runtime
+from vxl_jax.inference.runtime import Runtime, video_times
 from vxl_jax.inference.sampling import GREEDY, Sampling, check_new_tokens
 from vxl_jax.inference.watching import Watcher, begin_block, watch_film
 from vxl_jax.interrupts import held_interrupts
-from vxl_jax.media.open import FRAMES, Film, MediaLike, as_media, open_film
+from vxl_jax.media.open import Film, FrameLimit, MediaLike
+from vxl_jax.media.sampling import FrameTimes
 from vxl_jax.planning.inference_bytes import OWN_SLOTS
 from vxl_jax.text.chat import IMAGE_MARK, IMAGE_TOKEN, encode_follow_up
 
@@ -36,8 +37,8 @@ class Chat:
         now = memory.snapshot()
         self.model, self.memory = model, memory
         self.turns: list[dict[str, str]] = []
-        self._blocks = len(now.watched)
-        self._base: Base = (memory.entries, now.length)
+        self._blocks, self._times = len(now.watched), now.video_times()
+        self._base: Base = now.base
         self._entries, self._length = Entries(model), 0  # of all turns, after the memory's
         self._rest = np.empty(0, np.int32)  # ids of the last answer that are not in the entries
         self._answering: Generator[str, None, None] | None = None
@@ -49,7 +50,7 @@ class Chat:
         media: MediaLike | Sequence[MediaLike] = (),
         *,
         ratio: Ratios | Literal["model"] = "model",
-        frames: int | None = FRAMES,
+        frames: FrameLimit = "model",
         max_new_tokens: int = NEW_TOKENS,
         sampling: Sampling = GREEDY,
     ) -> str:
@@ -71,7 +72,7 @@ class Chat:
         media: MediaLike | Sequence[MediaLike] = (),
         *,
         ratio: Ratios | Literal["model"] = "model",
-        frames: int | None = FRAMES,
+        frames: FrameLimit = "model",
         max_new_tokens: int = NEW_TOKENS,
         sampling: Sampling = GREEDY,
     ) -> Iterator[str]:
@@ -88,8 +89,7 @@ class Chat:
                 "videos and images"
             )
         ratios = self.model.checked_ratios(ratio)
-        size = self.model.config.tower.image_size
-        films = [open_film(as_media(item, frames=frames), size) for item in media]
+        films = self.model.open_films(media, frames=frames)
         check_new_tokens(max_new_tokens)
         with self._lock:
             if self._answering is not None:
@@ -128,7 +128,7 @@ class Chat:
             follow_up = encode_follow_up(question, model.tokenizer, control_tokens=False)
             ids = np.append(self._rest, follow_up)
         else:
-            ids = model.first_turn(self._blocks, question)
+            ids = model.first_turn(self._blocks, question, self._video_times(films))
         self._entries.reserve(OWN_SLOTS)
         length, text_ids = self._watch(ids, films, ratios)
         slots = len(text_ids) + max_new_tokens
@@ -154,6 +154,20 @@ class Chat:
         text = model.text_of(answer)
         if text != shown:
             yield text[len(shown) :]
+
+    def _video_times(self, films: Sequence[Film]) -> FrameTimes | None:
+        """When the frames of the one video of the first turn are shown; None of other turns.
+
+        Raises: ArgumentError if the model is to be told, and a live source does not know.
+        """
+        times = video_times(self._blocks, self._times, films)
+        is_live = any(film.is_video and film.seconds is None for film in films)
+        if times is None and is_live and self.model.config.preprocessing.time_prompt:
+            raise ArgumentError(
+                "the model is told when frames are shown, which a live source does not know; watch "
+                "it into a memory first"
+            )
+        return times
 
     def _watch(
         self, ids: np.ndarray, films: Sequence[Film], ratios: Ratios

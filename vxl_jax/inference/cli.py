@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vxl_jax.errors import ConfigError, MediaError, VxlError
-from vxl_jax.media import MediaOptions
+from vxl_jax.media import DEFAULT_OPTIONS, MediaOptions
 from vxl_jax.planning.cards import DEVICE_ERRORS, claim_memory, find_card, is_out_of_memory
 from vxl_jax.presets import PRESETS
 
@@ -164,6 +164,7 @@ def answer_all(options: argparse.Namespace) -> int:
     from vxl_jax.inference.memory import load_memory
     from vxl_jax.inference.memory_file import check_free
     from vxl_jax.inference.model import load
+    from vxl_jax.inference.runtime import video_times
     from vxl_jax.inference.sampling import Sampling
 
     for prompt in options.prompt:
@@ -187,7 +188,9 @@ def answer_all(options: argparse.Namespace) -> int:
     memory = model.remember() if options.memory is None else load_memory(options.memory, model)
     ratios = model.checked_ratios(options.ratio)
     blocks = len(memory.watched) + len(films)
-    longest = max((len(model.first_turn(blocks, text)) for text in options.prompt), default=0)
+    times = video_times(len(memory.watched), memory.snapshot().video_times(), films)
+    turns = (model.first_turn(blocks, text, times) for text in options.prompt)
+    longest = max(map(len, turns), default=0)
     memory.check_room(films, ratios, longest + options.max_new_tokens)
     status = 0
     try:
@@ -210,21 +213,22 @@ def open_films(options: argparse.Namespace) -> list[Any]:
     """What is to be watched, opened, before the weights are loaded."""
     from vxl_jax.checkpoints.hf_config import read_config
     from vxl_jax.inference.ratios import check_ratios
-    from vxl_jax.media.open import FRAMES, Picture, Video, open_film
+    from vxl_jax.media.open import FrameLimit, Picture, Video, open_film
 
     config = read_config(Path(options.model), vision=options.vision)
     if options.ratio != "model":
         check_ratios(options.ratio, config.window)
-    size = config.vision.image_size
-    frames = FRAMES if options.frames is None else options.frames
-    pixels = read_media_options(options)
+    size = config.tower.image_size
+    frames: FrameLimit = "model" if options.frames is None else options.frames
+    given = read_media_options(options)
+    pixels = None if given == DEFAULT_OPTIONS else given
     films = []
     for kind, path in options.media:
         media: Any = Picture(path, pixels)
         if kind == "video":
             clip = options.sample_fps, options.start, options.end
             media = Video(path, frames, *clip, options=pixels)
-        films.append(open_film(media, size))
+        films.append(open_film(media, size, config.preprocessing))
     return films
 
 

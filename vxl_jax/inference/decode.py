@@ -94,7 +94,7 @@ def check_frame_count(model: VideoXL, streams: StreamBatch, pixels: Any | None) 
     Raises: ValueError saying how many frames there are and how many the plan reads.
     """
     visual = np.asarray(streams.source)[np.asarray(streams.kind) == VISUAL]
-    needed = -(-(int(visual.max()) + 1) // model.config.tokens_per_frame) if visual.size else 0
+    needed = model.config.layout.frames_of(int(visual.max()) + 1) if visual.size else 0
     given = 0 if pixels is None else pixels.shape[1]
     if needed > given:
         raise ValueError(f"the streams were planned for {needed} frames, pixels has {given}")

@@ -92,6 +92,16 @@ class Entries:
                 )
             yield replace(self._memory, length=jnp.full((1,), length, jnp.int32))
 
+    def copied(self) -> "Entries":
+        """Copy all entries into a buffer of their own.
+
+        Raises: VisualMemoryError if the device has no room for both.
+        """
+        copy = Entries(self.runtime)
+        with device_memory("copying a memory"), self.reading(self.capacity) as memory:
+            copy._memory = jax.block_until_ready(jax.tree.map(jnp.copy, memory))
+        return copy
+
     def arrays(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Copies of the first keys and values on the host, [L, K, length, H]."""
         layers = []

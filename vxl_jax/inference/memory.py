@@ -4,12 +4,12 @@ import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from vxl_jax.errors import MediaError, PartlyWatched, VisualMemoryError
-from vxl_jax.inference.entries import Entries, append_text
+from vxl_jax.inference.entries import Base, Entries, append_text
 from vxl_jax.inference.memory_file import SavedMemory, check_fingerprint, check_free, write_memory
 from vxl_jax.inference.ratios import Ratios
 from vxl_jax.inference.runtime import Runtime
@@ -21,33 +21,80 @@ from vxl_jax.inference.watching import (
     films_entries,
     watch_film,
 )
-from vxl_jax.media import DEFAULT_OPTIONS, MediaOptions
-from vxl_jax.media.open import FRAMES, Film, MediaLike, as_media, open_film
+from vxl_jax.media import MediaOptions
+from vxl_jax.media.open import Film, FrameLimit, MediaLike
+from vxl_jax.media.sampling import FrameTimes
 from vxl_jax.text.chat import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)
 class Watched:
-    """One visual block of a memory: its name, frames, and the seconds of its first and last."""
+    """One visual block of a memory: its name, frames, and the seconds of its first and last.
+
+    times: of all frames, of a video that a model trained with `Preprocessing.time_prompt` watches.
+    """
 
     name: str
     is_video: bool
     frames: int
     first: float
     last: float
+    times: FrameTimes | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """As a JSON object, without what has no value."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Watched":
+        """Read what `as_json` has written."""
+        times = values.get("times")
+        if times is not None:
+            values = values | {"times": FrameTimes(**times | {"seconds": tuple(times["seconds"])})}
+        return cls(**values)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A memory at one moment: how many entries, and what they stand for.
+    """A memory at one moment.
 
-    ids: all text and blocks, int32, `IMAGE_TOKEN` for each block. block: the last one.
+    Attributes:
+      length: entries that count.
+      ids: all text and blocks, int32, `IMAGE_TOKEN` for each block.
+      watched: the blocks.
+      block: the last one.
+      held: the buffer of the entries; None until a model has taken the memory.
     """
 
     length: int
     ids: np.ndarray
     watched: tuple[Watched, ...] = ()
     block: Block | None = None
+    held: Entries | None = None
+
+    @property
+    def base(self) -> Base:
+        """The entries that count, to be read by what follows them.
+
+        Raises: VisualMemoryError if no model has taken the memory yet.
+        """
+        return self.entries, self.length
+
+    @property
+    def entries(self) -> Entries:
+        """The buffer of the entries.
+
+        Raises: VisualMemoryError if no model has taken the memory yet.
+        """
+        if self.held is None:
+            raise VisualMemoryError(
+                "this memory has no model yet: use load_memory(path, model), or ask it something"
+            )
+        return self.held
+
+    def video_times(self) -> FrameTimes | None:
+        """When the frames are shown, if the memory is of one video and its model is told so."""
+        return self.watched[0].times if len(self.watched) == 1 else None
 
 
 class VisualMemory:
@@ -60,7 +107,6 @@ class VisualMemory:
 
     def __init__(self, ids: np.ndarray, watched: Sequence[Watched] = ()):
         self._lock, self._extending = threading.RLock(), threading.RLock()
-        self._entries: Entries | None = None
         self._saved: SavedMemory | None = None
         # Text is read when the room for what follows it is known.
         self._snapshot = Snapshot(0, ids, tuple(watched))
@@ -70,7 +116,7 @@ class VisualMemory:
         """A memory whose entries are read from a file when a model takes it."""
         with saved.damaged():
             ids = np.array(saved.about["ids"], np.int32)
-            memory = cls(ids, [Watched(**watched) for watched in saved.about["watched"]])
+            memory = cls(ids, [*map(Watched.from_json, saved.about["watched"])])
         memory._saved = saved
         return memory
 
@@ -99,18 +145,19 @@ class VisualMemory:
 
         Axis letters as in CONTRIBUTING.md. Keys are rotated at their position.
         """
-        return self.entries.arrays(self.snapshot().length)
+        entries, length = self.snapshot().base
+        return entries.arrays(length)
 
     def extend(
         self,
         media: MediaLike,
         *,
-        frames: int | None = FRAMES,
+        frames: FrameLimit = "model",
         ratio: Ratios | Literal["model"] = "model",
         sample_fps: float | None = None,
         start: float | None = None,
         end: float | None = None,
-        options: MediaOptions = DEFAULT_OPTIONS,
+        options: MediaOptions | None = None,
         new_block: bool | None = None,
         progress: bool = False,
     ) -> None:
@@ -138,10 +185,9 @@ class VisualMemory:
         """
         runtime = self.entries.runtime
         ratios = runtime.checked_ratios(ratio)
-        media = as_media(
-            media, frames=frames, sample_fps=sample_fps, start=start, end=end, options=options
-        )
-        self.watch(open_film(media, runtime.config.tower.image_size), ratios, new_block, progress)
+        fields = {"frames": frames, "sample_fps": sample_fps, "start": start, "end": end}
+        (film,) = runtime.open_films([media], options=options, **fields)
+        self.watch(film, ratios, new_block, progress)
 
     def watch(
         self, film: Film, ratios: Ratios, new_block: bool | None = True, progress: bool = False
@@ -157,22 +203,21 @@ class VisualMemory:
                 goes_on = not new_block
             shift = old.watched[-1].last + film.step if goes_on and film.step else 0.0
             block = old.block if goes_on else None
-            block = block or begin_block(self.entries.runtime.config, old.length)
+            block = block or begin_block(old.entries.runtime.config, old.length)
+            # What reads the memory as it is now keeps entries that are about to be written again.
+            entries = old.entries.copied() if block.is_provisional else old.entries
 
             def noted(now: Progress) -> None:
                 """Publish what is in the entries; they are locked."""
                 ids, watched = old.ids, old.watched
                 if not goes_on:
                     ids = np.append(ids, np.int32(IMAGE_TOKEN))
-                    new = Watched(film.name, film.is_video, now.frames, now.first, now.last)
-                    watched = (*watched, new)
-                elif now.frames:
-                    frames = watched[-1].frames + now.frames
-                    new = replace(watched[-1], frames=frames, last=now.last)
-                    watched = (*watched[:-1], new)
-                self._snapshot = Snapshot(now.length, ids, watched, now.block)
+                    watched = (*watched, self._begun(film, now.seconds))
+                elif now.seconds:
+                    watched = (*watched[:-1], _continued(watched[-1], film, now.seconds))
+                self._snapshot = Snapshot(now.length, ids, watched, now.block, entries)
 
-            watcher = Watcher([(self.entries, old.length)], block, noted)
+            watcher = Watcher([(entries, old.length)], block, noted)
             try:
                 watch_film(watcher, film, ratios, shift, progress)
             except MediaError as error:
@@ -184,6 +229,14 @@ class VisualMemory:
                     raise
                 cause = error.__cause__ or error
                 raise VisualMemoryError(f"{error}; {self._end()}", self) from cause
+
+    def _begun(self, film: Film, seconds: Sequence[float]) -> Watched:
+        """A block of the frames that were watched of a film."""
+        times = None
+        if film.is_video and self.entries.runtime.config.preprocessing.time_prompt:
+            times = film.times_of(seconds)
+        first, last = (seconds[0], seconds[-1]) if seconds else (0.0, 0.0)
+        return Watched(film.name, film.is_video, len(seconds), first, last, times)
 
     def _end(self) -> str:
         last = self.watched[-1]
@@ -207,16 +260,13 @@ class VisualMemory:
 
         Raises: VisualMemoryError if it was loaded without a model, and none has taken it yet.
         """
-        if self._entries is None:
-            raise VisualMemoryError(
-                "this memory has no model yet: use load_memory(path, model), or ask it something"
-            )
-        return self._entries
+        return self._snapshot.entries
 
     def snapshot(self) -> Snapshot:
         """What it is now, to be read up to its length whatever is watched later."""
         with self._lock:
-            entries, now = self.entries, self._snapshot
+            now = self._snapshot
+            entries = now.entries
             if now.length == 0 and len(now.ids):
                 length = append_text([(entries, 0)], now.ids)
                 self._snapshot = replace(now, length=length)
@@ -230,13 +280,15 @@ class VisualMemory:
         """
         with self._lock:
             if self._saved is not None:
-                self._entries, block = self._saved.read(runtime)
-                self._snapshot = replace(self._snapshot, length=self._saved.length, block=block)
+                entries, block = self._saved.read(runtime)
+                self._snapshot = replace(
+                    self._snapshot, length=self._saved.length, block=block, held=entries
+                )
                 self._saved = None
-            elif self._entries is None:
-                self._entries = Entries(runtime)
-            elif self._entries.runtime is not runtime:
-                theirs = self._entries.runtime.fingerprint
+            elif self._snapshot.held is None:
+                self._snapshot = replace(self._snapshot, held=Entries(runtime))
+            elif self.entries.runtime is not runtime:
+                theirs = self.entries.runtime.fingerprint
                 check_fingerprint("this memory", theirs, runtime.fingerprint)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
@@ -245,11 +297,18 @@ class VisualMemory:
 
         Raises: VisualMemoryError if there is a file already, or no room for it.
         """
-        path, entries = Path(path), self.entries
+        path = Path(path)
         check_free(path, overwrite)
         now = self.snapshot()
-        about = {"ids": now.ids.tolist(), "watched": [asdict(block) for block in now.watched]}
-        write_memory(path, entries, now.length, now.block, about)
+        about = {"ids": now.ids.tolist(), "watched": [block.as_json() for block in now.watched]}
+        write_memory(path, now.entries, now.length, now.block, about)
+
+
+def _continued(block: Watched, film: Film, seconds: Sequence[float]) -> Watched:
+    """A block with the frames that were watched of a film that goes on."""
+    times = block.times and block.times.extended(film.times_of(seconds))
+    frames = block.frames + len(seconds)
+    return replace(block, frames=frames, last=seconds[-1], times=times)
 
 
 def load_memory(path: str | Path, model: Runtime | None = None) -> VisualMemory:

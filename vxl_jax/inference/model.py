@@ -23,8 +23,8 @@ from vxl_jax.inference.memory import VisualMemory
 from vxl_jax.inference.ratios import Ratios
 from vxl_jax.inference.runtime import Runtime
 from vxl_jax.inference.sampling import GREEDY, Sampling, check_new_tokens
-from vxl_jax.media import DEFAULT_OPTIONS, MediaOptions
-from vxl_jax.media.open import FRAMES, MediaLike, as_media, open_film
+from vxl_jax.media import MediaOptions
+from vxl_jax.media.open import FrameLimit, MediaLike
 from vxl_jax.planning.cards import claim_memory
 from vxl_jax.text.chat import DEFAULT_SYSTEM
 from vxl_jax.text.tokenizer import load_tokenizer
@@ -64,12 +64,12 @@ class Model(Runtime):
         self,
         media: MediaLike | Sequence[MediaLike],
         *,
-        frames: int | None = FRAMES,
+        frames: FrameLimit = "model",
         ratio: Ratios | Literal["model"] = "model",
         sample_fps: float | None = None,
         start: float | None = None,
         end: float | None = None,
-        options: MediaOptions = DEFAULT_OPTIONS,
+        options: MediaOptions | None = None,
         system: str = DEFAULT_SYSTEM,
         progress: bool = False,
     ) -> VisualMemory:
@@ -78,13 +78,15 @@ class Model(Runtime):
         Args:
             media: one or a list, each a path, a Pillow image, pixels, or a `Video` or `Picture`.
                 Image files, by their content, are images; all else are videos, see `Video`.
-            frames: of each video file, evenly from its first to its last; all if None. What is no
-                file is taken whole.
-            ratio: see `Ratios`; by default the largest that the model has learned.
-            sample_fps: take so many frames a second instead, where these are fewer than `frames`.
-            start: second of each video file where frames are taken from; its beginning if None.
-            end: second where that ends; the file's end if None.
-            options: how the pixels of files are decoded.
+            frames: taken of each video file, evenly from its first to its last; None takes every
+                frame. By default, frames are sampled as in training (`Preprocessing`), and as the
+                published evaluations do for published checkpoints: 128. Arrays and live sources
+                are always read in full.
+            ratio: see `Ratios`; by default the largest that the model was trained with.
+            sample_fps: take this many frames a second instead, up to `frames`.
+            start: second of each video file where frames begin; its beginning if None.
+            end: second where they end; the file's end if None.
+            options: how the pixels of files are decoded; None: as in training.
             system: the system turn of conversations about the memory.
             progress: show bars.
 
@@ -95,8 +97,7 @@ class Model(Runtime):
         ratios = self.checked_ratios(ratio)
         fields: dict[str, Any] = {"frames": frames, "sample_fps": sample_fps}
         fields |= {"start": start, "end": end, "options": options}
-        size = self.config.tower.image_size
-        films = [open_film(as_media(item, **fields), size) for item in as_list(media)]
+        films = self.open_films(as_list(media), **fields)
         memory = self.remember(system)
         memory.check_room(films, ratios)
         for film in films:
@@ -148,9 +149,9 @@ class Model(Runtime):
         check_new_tokens(max_new_tokens)
         memory.attach(self)
         now = memory.snapshot()  # another thread may be extending it
-        prompts = [self.first_turn(len(now.watched), text) for text in questions]
-        base = memory.entries, now.length
-        new = self._answers(base, prompts, max_new_tokens, sampling)
+        times = now.video_times()
+        prompts = [self.first_turn(len(now.watched), text, times) for text in questions]
+        new = self._answers(now.base, prompts, max_new_tokens, sampling)
         answers = [self.text_of(ids).strip() for ids in new]
         return answers[0] if isinstance(question, str) else answers
 
@@ -179,8 +180,7 @@ class Model(Runtime):
         """
         check_new_tokens(max_new_tokens)
         memory.attach(self)
-        base = memory.entries, memory.snapshot().length
-        return self._answers(base, prompts, max_new_tokens, sampling)
+        return self._answers(memory.snapshot().base, prompts, max_new_tokens, sampling)
 
     def _answers(
         self,

@@ -1,6 +1,6 @@
 """Compression ratios of what is watched: one for all windows, or by second."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 
 from vxl_jax.errors import ArgumentError
@@ -9,6 +9,15 @@ Ratios = int | None | Mapping[float, int | None]
 """How frames are compressed: one ratio; or from which second on which ratio, such as
 `{0: 16, 60: 4, 90: 16}`. None leaves visual tokens as they are. A window of frames has the ratio of
 its first frame."""
+
+
+def default_ratio(trained: Sequence[int]) -> int | None:
+    """Choose the ratio of whoever names none: the largest that the model was trained with.
+
+    `Model.watch` and the held-out questions of a training run use the same one. A memory is then
+    as small, and a film as long, as the model can do. None without compression.
+    """
+    return max(trained, default=None)
 
 
 def ratio_at(ratios: Ratios, second: float) -> int | None:

@@ -15,10 +15,13 @@ from jax import Array, lax
 
 from vxl_jax.config import VideoXLConfig
 from vxl_jax.errors import VisualMemoryError
-from vxl_jax.inference.ratios import Ratios, check_ratios
+from vxl_jax.inference.ratios import Ratios, check_ratios, default_ratio
+from vxl_jax.media.open import Film, MediaLike, as_media, open_film
+from vxl_jax.media.sampling import FrameTimes
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.planning.inference_bytes import STEP_TOKENS
 from vxl_jax.text.chat import DEFAULT_SYSTEM, IMAGE_MARK, IMAGE_TOKEN, encode_prompt
+from vxl_jax.text.time_prompt import with_time_prompt
 
 CPU_STEP_TOKENS = 2048
 """Visual tokens that are put into a memory at once on a CPU."""
@@ -37,7 +40,7 @@ class Runtime:
         self.network, self.tokenizer, self.max_context = network, tokenizer, max_context
         self.config: VideoXLConfig = network.config
         self.graph, self.params = nnx.split(network)
-        self.default_ratio = max(self.config.ratios, default=None)
+        self.default_ratio = default_ratio(self.config.ratios)
         tokens = CPU_STEP_TOKENS if jax.default_backend() == "cpu" else STEP_TOKENS
         self.windows_at_once = max(1, tokens // self.config.window)
 
@@ -87,12 +90,35 @@ class Runtime:
         ids = encode_prompt(IMAGE_MARK, self.tokenizer, system, control_tokens=False)
         return ids[: int(np.flatnonzero(ids == IMAGE_TOKEN)[0])]
 
-    def first_turn(self, blocks: int, question: str) -> np.ndarray:
-        """Ids of the first question after a memory with `blocks` visual blocks, to where its answer
-        begins.
+    def open_films(self, media: Sequence[MediaLike], **fields: Any) -> list[Film]:
+        """Open media for watching, with the pixels that the model was trained with.
+
+        Args:
+          media: as for `Model.watch`.
+          fields: of each `Video` that is not one yet.
+
+        Raises:
+          MediaError: a file cannot be opened; ConfigError: the model reads text alone.
+        """
+        size, preprocessing = self.config.tower.image_size, self.config.preprocessing
+        return [open_film(as_media(item, **fields), size, preprocessing) for item in media]
+
+    def first_turn(self, blocks: int, question: str, video: FrameTimes | None = None) -> np.ndarray:
+        """Encode the first question after a memory, to where its answer begins.
+
+        Args:
+          blocks: visual blocks of the memory.
+          question: may have marks of media that come with it.
+          video: when the frames of the one video of the conversation are shown. The question says
+            so if the model was trained with that.
+
+        Returns:
+          int32 [T].
         """
         # What people type is text: a control token in it stays letters.
         prompt = IMAGE_MARK * blocks + question
+        if video is not None and self.config.preprocessing.time_prompt:
+            prompt = with_time_prompt(prompt, video)
         ids = encode_prompt(prompt, self.tokenizer, control_tokens=False)
         return ids[len(self.head_ids()) + blocks :]
 
@@ -101,9 +127,25 @@ class Runtime:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def video_times(blocks: int, times: FrameTimes | None, films: Sequence[Film]) -> FrameTimes | None:
+    """When the frames are shown of the one video of a memory and the films that follow it.
+
+    Args:
+      blocks: visual blocks of the memory.
+      times: of the memory's one video.
+      films: what is watched after it.
+
+    Returns:
+      None if there is more than one block, or an image, or if it is not known.
+    """
+    if not films:
+        return times
+    return films[0].times if blocks + len(films) == 1 else None
+
+
 def _of_memory(config: VideoXLConfig) -> dict[str, Any]:
     """Fields of a configuration on which the entries of a memory depend, beside the parameters."""
-    unused = ("remat", "compression", "param_dtype")
+    unused = ("remat", "compression", "param_dtype", "preprocessing")
     fields = {name: value for name, value in asdict(config).items() if name not in unused}
     return fields | {"window": config.window}
 

@@ -14,12 +14,13 @@ from vxl_jax.inference.entries import Base, Continuation, device_memory
 from vxl_jax.inference.ratios import Ratios, ratio_at
 from vxl_jax.inference.runtime import Runtime
 from vxl_jax.interrupts import held_interrupts
+from vxl_jax.media.layout import VisualLayout
 from vxl_jax.media.open import AT_ONCE, Film
 from vxl_jax.media.prefetch import ahead
 from vxl_jax.models.functions import encode
 from vxl_jax.progress import progress_bar
 from vxl_jax.stream.batch import round_up
-from vxl_jax.stream.plan import plan_stream
+from vxl_jax.stream.plan import plan_stream, ratio_within
 from vxl_jax.text.chat import IMAGE_TOKEN
 
 
@@ -27,16 +28,28 @@ from vxl_jax.text.chat import IMAGE_TOKEN
 class Block:
     """A visual block whose last window may not be full.
 
-    start: entries before that window. features: [n, D] visual tokens from there on. A partial
-    window is in the entries as well, as far as it goes; it is read again when more frames arrive,
-    and its entries stay, since nothing in them sees what is later. ratios: of the windows that
-    `features` begin. tokens: in all windows, `features` included.
+    A partial window is in the entries as well, as far as it goes. It is read again when more frames
+    arrive, and its entries stay, since nothing in them sees what is later.
+
+    Attributes:
+      start: entries before that window.
+      features: [n, D] visual tokens from there on.
+      ratios: of the windows that `features` begin.
+      tokens: in all windows, `features` included.
     """
 
     start: int
     features: Array
     ratios: tuple[int | None, ...] = ()
     tokens: int = 0
+
+    @property
+    def is_provisional(self) -> bool:
+        """Whether the entry of the partial window is for fewer tokens than its ratio. When more
+        frames arrive, it is written again.
+        """
+        ratio = self.ratios[0] if self.ratios else None
+        return ratio is not None and 0 < len(self.features) < ratio
 
 
 def begin_block(config: VideoXLConfig, start: int) -> Block:
@@ -48,15 +61,16 @@ def begin_block(config: VideoXLConfig, start: int) -> Block:
 class Progress:
     """How far a watcher has come: what is in the entries.
 
-    length: entries that count. block: cut to the frames that have entries; of the last one, tokens
-    may wait for a window to be full. frames: of this watcher. first, last: their seconds.
+    Attributes:
+      length: entries that count.
+      block: cut to the frames that have entries; of the last one, tokens may wait for a window to
+        be full.
+      seconds: of the frames of this watcher that have entries.
     """
 
     length: int
     block: Block
-    frames: int
-    first: float
-    last: float
+    seconds: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -91,9 +105,17 @@ class Watcher:
         self.runtime: Runtime = self.entries.runtime
         self.before = sum(length for _, length in self.bases)
         self._seconds: list[float] = []  # of the frames taken in
-        self._first = block.tokens  # of the first frame
+        self._first = block.tokens  # where the tokens of the first frame begin
+        self._frames_before = self.runtime.config.layout.frames_of(block.tokens)
+        # Entries from here on stay as they are written.
+        self._final = block.start if block.is_provisional else self.length
         self._step: _Step | None = None  # on the device, and not in the entries yet
         self._failed = False
+
+    @property
+    def _frames(self) -> int:
+        """Frames of the block that are taken in."""
+        return self._frames_before + len(self._seconds)
 
     def see(self, pixels: np.ndarray, seconds: np.ndarray, ratios: Ratios) -> None:
         """Take in frames [F, S, S, 3]; their full windows go into the entries.
@@ -103,16 +125,15 @@ class Watcher:
         padded = np.pad(pixels, ((0, round_up(len(pixels), 4) - len(pixels)), *[(0, 0)] * 3))
         with device_memory(f"encoding {len(pixels)} frames"):
             visual = encode(self.runtime.graph, self.runtime.params, padded[None])[0]
-            visual = visual[: len(pixels) * self.runtime.config.tokens_per_frame]
+            visual = visual[: self.runtime.config.layout.count(len(pixels), self._frames)]
         self.take(visual, seconds, ratios)
 
     def take(self, visual: Array, seconds: np.ndarray, ratios: Ratios) -> None:
         """As `see`, of frames that are encoded: visual tokens [n, D]."""
         config, old = self.runtime.config, self.block
-        per_frame, window = config.tokens_per_frame, config.window
-        end = old.tokens + len(visual)
-        begin = range(-(-old.tokens // window) * window, end, window)
-        begun = tuple(ratio_at(ratios, seconds[(at - old.tokens) // per_frame]) for at in begin)
+        window, end = config.window, old.tokens + len(visual)
+        begin = np.arange(-(-old.tokens // window) * window, end, window) - old.tokens
+        begun = _ratios_at(config.layout, begin, seconds, ratios, self._frames)
         with device_memory(f"encoding {len(seconds)} frames"):
             features = jnp.concatenate([old.features, visual])
         self._failed = True
@@ -145,6 +166,8 @@ class Watcher:
         config, block = self.runtime.config, self.block
         window, full = config.window, count // config.window
         ratios = block.ratios[: -(-count // window)]
+        if count % window:
+            ratios = (*ratios[:-1], ratio_within(ratios[-1], count % window))
         before = self.before + block.start
         stream = plan_stream([IMAGE_TOKEN], [count], window=window, ratio=ratios, before=before)
         # One program for one window, one for several: what is not full is padded.
@@ -171,22 +194,22 @@ class Watcher:
         length = step.start + step.persistent
         self.entries.reserve(length)
         with self.entries.lock, held_interrupts():
-            held = self.length - step.start  # of a partial window: these stay
-            self.entries.append(self.length, step.own.memory, held, step.persistent - held)
-            self.length = length
+            held = max(0, self._final - step.start)  # of a partial window: these stay
+            start = step.start + held
+            self.entries.append(start, step.own.memory, held, step.persistent - held)
+            self.length = self._final = length
             self.noted(self._progress(step))
 
     def _progress(self, step: _Step) -> Progress:
         """How far the watcher is after a step."""
         config, block = self.runtime.config, step.block
         begun = block.tokens - len(block.features)  # where the features begin
-        frames = -(-(begun + step.partial - self._first) // config.tokens_per_frame)
-        frames = max(0, frames)
-        tokens = self._first + frames * config.tokens_per_frame
+        layout, before = config.layout, self._frames_before
+        frames = layout.frames_of(max(0, begun + step.partial - self._first), before)
+        tokens = self._first + layout.count(frames, before)
         ratios = block.ratios[: -(-(tokens - begun) // config.window)]
         block = Block(block.start, block.features[: tokens - begun], ratios, tokens)
-        first, last = self._seconds[0], self._seconds[max(0, frames - 1)]
-        return Progress(self.length, block, frames, first, last)
+        return Progress(self.length, block, self._seconds[:frames])
 
 
 def watch_film(
@@ -210,8 +233,10 @@ def watch_film(
 
     if known is not None:
         entries.reserve(needed(known))
-    per_frame, window = runtime.config.tokens_per_frame, runtime.config.window
-    chunks = film.chunks(min(max(1, runtime.windows_at_once * window // per_frame), AT_ONCE))
+    # As many frames as fit into the windows of a step.
+    at_once = runtime.windows_at_once * runtime.config.window
+    frames = runtime.config.layout.frames_of(at_once + 1) - 1
+    chunks = film.chunks(min(max(1, frames), AT_ONCE))
     total = None if known is None else len(known)
     bar = progress_bar(progress, total=total, desc="watching", unit="frame")
     with bar, closing(ahead(chunks)) as decoded:
@@ -252,14 +277,27 @@ def count_entries(
     config: VideoXLConfig, seconds: np.ndarray, ratios: Ratios, begun: Block | None = None
 ) -> int:
     """Entries that frames at these seconds make, after all full windows of a block, if any."""
+    layout, window = config.layout, config.window
     waiting = 0 if begun is None else len(begun.features)
-    per_frame, window = config.tokens_per_frame, config.window
-    total, entries = waiting + len(seconds) * per_frame, 0
-    for start in range(0, total, window):
-        if begun is not None and start < waiting:
-            ratio = begun.ratios[start // window]
-        else:
-            ratio = ratio_at(ratios, seconds[(start - waiting) // per_frame])
+    first = 0 if begun is None else layout.frames_of(begun.tokens)
+    total = waiting + layout.count(len(seconds), first)
+    held = () if begun is None else begun.ratios
+    starts = np.arange(0, total, window)
+    later = _ratios_at(layout, starts[len(held) :] - waiting, seconds, ratios, first)
+    entries = 0
+    for start, ratio in zip(starts.tolist(), held + later, strict=True):
         count = min(window, total - start)
+        ratio = ratio_within(ratio, count)
         entries += count if ratio is None else count // ratio
     return entries
+
+
+def _ratios_at(
+    layout: VisualLayout, tokens: np.ndarray, seconds: np.ndarray, ratios: Ratios, first: int
+) -> tuple[int | None, ...]:
+    """Ratios of windows that begin at some tokens of frames; frame `first` of a block is the first.
+
+    seconds: of the frames.
+    """
+    frames = layout.frame_at(tokens, len(seconds), first)
+    return tuple(ratio_at(ratios, seconds[frame]) for frame in frames)

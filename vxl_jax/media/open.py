@@ -7,12 +7,12 @@ memory, whatever the length of the film.
 import math
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -23,15 +23,16 @@ from vxl_jax.media.frames import resize_and_crop
 from vxl_jax.media.images.folder import PICTURES
 from vxl_jax.media.images.loading import load_image
 from vxl_jax.media.kinds import image_format
-from vxl_jax.media.options import DEFAULT_OPTIONS, MediaOptions
+from vxl_jax.media.options import MediaOptions
+from vxl_jax.media.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vxl_jax.media.reader import FrameChoice, Selection
-from vxl_jax.media.tiles import grid_pinpoints, tile_image
+from vxl_jax.media.sampling import FrameTimes
 
 Chunk = tuple[np.ndarray, np.ndarray]
 """Pixels [F, S, S, 3] (uint8, or floats that are normalised) and the second of each frame [F]."""
 
-FRAMES = 128
-"""Frames of a video file, unless told: what the published evaluations take."""
+FrameLimit = int | None | Literal["model"]
+"""How many frames of a video file are taken, see `Video.frames`."""
 
 AT_ONCE = 256
 """Most frames that are decoded at once."""
@@ -44,36 +45,41 @@ VIDEO_THREADS = min(16, os.cpu_count() or 1)
 class Video:
     """A video, or a part of one.
 
-    source: path of a video file, or of a folder of pictures in the order of their names; pictures
-        [F, H, W, 3] uint8, or [F, S, S, 3] floats that are normalised for the tower already; or
-        anything that gives pictures [H, W, 3] one by one, a camera for example.
-    frames: at most so many are taken of a file or folder, evenly from its first to its last; all
-        if None. What is neither is taken whole.
-    sample_fps: frames a second that are taken of a file, where these are fewer than `frames`.
-    start, end: seconds of the file between which frames are taken.
-    fps: frame rate of arrays, folders and live sources, 1 if it is not known. Ratios and messages
-        go by seconds.
-    options: how the pixels of files are decoded.
+    Attributes:
+      source: path of a video file, or of a folder of pictures in the order of their names; pictures
+        [F, H, W, 3] uint8, or [F, S, S, 3] floats that are already normalised for the tower; or an
+        iterable of pictures [H, W, 3], a camera for example.
+      frames: most frames of a file or folder, taken evenly from its first to its last. None takes
+        every frame; "model" samples as the model was trained. Arrays and live sources are always
+        read in full.
+      sample_fps: frames taken from one second of a file, up to `frames`.
+      start: second of the file where frames begin.
+      end: second of the file where frames end.
+      fps: frame rate of arrays, folders and live sources (default 1). Ratios and messages go by
+        seconds.
+      options: how the pixels of files are decoded; None: as the model was trained.
     """
 
     source: Any
-    frames: int | None = FRAMES
+    frames: FrameLimit = "model"
     sample_fps: float | None = None
     start: float | None = None
     end: float | None = None
     fps: float = 1.0
-    options: MediaOptions = DEFAULT_OPTIONS
+    options: MediaOptions | None = None
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image, cut into tiles: a path, a Pillow image, or pixels [H, W, 3] uint8.
+    """An image.
 
-    options: how the pixels of a file are decoded.
+    Attributes:
+      source: a path, a Pillow image, or pixels [H, W, 3] uint8.
+      options: how the pixels of a file are decoded; None: as the model was trained.
     """
 
     source: Any
-    options: MediaOptions = DEFAULT_OPTIONS
+    options: MediaOptions | None = None
 
 
 MediaLike = Any
@@ -92,7 +98,7 @@ def as_media(media: MediaLike, **options: Any) -> Video | Picture:
             raise ArgumentError(f"{', '.join(given)}: a {type(media).__name__} has its own")
         return media
     if _is_image(media):
-        return Picture(media, options.get("options", DEFAULT_OPTIONS))
+        return Picture(media, options.get("options"))
     return Video(media, **options)
 
 
@@ -128,11 +134,16 @@ class Chunks(Protocol):
 class Film:
     """The frames of one visual block in order: of a video, or the tiles of an image.
 
-    name: for messages. seconds: of each frame, None where their number is not known before they
-    come. chunks: a function from a number of frames to chunks of at most so many, in order. It
-    raises MediaError where a frame cannot be decoded, after all before it. step: seconds from a
-    frame to the next where seconds count from the first of these frames, and not from the beginning
-    of a file; else None.
+    Attributes:
+      name: for messages.
+      is_video: whether it is a video.
+      seconds: of each frame; None where their number is unknown before they are read.
+      chunks: function from a number of frames to chunks of at most that many, in order. It raises
+        MediaError where a frame cannot be decoded, after all frames before it.
+      step: seconds between frames where `seconds` count from the first frame; None where they
+        count from the beginning of a file.
+      begin: second at which the clip begins.
+      end: second at which the video or clip ends; None: `step` after the last frame.
     """
 
     name: str
@@ -140,45 +151,67 @@ class Film:
     seconds: np.ndarray | None
     chunks: Callable[[int], "Chunks"]
     step: float | None = None
+    begin: float = 0.0
+    end: float | None = None
+
+    @property
+    def times(self) -> FrameTimes | None:
+        """When its frames are shown; None of an image, and where it is unknown."""
+        if not self.is_video or self.seconds is None:
+            return None
+        return self.times_of(self.seconds.tolist())
+
+    def times_of(self, seconds: Sequence[float]) -> FrameTimes:
+        """When frames at these seconds are shown."""
+        after = (seconds[-1] if seconds else 0.0) + (self.step or 0.0)
+        return FrameTimes(tuple(seconds), self.begin, after if self.end is None else self.end)
 
 
-def open_film(media: Video | Picture, size: int) -> Film:
-    """Open what is to be watched.
+def open_film(
+    media: Video | Picture, size: int, preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+) -> Film:
+    """Open a video or image for watching.
 
-    size: side of a frame or tile in pixels.
+    Args:
+      media: the video or image.
+      size: side of a frame or tile in pixels.
+      preprocessing: how it becomes pixels; that of the model that watches.
 
-    Raises: MediaError if it is missing, empty or no picture or video.
+    Raises:
+      MediaError: missing, empty, or neither an image nor a video.
     """
+    if media.options is not None:
+        preprocessing = replace(preprocessing, options=media.options)
     if isinstance(media.source, bytes):
         media = replace(media, source=os.fsdecode(media.source))
     if isinstance(media.source, str) and not media.source:
         raise MediaError("the path is empty; give the path of a file or folder")
     if isinstance(media, Picture):
-        return _picture(media, size)
+        return _picture(media, size, preprocessing)
     if not 0 < media.fps < math.inf:
         raise MediaError(f"a video of {media.fps} frames a second; fps must be more than 0")
     if isinstance(media.source, str | Path):
-        return _video_file(media, size)
+        return _video_file(media, size, preprocessing)
     if isinstance(media.source, np.ndarray):
         return _array(media.source, media.fps, size)
     if isinstance(media.source, Iterable):
-        return _live(media.source, media.fps, size, media.options)
+        return _live(media.source, media.fps, size, preprocessing.options)
     raise MediaError(
         f"{type(media.source).__name__}: neither a path nor pictures; see vxl_jax.Video"
     )
 
 
-def _picture(media: Picture, size: int) -> Film:
+def _picture(media: Picture, size: int, preprocessing: Preprocessing) -> Film:
     source = media.source
     if isinstance(source, str | Path):
-        return _picture_file(media, size)
+        return _picture_file(media, size, preprocessing)
     if not isinstance(source, Image.Image):
         source = Image.fromarray(_checked_pixels(np.asarray(source)[None])[0])
-    return _of_tiles("image", tile_image(source, grid_pinpoints(size), size))
+    return _of_tiles("image", preprocessing.cut_tiles(source, size))
 
 
-def _picture_file(media: Picture, size: int) -> Film:
-    request = ImageRequest(absolute(media.source), size, media.options)
+def _picture_file(media: Picture, size: int, preprocessing: Preprocessing) -> Film:
+    request = ImageRequest(absolute(media.source), size, preprocessing)
     with borrowed_decoder() as decoder:
         tiles = decoder.read_tiles(request, decoder.count_tiles(request))
     return _of_tiles(str(media.source), tiles)
@@ -248,26 +281,33 @@ def _live(pictures: Iterable[Any], fps: float, size: int, options: MediaOptions)
     return Film("frames", True, None, chunks, 1 / fps)
 
 
-def _video_file(media: Video, size: int) -> Film:
+def _video_file(media: Video, size: int, preprocessing: Preprocessing) -> Film:
     _check_numbers(media)
-    choice = FrameChoice(
-        "uniform" if media.sample_fps is None else "capped",
-        media.frames,
-        1.0 if media.sample_fps is None else media.sample_fps,
-        media.start,
-        media.end,
-    )
-    request = VideoRequest(absolute(media.source), choice, media.fps, VIDEO_THREADS, media.options)
+    choice, options = _choose(media, preprocessing), preprocessing.options
+    request = VideoRequest(absolute(media.source), choice, media.fps, VIDEO_THREADS, options)
     with borrowed_decoder() as decoder:
         selection = decoder.open_video(request)
     name = str(media.source)
-    return Film(name, True, selection.seconds, partial(_FileChunks, request, selection, size))
+    chunks = partial(_FileChunks, request, selection, size)
+    return Film(name, True, selection.seconds, chunks, None, selection.begin, selection.end)
+
+
+def _choose(media: Video, preprocessing: Preprocessing) -> FrameChoice:
+    """Which frames of a file: those that the caller asks for, or those of training."""
+    start, end = media.start, media.end
+    if media.sample_fps is not None:
+        most = preprocessing.max_frames if media.frames == "model" else media.frames
+        return FrameChoice("capped", most, media.sample_fps, start, end)
+    if media.frames == "model":
+        return preprocessing.choose(start, end)
+    return FrameChoice("uniform", media.frames, 1.0, start, end)
 
 
 def _check_numbers(media: Video) -> None:
     """Refuses numbers that choose no frames. Raises: MediaError."""
     frames, name = media.frames, media.source
-    if frames is not None and (not isinstance(frames, Integral) or frames < 1):
+    whole = isinstance(frames, Integral) and frames >= 1
+    if frames is not None and frames != "model" and not whole:
         raise MediaError(f"{name}: {frames!r} frames asked for; give at least one")
     for field in ("sample_fps", "start", "end"):
         value = getattr(media, field)

@@ -152,6 +152,25 @@ class Timeline:
         return taken
 
 
+@dataclass(frozen=True)
+class FrameTimes:
+    """When the frames of a video or of a clip of it are shown.
+
+    Attributes:
+      seconds: of each frame, counted from the beginning of the file.
+      begin: second at which the clip begins.
+      end: second at which the clip ends.
+    """
+
+    seconds: tuple[float, ...]
+    begin: float
+    end: float
+
+    def extended(self, later: "FrameTimes") -> "FrameTimes":
+        """Append later frames of the same video, up to their end."""
+        return FrameTimes(self.seconds + later.seconds, self.begin, later.end)
+
+
 FrameSampling = Literal["capped", "uniform", "fps"]
 """How frames are chosen, see `choose_frames`."""
 

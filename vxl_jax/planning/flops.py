@@ -81,7 +81,7 @@ class PassSize:
         """
         video, memory = cls(), 0
         if frames:
-            visual = [frames * config.tokens_per_frame]
+            visual = [config.layout.count(frames)]
             ratio = min(config.ratios, default=None) if shape.beacons else None
             stream = plan_stream([IMAGE_TOKEN], visual, window=config.window, ratio=ratio)
             video, memory = cls.of(stream, frames), stream.persistent

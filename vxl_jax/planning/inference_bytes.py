@@ -124,7 +124,7 @@ class Estimator:
         """Most bytes beside weights and a memory of some capacity, in any of the programs."""
         c = self.wide
         tokens = self.windows * c.window
-        frames = -(-tokens // c.tokens_per_frame)
+        frames = c.layout.frames_of(tokens)
         size = c.tower.image_size
         pixels = jax.ShapeDtypeStruct((1, frames, size, size, 3), np.uint8)
         visual = jax.ShapeDtypeStruct((1, tokens, c.language.width), DTYPES[c.dtype])
@@ -172,10 +172,10 @@ def entry_bytes(config: VideoXLConfig) -> int:
 
 def video_entries(config: VideoXLConfig, frames: int, ratio: int | None) -> int:
     """Entries of a video at one ratio."""
-    full, rest = divmod(frames * config.tokens_per_frame, config.window)
+    full, rest = divmod(config.layout.count(frames), config.window)
     if ratio is None:
         return full * config.window + rest
-    return full * (config.window // ratio) + rest // ratio
+    return full * (config.window // ratio) + (rest // min(ratio, rest) if rest else 0)
 
 
 def estimate_table(estimates: Sequence[Estimate]) -> str:

@@ -193,6 +193,14 @@ def draw_ratio(ratios: Sequence[int], rng: np.random.Generator) -> Callable[[int
         if not ratios:
             return None
         usable = [r for r in ratios if count % r == 0] or [r for r in ratios if r <= count]
-        return int(rng.choice(usable)) if usable else count
+        return int(rng.choice(usable)) if usable else ratio_within(min(ratios), count)
 
     return draw
+
+
+def ratio_within(ratio: int | None, count: int) -> int | None:
+    """Lower a ratio to the number of tokens of its window, so that the window keeps one beacon.
+
+    With frames of 144 tokens no window is that small. The published code keeps no beacon of it.
+    """
+    return None if ratio is None else min(ratio, count)

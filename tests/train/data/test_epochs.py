@@ -88,7 +88,7 @@ def measure(samples: Sequence[Sample], config: VideoXLConfig, ratios: Sequence[i
     """Lengths as a data set has them."""
     rows = []
     for sample in samples:
-        tokens = np.array([b.frames for b in sample.blocks], np.int64) * config.tokens_per_frame
+        tokens = np.array([config.layout.count(b.frames) for b in sample.blocks], np.int64)
         labels = (sample.labels != IGNORE).sum()
         beacons = count_beacons(tokens, config.window, ratios).sum()
         text = len(sample.ids) - len(sample.blocks)

@@ -188,7 +188,7 @@ def test_blank_questions_are_dark_and_only_those_about_media(
 
 
 @pytest.mark.parametrize(
-    ("eval_ratio", "ratios", "expected"), [(None, (8, 2, 4), 2), (8, (2, 4), 8), (None, (), None)]
+    ("eval_ratio", "ratios", "expected"), [(None, (2, 8, 4), 8), (2, (2, 4), 2), (None, (), None)]
 )
 def test_questions_are_compressed_by_one_ratio(
     eval_ratio: int | None,
@@ -198,7 +198,7 @@ def test_questions_are_compressed_by_one_ratio(
     asked: list[Asked],
     demo_tokenizer: Any,
 ):
-    """The smallest that is trained, unless told."""
+    """The largest that is trained, unless told."""
     config = tiny(ratios=ratios)
     model: Any = Model(config)
     run = replace(RUN, eval_ratio=eval_ratio)

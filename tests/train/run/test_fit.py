@@ -79,7 +79,7 @@ def test_activations_grow_in_proportion_to_frames(steps):
 
 def test_the_sample_is_one_video_with_text(planner: StepEstimator, steps):
     stream = planner.stream(8)
-    tokens = 8 * planner.model.tokens_per_frame
+    tokens = planner.model.layout.count(8)
     beacons = tokens // min(planner.model.ratios)
     assert stream.length == steps[8].tokens == tokens + beacons + SAMPLE_TEXT
     assert np.sum(stream.target != IGNORE) == SAMPLE_LABELS

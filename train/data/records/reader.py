@@ -25,9 +25,7 @@ from train.data.records.sample import BAD, Clip, Sample
 from train.data.records.shapes import read_record
 from train.data.sources import Source
 from train.errors import DataError
-from vxl_jax.media import (
-    resolve_media,
-)
+from vxl_jax.media import resolve_media
 from vxl_jax.text.chat import (
     DEFAULT_SYSTEM,
     IGNORE,
@@ -37,6 +35,7 @@ from vxl_jax.text.chat import (
     encode_conversation,
     encode_prompt,
 )
+from vxl_jax.text.time_prompt import with_time_prompt
 
 
 class Reader:
@@ -89,8 +88,8 @@ class Reader:
         files, conversations = shape.files, shape.conversations
         media = self._media(self.sources[source], files, shape.clips)
         questions = [turn["value"] for turn in conversations if turn["from"] == "human"]
-        if self.preparer.data.time_prompt and len(media) == 1 and isinstance(media[0], VideoMedium):
-            conversations = _with_times(conversations, media[0].time_prompt())
+        if self.preparer.preprocessing.time_prompt and len(media) == 1:
+            conversations = _with_times(conversations, media[0])
         ids, labels = self._encode(conversations, len(files), shape.system)
         kind = "video" if shape.is_video else "image" if files else "text"
         sample = Sample(
@@ -145,7 +144,7 @@ class Reader:
         return ids, np.full_like(ids, IGNORE)
 
     def _check_length(self, sample: Sample) -> None:
-        tokens = sample.text + sample.frames * self.preparer.model.tokens_per_frame
+        tokens = sample.text + sum(sample.visual_tokens(self.preparer.model))
         longest = self.preparer.data.max_length
         if tokens > longest:
             raise DataError(
@@ -154,19 +153,16 @@ class Reader:
             )
 
 
-def _with_times(conversations: list[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
-    """The conversation with the times of the frames after the video's mark."""
-
-    def changed(turn: dict[str, Any]) -> dict[str, Any]:
-        if IMAGE_MARK not in turn["value"]:
-            return turn
-        rest = turn["value"].replace(IMAGE_MARK, "").strip()
-        return {**turn, "value": f"{IMAGE_MARK}\n{prompt}\n{rest}".rstrip()}
-
-    return [changed(turn) for turn in conversations]
-
-
-# One record in the shape of LLaVA, from any of the shapes that are read.
+def _with_times(conversations: list[dict[str, Any]], medium: Medium) -> list[dict[str, Any]]:
+    """Turns of which the one with a video's mark says when its frames are shown."""
+    if not isinstance(medium, VideoMedium):
+        return conversations
+    return [
+        turn | {"value": with_time_prompt(turn["value"], medium.times)}
+        if IMAGE_MARK in turn["value"]
+        else turn
+        for turn in conversations
+    ]
 
 
 def _caption(conversations: list[dict[str, Any]]) -> str:

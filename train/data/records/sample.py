@@ -61,9 +61,13 @@ class Sample:
         """Token ids that carry loss."""
         return int((self.labels != IGNORE).sum())
 
+    def visual_tokens(self, model: VideoXLConfig) -> list[int]:
+        """Visual tokens of each block."""
+        return [model.layout.count(block.frames) for block in self.blocks]
+
     def plan(self, model: VideoXLConfig, ratio: Ratio) -> Stream:
         """The sample's stream under a ratio."""
-        tokens = [block.frames * model.tokens_per_frame for block in self.blocks]
+        tokens = self.visual_tokens(model)
         return plan_stream(self.ids, tokens, window=model.window, ratio=ratio, labels=self.labels)
 
 

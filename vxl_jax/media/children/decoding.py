@@ -18,8 +18,8 @@ from vxl_jax.media.images.animation import is_animation
 from vxl_jax.media.images.loading import image_size, load_image
 from vxl_jax.media.options import DEFAULT_OPTIONS, MediaOptions
 from vxl_jax.media.paths import printable
+from vxl_jax.media.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
 from vxl_jax.media.reader import FrameChoice, Selection, VideoReader, open_video, select_frames
-from vxl_jax.media.tiles import grid_pinpoints, tile_grid, tile_image
 
 SECONDS = 60.0
 """CPU seconds without another packet or frame after which a decoder is ended; see
@@ -39,11 +39,11 @@ class VideoRequest:
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """An image that is cut into tiles of a size in pixels."""
+    """An image that is cut into tiles of `size` x `size` pixels."""
 
     path: str
     size: int
-    options: MediaOptions = DEFAULT_OPTIONS
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING
 
 
 class DecodeHandler:
@@ -87,11 +87,12 @@ def _state(path: str) -> Any:
 
 
 def _tiles(request: ImageRequest, out: np.ndarray | None) -> int:
-    pinpoints = grid_pinpoints(request.size)
+    preprocessing = request.preprocessing
     if out is None:
-        columns, rows = tile_grid(image_size(request.path), pinpoints, request.size)
-        return columns * rows
-    out[...] = tile_image(load_image(request.path, request.options), pinpoints, request.size)
+        return preprocessing.count_tiles(image_size(request.path), request.size)
+    out[...] = preprocessing.cut_tiles(
+        load_image(request.path, preprocessing.options), request.size
+    )
     return len(out)
 
 

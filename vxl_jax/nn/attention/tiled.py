@@ -1,32 +1,31 @@
-"""Attention: every query sees the memory before its window and, causally, its own window.
+"""Attention by tiles, without storing the matrix of scores.
 
-The matrix of scores is never stored: scores are computed tile by tile with an online softmax, and
-recomputed in the backward pass (FlashAttention, arXiv 2205.14135). Tiles that no query sees are
-skipped. Axis letters as in CONTRIBUTING.md: B T N K H M L, with S a source's keys, R the
-queries of a block, G = N / K query heads per key head.
+Scores are computed tile by tile with a running softmax, and again in the backward pass
+(FlashAttention, arXiv 2205.14135). Tiles that no query sees are skipped. Axis letters as in
+CONTRIBUTING.md: B T N K H M L, with S the keys of one source, R the queries of a block and
+G = N / K query heads of a KV head. Sources are the own windows (always the first), the memory and
+its bases.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array, lax
+from jaxtyping import Bool, Float, Int
 
+from vxl_jax.nn.attention.key_values import KeyValues
 from vxl_jax.nn.sharding import sample_shards
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Score of a masked key: finite, so that the difference of two is not NaN."""
-
-Sources = tuple[tuple[Array, Array], ...]
-"""Keys and values [L, B, K, S, H] of each source of keys: the own windows (L = 1), the memory, its
-bases. A source that all samples share is [L, 1, K, S, H]."""
-
 
 _backend: ContextVar[str | None] = ContextVar("backend", default=None)
 
@@ -60,185 +59,237 @@ KEY_BYTES = 2**28
 `tile_bytes` of scores would be the whole memory."""
 
 
-def window_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    memory_keys: Array,
-    memory_values: Array,
-    layer: Array | int,
-    window_start: Array,
-    window_memory: Array,
+def tiled_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    window_start: Int[Array, "B T"],
+    past: Sequence[KeyValues] = (),
     tile: tuple[int, int] | None = None,
-    bases: Sequence[tuple[Array, Array, Array]] = (),
-) -> Array:
-    """Attend from each token to the memory before its window and causally to its window.
+) -> Float[Array, "B T N H"]:
+    """Attend by tiles; see `window_attention`.
+
+    Differentiable once, in reverse mode. Forward mode raises TypeError: `jax.jvp`, `jax.jacfwd` and
+    `jax.hessian` need "dense".
 
     Args:
-        q: [B, T, N, H] queries, rotated and scaled by H**-0.5 (`rotate` does both in float32).
-        k: [B, T, K, H] rotated keys of the same tokens.
-        v: [B, T, K, H] their values.
-        memory_keys: [L, B, K, M, H] keys rotated at their memory position.
-        memory_values: [L, B, K, M, H] their values.
-        layer: which of the L to read.
-        window_start: [B, T] index of the first token of each token's window.
-        window_memory: [B, T] number of leading memory slots that each token sees.
-        tile: most queries and keys of a tile; from `tile_bytes` by default.
-        bases: memories that come before, the same for all samples: for each its keys and values
-            [L, 1, K, M', H], and [B, T] number of leading slots that each token sees.
-
-    Returns:
-        [B, T, N, H] in the dtype of q. Softmax in float32. Differentiable once, in reverse mode, in
-        q, keys and values. Forward mode raises TypeError: no `jax.jvp`, `jax.jacfwd`,
-        `jax.hessian` or other second derivative.
+        q, k, v, window_start, past: as for `window_attention`.
+        tile: most queries and most keys of a tile; from `tile_bytes` by default.
     """
-    batch, tokens, heads, head_size = q.shape
-    if tile is None:
-        scores = tile_bytes() // (4 * -(-batch // sample_shards()) * heads)
-        rows = _tile_size(tokens, math.isqrt(scores))
-        of_key = 2 * -(-batch // sample_shards()) * k.shape[2] * head_size * k.dtype.itemsize
-        tile = rows, max(1, min(scores // rows, KEY_BYTES // of_key))
-    q = rearrange(q, "B T (K G) H -> B K G T H", K=k.shape[2])
+    tokens, kv_heads = k.shape[1:3]
+    rows, columns = tile or _default_tile(q, k)
+    q = rearrange(q, "B T (K G) H -> B K G T H", K=kv_heads)
     if tokens > tile_unit():  # pad own keys to whole units; the padding is masked
         padding = ((0, 0), (0, -tokens % tile_unit()), (0, 0), (0, 0))
         k, v = jnp.pad(k, padding), jnp.pad(v, padding)
-    own = rearrange(k, "B T K H -> 1 B K T H"), rearrange(v, "B T K H -> 1 B K T H")
-    causal = jnp.broadcast_to(jnp.arange(1, tokens + 1), window_start.shape)
-    zero = jnp.zeros_like(window_memory)
-    sources: Sources = (own, (memory_keys, memory_values))
-    layers: tuple[Array | int, ...] = (0, layer)
-    first, end = [window_start, zero], [causal, window_memory]
-    for base_keys, base_values, base_seen in bases:
-        sources, layers = (*sources, (base_keys, base_values)), (*layers, layer)
-        first, end = [*first, zero], [*end, base_seen]
-    out = _attend(tile, q, sources, layers, jnp.stack(first), jnp.stack(end))
+    own = KeyValues(
+        rearrange(k, "B T K H -> 1 B K T H"),
+        rearrange(v, "B T K H -> 1 B K T H"),
+        layer=0,
+        seen=jnp.broadcast_to(jnp.arange(1, tokens + 1), window_start.shape),
+    )
+    sources = (own, *past)
+    tiling = _Tiling(rows, columns, tuple(source.keys.shape[0] for source in sources))
+    out = _attend(tiling, q, sources, window_start)
     return rearrange(out, "B K G T H -> B T (K G) H")
+
+
+def _default_tile(q: Array, k: Array) -> tuple[int, int]:
+    """Most queries and keys of a tile: its scores fill `tile_bytes` on each device."""
+    _, tokens, heads, head_size = q.shape
+    samples = -(-q.shape[0] // sample_shards())
+    scores = tile_bytes() // (4 * samples * heads)
+    rows = _tile_size(tokens, math.isqrt(scores))
+    bytes_of_key = 2 * samples * k.shape[2] * head_size * k.dtype.itemsize
+    return rows, max(1, min(scores // rows, KEY_BYTES // bytes_of_key))
+
+
+# Forward and backward pass.
+
+
+class _Tiling(NamedTuple):
+    """Static sizes."""
+
+    rows: int  # most queries of a block
+    keys: int  # most keys of a tile
+    layers: tuple[int, ...]  # L of each source
+
+
+class _Block(NamedTuple):
+    """Queries that are processed together."""
+
+    q: Float[Array, "B K G R H"]
+    ranges: Int[Array, "sources 2 B R"]  # of each source, they see the keys first <= i < end
+
+
+class _Tile(NamedTuple):
+    """Keys that are processed together."""
+
+    keys: Float[Array, "#B K S H"]
+    values: Float[Array, "#B K S H"]
+    start: Int[Array, ""]  # index of the first key in its source
+    seen: Bool[Array, "B 1 1 R S"]
+
+
+class _Softmax(NamedTuple):
+    """Running softmax of a block: relative to the highest score so far."""
+
+    highest: Float[Array, "B K G R 1"]
+    total: Float[Array, "B K G R 1"]
+    out: Float[Array, "B K G R H"]
+
+
+class _Gradients(NamedTuple):
+    """Sums over the tiles of one source so far, float32."""
+
+    q: Float[Array, "B K G R H"]
+    keys: Float[Array, "#B K S H"]
+    values: Float[Array, "#B K S H"]
+
+
+_Residuals = tuple[Array, tuple[KeyValues, ...], Array, Array, Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    tile: tuple[int, int],
-    q: Array,
-    sources: Sources,
-    layers: tuple[Array | int, ...],
-    first: Array,
-    end: Array,
+    tiling: _Tiling, q: Array, sources: tuple[KeyValues, ...], window_start: Array
 ) -> Array:
-    """Attend from q [B, K, G, T, H] to the keys `first` <= i < `end` [source, B, T] of each source.
-
-    Every query has to see at least one key. Returns the shape and dtype of q.
-    """
-    return _forward(tile, q, sources, layers, first, end)[0]
+    """Attend from q [B, K, G, T, H] to all sources. Returns the shape and dtype of q."""
+    return _forward(tiling, q, sources, window_start)[0]
 
 
 def _forward(
-    tile: tuple[int, int],
-    q: Array,
-    sources: Sources,
-    layers: tuple[Array | int, ...],
-    first: Array,
-    end: Array,
-) -> tuple[Array, Any]:
-    def attend_block(block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        q, first, end = block
-
-        def add_tile(state: Any, keys: Array, values: Array, _: Array, seen: Array) -> Any:
-            # Sums over masked keys alone are multiplied by exp(MASKED - score) = 0 at the first key
-            # that the query sees.
-            highest, total, out = state
-            scores = jnp.where(seen, _scores(q, keys), MASKED)
-            new_highest = jnp.maximum(highest, scores.max(-1, keepdims=True))
-            likely, shrink = jnp.exp(scores - new_highest), jnp.exp(highest - new_highest)
-            total = total * shrink + likely.sum(-1, keepdims=True)
-            return new_highest, total, out * shrink + _mix(likely.astype(values.dtype), values)
-
-        zero = jnp.zeros(q.shape, jnp.float32)
-        state = zero[..., :1] + MASKED, zero[..., :1], zero
-        for i, (keys, values) in enumerate(sources):
-            state = _over_tiles(keys, values, layers[i], first[i], end[i], tile[1], add_tile, state)
-        highest, total, out = state
-        return (out / total).astype(q.dtype), highest + jnp.log(total)
-
-    out, normaliser = lax.map(attend_block, _all_blocks(tile[0], q, first, end))
-    # The backward pass needs one layer of the memory only.
+    tiling: _Tiling, q: Array, sources: tuple[KeyValues, ...], window_start: Array
+) -> tuple[Array, _Residuals]:
+    blocks = _all_blocks(tiling.rows, q, sources, window_start)
+    out, normaliser = lax.map(partial(_attend_block, tiling, sources), blocks)
+    # The backward pass needs one layer of each source only.
     read = tuple(
-        tuple(lax.dynamic_index_in_dim(x, layer) for x in source)
-        for source, layer in zip(sources, layers, strict=True)
+        replace(
+            source,
+            keys=lax.dynamic_index_in_dim(source.keys, source.layer),
+            values=lax.dynamic_index_in_dim(source.values, source.layer),
+        )
+        for source in sources
     )
-    empty = jax.tree.map(lambda x: x[..., :0], sources)  # keeps L and the dtype, without data
-    return _join_blocks(out, q.shape[3]), (q, read, empty, layers, first, end, out, normaliser)
+    return _join_blocks(out, q.shape[3]), (q, read, window_start, out, normaliser)
 
 
-def _backward(tile: tuple[int, int], residuals: Any, gradient: Array) -> tuple[Any, ...]:
-    q, sources, empty, layers, first, end, out, normaliser = residuals
+def _attend_block(
+    tiling: _Tiling, sources: tuple[KeyValues, ...], block: _Block
+) -> tuple[Array, Array]:
+    """Output of a block in the dtype of q, and the logarithm of its softmax's denominator."""
+    zero = jnp.zeros(block.q.shape, jnp.float32)
+    state = _Softmax(zero[..., :1] + MASKED, zero[..., :1], zero)
+    for source, (first, end) in zip(sources, block.ranges, strict=True):
+        state = _over_tiles(source, first, end, tiling.keys, partial(_add_tile, block.q), state)
+    return (state.out / state.total).astype(block.q.dtype), state.highest + jnp.log(state.total)
 
-    def attend_block(carry: Any, block: Any) -> tuple[Any, Array]:
-        (q, first, end), gradient, out, normaliser = block
-        gradient_out = (gradient.astype(jnp.float32) * out).sum(-1, keepdims=True)
 
-        def add_tile(state: Any, keys: Array, values: Array, start: Array, seen: Array) -> Any:
-            q_gradient, keys_gradient, values_gradient = state
-            likely = jnp.exp(jnp.where(seen, _scores(q, keys), MASKED) - normaliser)
-            slope = (likely * (_scores(gradient, values) - gradient_out)).astype(q.dtype)
-            likely = likely.astype(q.dtype)
-            return (
-                q_gradient + _mix(slope, keys),
-                _add_at(keys_gradient, start, _mix_back(slope, q)),
-                _add_at(values_gradient, start, _mix_back(likely, gradient)),
-            )
+def _add_tile(q: Array, state: _Softmax, tile: _Tile) -> _Softmax:
+    # Sums over masked keys alone are multiplied by exp(MASKED - score) = 0 at the first key that
+    # the query sees; each sees itself.
+    scores = jnp.where(tile.seen, _scores(q, tile.keys), MASKED)
+    highest = jnp.maximum(state.highest, scores.max(-1, keepdims=True))
+    likely, shrink = jnp.exp(scores - highest), jnp.exp(state.highest - highest)
+    total = state.total * shrink + likely.sum(-1, keepdims=True)
+    mixed = _mix(likely.astype(tile.values.dtype), tile.values)
+    return _Softmax(highest, total, state.out * shrink + mixed)
 
-        q_gradient, carry = jnp.zeros(q.shape, jnp.float32), list(carry)
-        for i, (keys, values) in enumerate(sources):
-            state = q_gradient, *carry[i]
-            q_gradient, *carry[i] = _over_tiles(
-                keys, values, 0, first[i], end[i], tile[1], add_tile, state
-            )
-        return tuple(map(tuple, carry)), q_gradient
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], jnp.float32), sources)
-    blocks = _all_blocks(tile[0], q, first, end), _query_blocks(gradient, tile[0])
-    source_gradients, q_gradient = lax.scan(attend_block, zeros, (*blocks, out, normaliser))
-    source_gradients = tuple(
-        tuple(_as_stacked(like, x, layer) for like, x in zip(likes, gradients, strict=True))
-        for likes, gradients, layer in zip(empty, source_gradients, layers, strict=True)
+def _backward(
+    tiling: _Tiling, residuals: _Residuals, gradient: Array
+) -> tuple[Array, tuple[KeyValues, ...], None]:
+    q, sources, window_start, out, normaliser = residuals
+    blocks = _all_blocks(tiling.rows, q, sources, window_start)
+    gradients = _query_blocks(gradient, tiling.rows)
+    zeros = tuple((_zeros_like_layer(x.keys), _zeros_like_layer(x.values)) for x in sources)
+    of_sources, of_q = lax.scan(
+        partial(_gradient_block, tiling, sources), zeros, (blocks, gradients, out, normaliser)
     )
-    return _join_blocks(q_gradient, q.shape[3]).astype(q.dtype), source_gradients, None, None, None
+    stacked = tuple(
+        KeyValues(
+            _in_stack(keys.astype(source.keys.dtype), layers, source.layer),
+            _in_stack(values.astype(source.values.dtype), layers, source.layer),
+            None,  # type: ignore[arg-type]  # integers have no gradient
+            None,  # type: ignore[arg-type]
+        )
+        for source, layers, (keys, values) in zip(sources, tiling.layers, of_sources, strict=True)
+    )
+    return _join_blocks(of_q, q.shape[3]).astype(q.dtype), stacked, None
 
 
 _attend.defvjp(_forward, _backward)
 
+_OfSources = tuple[tuple[Array, Array], ...]
+"""Gradients of the keys and values of each source, [B, K, S, H] float32."""
+
+
+def _gradient_block(
+    tiling: _Tiling,
+    sources: tuple[KeyValues, ...],
+    so_far: _OfSources,
+    scanned: tuple[_Block, Array, Array, Array],
+) -> tuple[_OfSources, Array]:
+    """Add a block's part to the gradients of the sources; returns that of its queries as well."""
+    block, gradient, out, normaliser = scanned
+    # Gradient of the softmax: weight × (gradient of the weight - its mean under the weights).
+    mean = (gradient.astype(jnp.float32) * out).sum(-1, keepdims=True)
+
+    def add_tile(state: _Gradients, tile: _Tile) -> _Gradients:
+        q = block.q
+        likely = jnp.exp(jnp.where(tile.seen, _scores(q, tile.keys), MASKED) - normaliser)
+        slope = (likely * (_scores(gradient, tile.values) - mean)).astype(q.dtype)
+        likely = likely.astype(q.dtype)
+        return _Gradients(
+            state.q + _mix(slope, tile.keys),
+            _add_at(state.keys, tile.start, _mix_back(slope, q)),
+            _add_at(state.values, tile.start, _mix_back(likely, gradient)),
+        )
+
+    of_q, of_sources = jnp.zeros(block.q.shape, jnp.float32), []
+    for source, (first, end), sums in zip(sources, block.ranges, so_far, strict=True):
+        one_layer, state = replace(source, layer=0), _Gradients(of_q, *sums)
+        state = _over_tiles(one_layer, first, end, tiling.keys, add_tile, state)
+        of_q = state.q
+        of_sources.append((state.keys, state.values))
+    return tuple(of_sources), of_q
+
+
+# Tiles of keys.
+
+_State = TypeVar("_State")
+
 
 def _over_tiles(
-    keys: Array,
-    values: Array,
-    layer: Array | int,
-    first: Array,
-    end: Array,
+    source: KeyValues,
+    first: Int[Array, "B R"],
+    end: Int[Array, "B R"],
     most: int,
-    add_tile: Callable[[Any, Array, Array, Array, Array], Any],
-    state: Any,
-) -> Any:
-    """Apply `add_tile(state, keys, values, start, seen)` to each tile that any query sees.
+    add_tile: Callable[[_State, _Tile], _State],
+    state: _State,
+) -> _State:
+    """Apply `add_tile` to each tile of a source that any query of the block sees.
 
-    first, end: [B, R] range of keys that each query of the block sees. most: keys of a tile at
-    most. A tile is keys and values [B, K, S', H] from `start` of the source on, with the mask
-    `seen` [B, 1, 1, R, S'].
+    first, end: range of keys that each query sees. most: keys of a tile at most.
     """
-    if keys.shape[3] == 0:
+    _, samples, heads, count, head_size = source.keys.shape
+    if count == 0:
         return state
-    count = keys.shape[3]
     size = count if count <= most else _tile_size(count, most)
 
-    def step(index: Array | int, state: Any) -> Any:
+    def step(index: Array | int, state: _State) -> _State:
         # The last tile is moved back into bounds; its overlap with the tile before is masked.
         start = jnp.minimum(index * size, count - size)
         key = start + jnp.arange(size)
         lowest = jnp.maximum(first, index * size)
         seen = (lowest[..., None] <= key) & (key < end[..., None])
-        corner = (layer, 0, 0, start, 0)
-        sizes = (1, *keys.shape[1:3], size, keys.shape[4])
-        tile_keys, tile_values = (lax.dynamic_slice(x, corner, sizes)[0] for x in (keys, values))
-        return add_tile(state, tile_keys, tile_values, start, seen[:, None, None])
+        corner = (source.layer, 0, 0, start, 0)
+        sizes = (1, samples, heads, size, head_size)
+        keys, values = (
+            lax.dynamic_slice(x, corner, sizes)[0] for x in (source.keys, source.values)
+        )
+        return add_tile(state, _Tile(keys, values, start, seen[:, None, None]))
 
     if size == count:  # a loop with a dynamic bound costs more than skipping one tile saves
         return step(0, state)
@@ -256,9 +307,19 @@ def _tile_size(count: int, most: int) -> int:
     return -(-count // (tiles * unit)) * unit
 
 
-def _all_blocks(most: int, q: Array, first: Array, end: Array) -> tuple[Array, Array, Array]:
-    """Blocks of queries and of the ranges they see; padded queries see what the last one sees."""
-    return _query_blocks(q, most), _blocks(first, 2, most, "edge"), _blocks(end, 2, most, "edge")
+# Blocks of queries.
+
+
+def _all_blocks(
+    most: int, q: Array, sources: tuple[KeyValues, ...], window_start: Array
+) -> _Block:
+    """All blocks, stacked; padded queries see the keys that the last one sees."""
+    zero = jnp.zeros_like(window_start)
+    first = [window_start, *(zero for _ in sources[1:])]
+    ranges = [
+        jnp.stack([start, source.seen]) for start, source in zip(first, sources, strict=True)
+    ]
+    return _Block(_query_blocks(q, most), _blocks(jnp.stack(ranges), 3, most, "edge"))
 
 
 def _query_blocks(x: Array, most: int) -> Array:
@@ -280,8 +341,11 @@ def _join_blocks(blocks: Array, tokens: int) -> Array:
     return rearrange(blocks, "blocks B K G R H -> B K G (blocks R) H")[:, :, :, :tokens]
 
 
+# Products. Keys and values of a source that all samples share are read from memory once.
+
+
 def _scores(q: Array, k: Array) -> Array:
-    if k.shape[0] < q.shape[0]:  # shared by all samples: read from memory once
+    if k.shape[0] < q.shape[0]:
         return jnp.einsum("BKGRH,KSH->BKGRS", q, k[0], preferred_element_type=jnp.float32)
     return jnp.einsum("BKGRH,BKSH->BKGRS", q, k, preferred_element_type=jnp.float32)
 
@@ -296,6 +360,10 @@ def _mix_back(weights: Array, x: Array) -> Array:
     return jnp.einsum("BKGRS,BKGRH->BKSH", weights, x, preferred_element_type=jnp.float32)
 
 
+def _zeros_like_layer(stacked: Float[Array, "1 #B K S H"]) -> Float[Array, "#B K S H"]:
+    return jnp.zeros(stacked.shape[1:], jnp.float32)
+
+
 def _add_at(total: Array, start: Array, part: Array) -> Array:
     """Add part [B, K, S', H] to total [B, K, S, H], or [1, K, S, H], from `start` of S on."""
     if total.shape[0] < part.shape[0]:  # shared by all samples
@@ -304,7 +372,7 @@ def _add_at(total: Array, start: Array, part: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(total, old + part, start, axis=2)
 
 
-def _as_stacked(like: Array, gradient: Array, layer: Array | int) -> Array:
-    """[B, K, S, H] -> [L, B, K, S, H], zero in other layers; L and dtype are those of `like`."""
-    zeros = jnp.zeros((like.shape[0], *gradient.shape), like.dtype)
-    return lax.dynamic_update_index_in_dim(zeros, gradient.astype(like.dtype), layer, 0)
+def _in_stack(gradient: Array, layers: int, layer: Array | int) -> Array:
+    """[B, K, S, H] -> [L, B, K, S, H], zero in all layers but one."""
+    zeros = jnp.zeros((layers, *gradient.shape), gradient.dtype)
+    return lax.dynamic_update_index_in_dim(zeros, gradient, layer, 0)

@@ -31,7 +31,7 @@ CONFIG = TrainConfig(
         cache_mb=256,
     ),
     optim=OptimSection(learning_rate=2e-3, weight_decay=0.01, b2=0.98),
-    run=RunSection(run_dir="runs/demo", eval_batch_size=40, max_new_tokens=4, eval_ratio=4),
+    run=RunSection(run_dir="runs/demo", eval_batch_size=40, max_new_tokens=4),
 )
 
 

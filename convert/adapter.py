@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from convert.sources import OpenModel
-from convert.writing import byte_bar, new_directory
+from convert.writing import byte_bar, new_directory, run_fields
 from train.config import part_of
 from vxl_jax.checkpoints.arrays import Index, whole
 from vxl_jax.checkpoints.json_files import Fields, Required, read_json, write_json
@@ -38,6 +38,8 @@ from vxl_jax.errors import CheckpointError
 from vxl_jax.models.lora import LORA_NAMES
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MODEL_FIELDS = "vxl_model.json"
+"""Fields of config.json that the run has changed: ratios, pooling and preprocessing."""
 PREFIX = "base_model.model."
 
 # What changes how an adapter is applied. A missing field counts as the first value.
@@ -74,12 +76,13 @@ class Update:
 @dataclass(frozen=True)
 class Adapter:
     """What an adapter changes of a base: updates by published name of the kernel, and tensors that
-    take the place of the base's.
+    take the place of the base's. fields: of config.json that take the place of the base's.
     """
 
     directory: Path
     updates: dict[str, Update]
     replaced: dict[str, Tensor]
+    fields: dict[str, Any]
 
     def touches(self, row: NameRow) -> bool:
         """Whether a row of the table has an update."""
@@ -162,7 +165,8 @@ def read_adapter(directory: Path, tensors: dict[str, Tensor]) -> Adapter:
         problems.append(f"{ADAPTER_WEIGHTS} has no tensors")
     raise_problems(directory, problems + tensors_not_finite(found))
     held = {name: _like(tensor, tensors[name].dtype) for name, tensor in replaced.items()}
-    return Adapter(directory, updates, held)
+    fields = directory / MODEL_FIELDS
+    return Adapter(directory, updates, held, read_json(fields) if fields.is_file() else {})
 
 
 def _like(tensor: Tensor, dtype: str) -> Tensor:
@@ -227,6 +231,7 @@ def write_adapter(source: OpenModel, destination: Path, dtype: str | None, overw
         byte_bar("writing", size) as bar,
     ):
         write_json(part / ADAPTER_CONFIG, config)
+        write_json(part / MODEL_FIELDS, run_fields(source.config))
         write_tensors(part / ADAPTER_WEIGHTS, planned, {"format": "pt"}, bar.update)
 
 

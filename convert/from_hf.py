@@ -19,7 +19,14 @@ from safetensors.numpy import save_file
 
 from convert.adapter import Adapter, read_adapter
 from convert.command import add_destination, run_command
-from convert.writing import byte_bar, check_apart, copy_files, new_directory, set_dtype
+from convert.writing import (
+    byte_bar,
+    change_fields,
+    check_apart,
+    copy_files,
+    new_directory,
+    set_dtype,
+)
 from vxl_jax.checkpoints.arrays import Index, check_tensors, read_part, stored_dtype, unused_tensors
 from vxl_jax.checkpoints.hf_config import PARAMS, UNUSED, read_config, refuse_adapter
 from vxl_jax.checkpoints.load import abstract_params
@@ -88,6 +95,9 @@ def convert_from_hf(
 
     def write_files(part: Path) -> None:
         copy_files(source, config, part, vision)
+        if merged is not None and merged.fields:
+            change_fields(part / "config.json", merged.fields)
+            read_config(part, vision=vision)  # they may have been edited
         if dtype:
             set_dtype(part, dtype)
 

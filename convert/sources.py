@@ -10,13 +10,19 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convert.writing import copy_files, copy_small_files, published_config, write_tower
+from convert.writing import (
+    change_fields,
+    copy_files,
+    copy_small_files,
+    published_config,
+    run_fields,
+    write_tower,
+)
 from train.config import DataSection, ModelSection
 from train.config.resume import upgrade
 from train.run.base import BASE, compare_base, describe_base, read_about
 from vxl_jax.checkpoints.arrays import Index, read_part, unused_tensors, whole
 from vxl_jax.checkpoints.hf_config import PARAMS, UNUSED, read_config, refuse_adapter
-from vxl_jax.checkpoints.hf_preprocessing import preprocessing_fields
 from vxl_jax.checkpoints.json_files import read_json, write_json
 from vxl_jax.checkpoints.load import (
     abstract_params,
@@ -184,12 +190,7 @@ def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool)
     def write_files(part: Path) -> None:
         if base:
             base.write_files(part)
-            values = read_json(part / "config.json")
-            values["mm_spatial_pool_stride"] = config.pool_stride
-            if config.compression is not None:
-                values["beacon_ratio"] = list(config.ratios)
-            values |= preprocessing_fields(config.preprocessing, config.tower.image_size)
-            write_json(part / "config.json", values)
+            change_fields(part / "config.json", run_fields(config))
         else:
             write_json(part / "config.json", published_config(config))
             write_tower(config.tower, part)

@@ -236,6 +236,15 @@ def published_config(config: VideoXLConfig) -> dict[str, Any]:
     return values
 
 
+def run_fields(config: VideoXLConfig) -> dict[str, Any]:
+    """Fields of config.json that a training run may change of its base checkpoint."""
+    fields = preprocessing_fields(config.preprocessing, config.tower.image_size)
+    fields["mm_spatial_pool_stride"] = config.pool_stride
+    if config.compression is not None:
+        fields["beacon_ratio"] = list(config.ratios)
+    return fields
+
+
 def _vision_fields(config: VideoXLConfig, tower: VisionConfig) -> dict[str, Any]:
     known = (name for name, known in KNOWN_TOWERS.items() if known == tower)
     return {
@@ -261,6 +270,11 @@ def _beacon_fields(compression: Compression) -> dict[str, Any]:
         "beacon_param": ["q", "k", "v"],
         "beacon_embed_init": "eos",
     }
+
+
+def change_fields(path: Path, fields: dict[str, Any]) -> None:
+    """Replace fields of a JSON object in a file."""
+    write_json(path, read_json(path) | fields)
 
 
 def _allowed(required: Required) -> dict[str, Any]:

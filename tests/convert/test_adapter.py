@@ -27,6 +27,7 @@ from train.run.step import split_parts
 from vxl_jax.checkpoints.hf_config import read_config
 from vxl_jax.config import LoRAConfig
 from vxl_jax.errors import CheckpointError
+from vxl_jax.media.preprocessing import tile_grids
 from vxl_jax.models.lora import LORA_NAMES, add_lora
 
 PREFIX = "base_model.model."
@@ -228,6 +229,7 @@ def a_run(
 ) -> None:
     config = run_config(ModelSection(checkpoint=str(base)))
     config = replace(config, lora=lora, optim=replace(config.optim, train=parts))
+    config = replace(config, data=replace(config.data, max_tiles=5, time_prompt=True))
     config = replace(config, run=replace(config.run, run_dir=str(run_dir)))
     start_directory(config, run_dir)
     with closing(Checkpoints(run_dir, config)) as checkpoints:
@@ -250,7 +252,7 @@ def test_a_run_is_written_as_an_adapter_that_peft_can_read(dtype: str, tmp_path:
     a_run(tmp_path / "run", MICRO, lora, ("lora", "projector", "beacon"), dtype)
     convert_to_hf(tmp_path / "run", tmp_path / "adapter", adapter=True)
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
-        *("adapter_config.json", "adapter_model.safetensors")
+        *("adapter_config.json", "adapter_model.safetensors", "vxl_model.json")
     }
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 7)
@@ -265,6 +267,10 @@ def test_a_run_is_written_as_an_adapter_that_peft_can_read(dtype: str, tmp_path:
     convert_from_hf(MICRO, tmp_path / "merged", adapter=tmp_path / "adapter")
     convert_to_hf(tmp_path / "merged", tmp_path / "back")
     convert_to_hf(tmp_path / "run", tmp_path / "whole")
+    merged = read_config(tmp_path / "merged")
+    assert merged == read_config(tmp_path / "whole")
+    assert merged.preprocessing.grids == tile_grids(2, 5)
+    assert merged.preprocessing.time_prompt
     ours, expected = tensors_in(tmp_path / "back"), tensors_in(tmp_path / "whole")
     tolerance = 1e-5 if dtype == "float32" else 1e-2  # beacon_v, trained and with an update
     for name, value in expected.items():

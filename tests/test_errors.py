@@ -13,13 +13,12 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 import pytest
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 import vxl_jax
 from configs.demo import CONFIG as DEMO
 from convert import command, convert_from_hf, parity
-from train import errors as train_errors
-from train import finetune, inspect_data
+from train import errors as train_errors, finetune, inspect_data
 from train.demo.tokenizer import save_tokenizer
 from train.run.setup import prepare_data
 from vxl_jax import errors
@@ -386,8 +385,7 @@ def tokenizer(tmp_path: Path) -> Path:
         ("tokenizer.json", "[]", TypeError),
         ("tokenizer.json", '{"added_tokens": []}', Exception),
         ("tokenizer.json", "{}", KeyError),
-        ("tokenizer_config.json", "3", AttributeError),
-        ("config.json", "{", OSError),
+        ("tokenizer_config.json", "3", TypeError),
     ],
 )
 def test_a_damaged_tokenizer_is_the_cause_of_the_error(
@@ -403,7 +401,7 @@ def test_a_damaged_tokenizer_is_the_cause_of_the_error(
 def test_a_fault_in_loading_a_tokenizer_is_not_hidden(
     fault: type[Exception], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", raising(fault("x")))
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", raising(fault("x")))
     with pytest.raises(fault):
         load_tokenizer(tokenizer, demo().language)
 
@@ -411,7 +409,7 @@ def test_a_fault_in_loading_a_tokenizer_is_not_hidden(
 def test_a_wrong_call_of_transformers_is_not_hidden(
     tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda directory: None)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", lambda directory: None)
     with pytest.raises(TypeError, match="local_files_only"):
         load_tokenizer(tokenizer, demo().language)
 

@@ -1,4 +1,6 @@
-"""Checkpoints of this library, and loading a model from these or from the published layout.
+"""Load a model from a checkpoint of this library or in the published layout.
+
+Orbax is imported only where it reads: that takes a third of a second.
 
 A checkpoint directory stands by itself: the published `config.json`, tokenizer and image-processor
 files as they are, `vision_tower/` with the tower's configuration, `params/` with the parameters as
@@ -11,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
@@ -19,7 +20,6 @@ from flax.traverse_util import unflatten_dict
 from vxl_jax.checkpoints.arrays import check_tensors, read_part, stored_dtype, whole
 from vxl_jax.checkpoints.hf_config import PARAMS, UNUSED, read_config, refuse_adapter
 from vxl_jax.checkpoints.names import EMBEDDING_NAME, HEAD_NAME, NameRow, name_rows
-from vxl_jax.checkpoints.orbax_tree import part_reader, read_params, stored_shapes
 from vxl_jax.checkpoints.safetensors_read import find_tensors, tensors_of
 from vxl_jax.checkpoints.tensors import Tensor, raise_problems
 from vxl_jax.config import DTYPES, VideoXLConfig
@@ -101,7 +101,8 @@ def _published_arrays(
         shape, dtype = shapes[row.ours].shape, DTYPES[config.param_dtype]
         read = partial(_read_index, row, tensors, shape, dtype, problems)
         if placement is None:
-            yield row.ours, jnp.asarray(read(whole(shape)))
+            # A copy without a program of its own: `read` may use its buffer again.
+            yield row.ours, jax.device_put(read(whole(shape)), may_alias=False)
         else:
             sharding = placement(row.ours, shape)
             yield row.ours, jax.make_array_from_callback(shape, sharding, read)
@@ -141,6 +142,8 @@ def _read_index(
 def _read_converted(
     directory: Path, vision: Any, placement: Placement | None, changes: dict[str, Any]
 ) -> tuple[VideoXLConfig, Any, Arrays]:
+    from vxl_jax.checkpoints.orbax_tree import stored_shapes
+
     stored = stored_shapes(directory / PARAMS)
     dtypes = {struct.dtype.name for struct in stored.values()}
     config = read_config(directory, vision=vision, **_with_dtype(changes, sorted(dtypes)[0]))
@@ -160,6 +163,8 @@ def _read_converted(
 
 
 def _converted_arrays(directory: Path, target: Shapes) -> Arrays:
+    from vxl_jax.checkpoints.orbax_tree import read_params
+
     some: Shapes = {}
     for path, struct in target.items():
         some[path] = struct
@@ -181,6 +186,8 @@ def check_unused_head(directory: Path, config: VideoXLConfig, stored: Shapes) ->
     head = tensors_of(directory / UNUSED).get(HEAD_NAME)
     if head is None:
         return
+    from vxl_jax.checkpoints.orbax_tree import part_reader
+
     (row,) = (row for row in name_rows(config) if row.theirs == EMBEDDING_NAME)
     read, columns = part_reader(directory / PARAMS), slice(0, stored[row.ours].shape[1])
     for start, piece in head.pieces():

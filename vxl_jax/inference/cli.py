@@ -161,6 +161,7 @@ def read_media_options(options: argparse.Namespace) -> MediaOptions:
 def answer_all(options: argparse.Namespace) -> int:
     """Load, watch, save and answer; returns the exit status."""
     from vxl_jax.inference.chat import check_question
+    from vxl_jax.inference.compile_cache import keep_programs
     from vxl_jax.inference.memory import load_memory
     from vxl_jax.inference.memory_file import check_free
     from vxl_jax.inference.model import load
@@ -184,6 +185,7 @@ def answer_all(options: argparse.Namespace) -> int:
         changes["weights"] = "int8" if options.weights == "int8" else None
     if options.max_context is not None:
         changes["max_context"] = options.max_context
+    keep_programs()
     model = load(options.model, vision=options.vision, **changes)
     memory = model.remember() if options.memory is None else load_memory(options.memory, model)
     ratios = model.checked_ratios(options.ratio)

@@ -1,10 +1,10 @@
-"""Seconds and peak memory of conversion, beside `cp` of the same bytes, in one run.
+"""Seconds and peak memory of conversion, compared with `cp` of the same bytes, in one run.
 
     python -m benchmarks.convert                 # 3 layers of the 7B shapes: 4.3 GB in bfloat16
     python -m benchmarks.convert --layers 28     # all of it: 16.8 GB
 
 Makes a sharded checkpoint in the published layout with the real 7B tensor shapes and random weights
-in a temporary directory, and runs in turn, each in a process of its own: `cp`, `convert.from_hf`,
+in a temporary directory, and runs in turn, each in a separate process: `cp`, `convert.from_hf`,
 `cp`, `convert.to_hf`; first from disk to disk (what is read is not in the page cache, what is
 written is on the disk at the end, as conversion always leaves it), then from cache to cache. The
 least seconds of all rounds and the largest memory count. Needs four times the checkpoint's bytes on
@@ -83,7 +83,7 @@ def summary(runs: list[dict[str, float]]) -> dict[str, float]:
 
 def drop_from_cache(directory: Path) -> None:
     """Let the next reading of these files come from the disk."""
-    os.sync()  # what is not written yet cannot be dropped
+    os.sync()  # unwritten pages cannot be dropped
     for path in directory.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

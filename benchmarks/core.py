@@ -1,9 +1,9 @@
-"""Seconds and peak memory of each phase, beside PyTorch at the same shapes, in one run.
+"""Seconds and peak memory of each phase, compared with PyTorch at the same shapes, in one run.
 
     python -m benchmarks.core                 # a model for two CPU cores, needs the extra `bench`
     python -m benchmarks.core --size 7b --no-torch        # the real shapes, on a GPU
 
-Every (phase, framework) runs in a process of its own, so that peak memory is its own; the two
+Every (phase, framework) runs in a separate process, which has its peak memory; the two
 frameworks take turns, and the least seconds of all rounds count. PyTorch's side is transformers'
 CLIP tower and Qwen2 (which knows no compression: prefill, decoding and the gradient of the loss are
 compared on text alone, both without rematerialisation). Growth is how one prefill from visual
@@ -236,7 +236,7 @@ def torch_phase(phase: str, size: str, frames: int) -> Callable[[], Any]:
 
 
 def measure(framework: str, phase: str, size: str, frames: int = 0) -> dict[str, Any]:
-    """Run one phase in a process of its own."""
+    """Run one phase in a separate process."""
     command = [sys.executable, "-m", "benchmarks.core", "--size", size]
     command += ["--worker", framework, phase, str(frames)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,17 +1,17 @@
-"""What the data plane costs: its speed beside plain decoding, its memory, its padding.
+"""What the data plane costs: its speed compared with plain decoding, its memory, its padding.
 
     python -m benchmarks.data                          # made files, about ten minutes
     python -m benchmarks.data --videos DIR # real videos instead
     python -m benchmarks.data --quick                  # everything small, to see that it runs
 
-- Throughput: `Loader.batches()` beside the same files, frames and resizing in a plain process pool
-  of as many processes, which throws its pixels away; videos (`get_batch` of decord, and
+- Throughput: `Loader.batches()` compared with the same files, frames and resizing in a plain
+  pool of as many processes, which throws its pixels away; videos (`get_batch` of decord, and
   `load_video_frames`) and images (Pillow and `tile_image`). Rounds alternate, the best of each
   counts; everything is measured and started before the clock.
 - Films: see `benchmarks.films`.
 - First batch: from `open_dataset` on, without and with a cache.
-- Memory: of a process and of one of its workers, at many records beside ten records, each in
-  processes of their own: one that measures, and one that finds the cache.
+- Memory: of a process and of one of its workers, at many records compared with ten, each in
+  separate processes: one that measures, and one that finds the cache.
 - Padding: the share of an epoch's token and frame places that stay empty in a mixture.
 
 Writes benchmarks/results/data.json.
@@ -264,7 +264,7 @@ def verdict(ok: bool) -> str:
 
 
 def show_throughput(results: dict[str, Any]) -> None:
-    """Speed beside plain decoding, and the time to the first batch."""
+    """Speed compared with plain decoding, and the time to the first batch."""
     print(f"\n{'throughput':12}{'samples/s':>11}{'frames/s':>10}  times of plain decoding")
     for name, row in results["throughput"].items():
         seconds = row["seconds"]["loader"]

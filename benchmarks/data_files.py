@@ -45,7 +45,7 @@ QUICK = Sizes(4, (4, 6), 24, (10**3, 10**4), 2_000, 2, 1)
 
 
 def make_videos(folder: Path, sizes: Sizes) -> list[Path]:
-    """H.264 files of 640 x 360 with a moving picture; copies count as files of their own."""
+    """H.264 files of 640 x 360 with a moving picture; copies count as separate files."""
     import av
 
     rng = np.random.default_rng(0)

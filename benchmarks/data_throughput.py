@@ -1,4 +1,4 @@
-"""Samples a second, beside plain loops over the same files."""
+"""Samples a second, compared with plain loops over the same files."""
 
 import gc
 import multiprocessing

@@ -4,7 +4,7 @@
 
 Writes benchmarks/results/films.json.
 
-Each reader runs in a process of its own, which reads the same frames through the same resizing; the
+Each reader runs in a separate process, which reads the same frames through the same resizing; the
 sums of all pixels have to be equal.
 
 - An hour of 1280 x 720 H.264 at 24 frames a second, a key frame every ten seconds: 256 frames,
@@ -150,7 +150,7 @@ def measure(reader: str, count: int | None, paths: Sequence[str]) -> dict[str, A
 
 
 def compare(paths: Sequence[Path], count: int | None, rounds: int) -> dict[str, Any]:
-    """All readers in turns, each in a process of its own; the least of each figure."""
+    """All readers in turns, each in a separate process; the least of each figure."""
     best: dict[str, dict[str, Any]] = {}
     for number in range(rounds):
         for reader in list(READERS) if number % 2 else reversed(list(READERS)):
@@ -194,7 +194,7 @@ def show_films(results: dict[str, Any]) -> None:
             print(f"{'':8}ours / {reader}: {text}")
     ratio = results["films"]["hour"]["ratio"]["bare"]
     ok = max(ratio["cpu_seconds"], ratio["peak_bytes"]) <= GOAL
-    print(f"hour beside bare PyAV, goal {GOAL}: {'reached' if ok else 'missed'}")
+    print(f"hour more than bare PyAV, goal {GOAL}: {'reached' if ok else 'missed'}")
 
 
 def main() -> None:

@@ -1,16 +1,16 @@
-"""Watching and answering: speed beside PyTorch, films of growing length, batches, int8, and bytes.
+"""Watching and answering compared with PyTorch; long films, batches, int8, and bytes.
 
     python -m benchmarks.inference                    # a model for two CPU cores; extra `bench`
     python -m benchmarks.inference --size 7b          # the real shapes, on a GPU
     python -m benchmarks.inference --plan             # bytes at 7B, compiled, on any machine
 
-Weights are random. Every measurement runs in a process of its own. Phases: those of
-`benchmarks.core`, beside transformers' CLIP and Qwen2. Films: an H.264 file, decoded, encoded and
+Weights are random. Every measurement runs in a separate process. Phases: those of
+`benchmarks.core`, with transformers' CLIP and Qwen2. Films: an H.264 file, decoded, encoded and
 put into a memory at ratio 16. Answers: tokens a second of questions about one memory, answered
 together. int8: logits and next tokens against those of the stored weights. Attention: our tiles and
 `jax.nn.dot_product_attention` against float32, on one window that sees no memory. On a GPU, JAX has
-at most 80 GB, and figures stand beside the peaks that the same run measures: the fastest product of
-two square matrices, and the bytes a second of reading a large array. Writes
+at most 80 GB, and figures are given with peaks of the same run: the fastest product of
+matrices, and the bytes a second of reading a large array. Writes
 benchmarks/results/inference-{cpu,7b,plan}.json.
 """
 
@@ -77,7 +77,7 @@ def begin(model: Any, text: int = 14) -> Any:
 
 
 def film(size: str, path: str, frames: int) -> dict[str, Any]:
-    """Watch so many frames of a file, twice: the first time compiles."""
+    """Watch a number of frames of a file, twice: the first time compiles."""
     model = make_model(size)
     began = time.perf_counter()
     begin(model).extend(path, frames=frames, ratio=RATIO)
@@ -233,7 +233,7 @@ def attention_error(size: str) -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from vxl_jax.nn.attention.tiled import window_attention
+    from vxl_jax.nn.attention import window_attention
 
     language = config_of(size).language
     dtype, tokens = config_of(size).dtype, 1530
@@ -244,10 +244,9 @@ def attention_error(size: str) -> list[dict[str, Any]]:
         for key, n in zip(keys, heads, strict=True)
     )
     zero = jnp.zeros((1, tokens), jnp.int32)
-    none = jnp.zeros((1, 1, language.kv_heads, 0, language.head_size), dtype)
 
     def tiles(q: Any, k: Any, v: Any) -> Any:
-        return window_attention(q, k, v, none, none, 0, zero, zero)
+        return window_attention(q, k, v, zero, implementation="tiled")
 
     def library(name: str) -> Callable[..., Any]:
         return lambda q, k, v: jax.nn.dot_product_attention(
@@ -294,7 +293,7 @@ def bytes_per_second() -> float:
 
 
 def measure(name: str, *arguments: Any) -> Any:
-    """Run one measurement in a process of its own."""
+    """Run one measurement in a separate process."""
     command = [sys.executable, "-m", "benchmarks.inference", "--worker", name]
     done = subprocess.run(
         [*command, *map(str, arguments)], capture_output=True, text=True, check=False

@@ -4,7 +4,7 @@
     python -m benchmarks.train --size 7b          # the recipes for one 80 GB card, on a GPU
     python -m benchmarks.train --growth           # bytes of a step at 7B by frames, on any machine
 
-Every measurement runs in a process of its own. A step is `train.run.step.add_batch` and `update` on
+Every measurement runs in a separate process. A step is `train.run.step.add_batch` and `update` on
 one sample: a video and 512 tokens of text, random weights. The peak is the fastest product of two
 square matrices that the same device manages in the same run, in the dtype of training. On a GPU,
 JAX's memory is limited to 80 GB. Writes benchmarks/results/train-{cpu,7b,growth}.json.
@@ -27,7 +27,7 @@ LIMIT = 80e9
 STEPS = 3
 
 
-# In a process of its own.
+# In a separate process.
 
 
 def small_config() -> Any:

@@ -3,7 +3,7 @@
     python -m train.finetune --config beacon_7b --run-dir runs/beacon_7b
 
 What the published model learned about your videos' domain is kept; what it keeps of a window is
-learned anew. To be put in place:
+learned again. To be put in place:
 
 - `data/checkpoints/video_xl`: the published checkpoint, with tokenizer files;
 - `data/mine/train.json`: your records in LLaVA's format (docs/data.md), `data/mine/media/` their

@@ -2,7 +2,7 @@
 
     python -m train.finetune --config lora_7b --run-dir runs/lora_7b
 
-Beacons and projector are trained as well, each at a rate of its own. `python -m convert.to_hf
+Beacons and projector are trained as well, each at a separate rate. `python -m convert.to_hf
 runs/lora_7b DIR` folds the updates into the kernels. To be put in place:
 
 - `data/checkpoints/video_xl`: the published checkpoint, with tokenizer files;

@@ -61,7 +61,7 @@ class OpenModel:
 
     shapes: shape of every parameter, and the dtype to write unless another is asked for. read: part
     of a row's array, which may have a wider dtype; called by several threads. unused: tensors that
-    the network never reads. write_files: writes what stands beside the weights. run: of a training
+    the network never reads. write_files: writes the files other than weights. run: of a training
     run, what it stored.
     """
 
@@ -85,7 +85,7 @@ def open_source(
     Raises: CheckpointError saying what is missing.
     """
     if step is not None and not (directory / "checkpoints").is_dir():
-        raise CheckpointError(f"{directory}: has no steps to choose from, it is no training run")
+        raise CheckpointError(f"{directory}: has no steps to choose from, it is not a training run")
     if base is not None and not (directory / "checkpoints").is_dir():
         raise CheckpointError(f"{directory}: is not a training run, so it has no base checkpoint")
     refuse_adapter(directory)
@@ -256,7 +256,7 @@ def saved_step(checkpoints: Path, wanted: str | None = None) -> int:
     """A step of a run that is whole: a number; `best`, the one with most held-out questions right;
     the last by default.
 
-    Raises: CheckpointError if there is none.
+    Raises: CheckpointError if no step is whole.
     """
     steps = ocp.utils.checkpoint_steps(checkpoints)
     if not steps:

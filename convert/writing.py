@@ -45,7 +45,7 @@ def new_directory(path: Path, needed: int, overwrite: bool) -> Iterator[Path]:
     """A directory to write into, which gets its name only when the block ends without an error.
 
     Killed at any moment, there is nothing under the name, or the whole. What a killed run left
-    beside it is removed by the next.
+    next to it is removed by the next.
 
     Args:
         path: the name.
@@ -64,7 +64,7 @@ def new_directory(path: Path, needed: int, overwrite: bool) -> Iterator[Path]:
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path}: exists already; choose another, or --overwrite it")
     if path.exists() and not _is_checkpoint(path):
-        raise CheckpointError(f"{path}: is no checkpoint, and not overwritten; remove it")
+        raise CheckpointError(f"{path}: is not a checkpoint, so it is not overwritten; remove it")
     try:
         part.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,7 +136,7 @@ def _empty_directory(directory: Path) -> None:
 
 
 def copy_small_files(source: Path, destination: Path, leave: Collection[str] = ()) -> None:
-    """Copy what stands beside the weights: configuration, tokenizer and processor files."""
+    """Copy the files other than weights: configuration, tokenizer and processor."""
     for pattern in SMALL_FILES:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and file.name not in (INDEX_FILE, *leave):

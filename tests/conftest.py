@@ -6,16 +6,23 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Most of the suite's time is compilation, and most of that is optimization that small models do not
-# need. Set before jax is imported; the processes that tests start inherit it.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+ROOT = Path(__file__).resolve().parents[1]
 
-import pytest
+# Most of the suite's time is compilation, and most of that is optimization that small models do not
+# need (`make test` runs some tests a second time with it). Programs are kept from one module, one
+# process and one run of the suite to the next. Set before jax is imported; the processes that tests
+# start inherit it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "programs"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of reference material beside the checkout; tests that need it skip without."""
+    """The folder of reference material next to the checkout; tests that need it skip without."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not (folder / "golden").is_dir():
         pytest.skip(f"reference material is not at {folder}: nothing to compare with")

@@ -2,7 +2,7 @@
 
     python -m train.inspect_data --config finetune_video --data.train-json my.yaml --check-media
 
-Takes the options of `train.finetune` and a few of its own (`--help`). No weights are loaded.
+Takes the options of `train.finetune` and a few more (`--help`). No weights are loaded.
 """
 
 import json
@@ -169,7 +169,7 @@ def inspect(config: TrainConfig, out: Path, options: Options) -> int:
 
 
 def kind_lengths(data: Dataset, plans: Epochs) -> dict[str, KindLengths]:
-    """Lengths of the kinds that there are, for `draw_lengths`."""
+    """Lengths of each kind of sample in the data, for `draw_lengths`."""
     found = {}
     for number, name in enumerate(KINDS):
         some = data.kind == number

@@ -240,7 +240,7 @@ class LoRAConfig:
     alpha: float = 16.0
     """An update is multiplied by alpha / rank."""
     targets: tuple[LoRATarget, ...] = ("q", "k", "v", "o", "gate", "up", "down")
-    """Linears that get an update, in all layers. Beacon tokens have q, k and v of their own."""
+    """Linears that get an update, in all layers. Beacon tokens have separate q, k and v."""
 
     def __post_init__(self):
         if self.rank < 0:

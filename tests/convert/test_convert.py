@@ -68,7 +68,7 @@ def test_parity_runs_on_a_converted_checkpoint(converted):
 
 
 def test_a_converted_checkpoint_stands_by_itself(converted, tmp_path):
-    """It can be moved, and everything that is needed beside the weights is there."""
+    """It can be moved, and everything that is needed besides the weights is there."""
     moved = tmp_path / "elsewhere" / "model"
     shutil.copytree(converted, moved)
     assert vxl_jax.load_network(moved).config == vxl_jax.load_network(MICRO).config
@@ -93,7 +93,7 @@ def test_killed_at_any_moment_nothing_or_all_is_there(moment, tmp_path):
         assert_same_model(vxl_jax.load_network(tmp_path / "out"), vxl_jax.load_network(MICRO))
         return
     assert (tmp_path / ".out.vxl-part").exists()
-    # What is left over does not stand in the way of the next.
+    # Leftovers do not stand in the way of the next.
     convert_from_hf(MICRO, tmp_path / "out")
     assert_same_model(vxl_jax.load_network(tmp_path / "out"), vxl_jax.load_network(MICRO))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -125,7 +125,7 @@ def test_what_is_there_is_not_overwritten_unasked(converted, tmp_path):
     (out / "mine.txt").write_text("kept")
     with pytest.raises(CheckpointError, match="exists already; choose another, or --overwrite it"):
         convert_from_hf(MICRO, out)
-    with pytest.raises(CheckpointError, match="is no checkpoint, and not overwritten"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint, so it is not overwritten"):
         convert_from_hf(MICRO, out, overwrite=True)
     assert (out / "mine.txt").read_text() == "kept"
     shutil.rmtree(out)
@@ -136,7 +136,7 @@ def test_what_is_there_is_not_overwritten_unasked(converted, tmp_path):
     assert [file.name for file in out.glob("*.safetensors")] == ["unused.safetensors"]
     assert_same_model(vxl_jax.load_network(out), vxl_jax.load_network(MICRO))
     (out / "checkpoints").mkdir()
-    with pytest.raises(CheckpointError, match="is no checkpoint, and not overwritten"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint, so it is not overwritten"):
         from_hf.convert_from_hf(MICRO, out, overwrite=True)
     (tmp_path / "link").symlink_to(out)
     with pytest.raises(CheckpointError, match="is a link; name the directory itself"):

@@ -1,4 +1,4 @@
-"""Converted weights in this network, beside transformers' own modules (PyTorch, float32, CPU)."""
+"""Converted weights in this network, compared with transformers' modules (PyTorch, float32)."""
 
 import jax
 import numpy as np

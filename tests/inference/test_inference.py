@@ -68,7 +68,7 @@ def assert_same(one: VisualMemory, other: VisualMemory) -> None:
 def fresh(
     model: Model, blocks: list[np.ndarray], question: str, ratio: Any, new: int = 8
 ) -> list[int]:
-    """The answer's ids when all is read anew, in one go, by the functions below this interface."""
+    """The answer's ids when all is read again, in one go, by the functions below this interface."""
     ids = encode_prompt("<image>" * len(blocks) + question, model.tokenizer)
     tokens = [model.config.layout.count(len(block)) for block in blocks]
     stream = plan_stream(ids, tokens, window=model.config.window, ratio=ratio)
@@ -353,7 +353,7 @@ def test_golden_ids_through_this_interface(demo_tokenizer: Any):
     assert compared == 1
 
 
-# What is refused, and what is left then.
+# Refusals, and what remains then.
 
 
 def test_a_question_needs_text(model: Model):

@@ -57,7 +57,7 @@ def test_failing_question_leaves_the_memory(cases: dict[str, Any]):
 
 
 def test_conversation_whose_turn_fails_is_as_it_was(cases: dict[str, Any]):
-    """In the middle of an answer, and in the middle of a film of its own."""
+    """In the middle of an answer, and in the middle of a chat's film."""
     found = cases["chat"]
     assert len(found["errors"]) == 2
     for error in found["errors"]:

@@ -220,7 +220,7 @@ _DIVX = b"\0\0\1\xb2DivX503b1393p\0"
 def packed(path: Path) -> None:
     """As early encoders of DivX and Xvid wrote B frames: in the packet of the frame before.
 
-    A packet that says that there is no frame stands where the B frame would have been.
+    A packet that says that no frame follows stands where the B frame would have been.
     """
     source = encode(
         path.with_suffix(".mkv"),

@@ -139,9 +139,9 @@ CONFIG = VideoXLConfig(
 
 
 def xla_flops(function, *arguments):
-    """Operations of the program before it is optimized: all of its products, whatever the device.
+    """Operations of the program before it is optimized: all of its products, on any device.
 
-    The few per cent that it counts beside products are those of norms, softmax and the like.
+    The few per cent that it counts besides products are those of norms, softmax and the like.
     """
     return jax.jit(function).lower(*arguments).cost_analysis()["flops"]
 

@@ -83,7 +83,7 @@ def overwritten(content: bytes, count: int, rng: random.Random) -> Iterator[tupl
 
 
 def png(width: int, height: int, pixels: bytes = b"", extra: bytes = b"") -> bytes:
-    """A PNG with a header that declares a size, whatever its pixels are."""
+    """A PNG with a header that declares a size, without regard to its pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (

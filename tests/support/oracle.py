@@ -1,8 +1,8 @@
 """Video-XL window by window in NumPy float64, as the published code goes about it.
 
 Kept apart from the library on purpose: it shares neither code nor method with it. Memory keys are
-stored before RoPE and rotated anew at every use, windows and layers run one after another in Python
-loops, and parameters are read under their published names.
+stored before RoPE and rotated again at every use, windows and layers run one after another in
+Python loops, and parameters are read under their published names.
 """
 
 import numpy as np

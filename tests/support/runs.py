@@ -183,7 +183,7 @@ def run(folder: Path, path: Path, *options: str) -> Run:
 
 
 class Processes:
-    """Processes of one run, each with so many devices; nothing of them outlives the `with` block.
+    """Processes of one run, each with some devices; nothing of them outlives the `with` block.
 
     commands: what each runs after `python`, such as `["-m", "train.finetune", *options]`. inside:
     the folder that each works in.

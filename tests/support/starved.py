@@ -36,7 +36,7 @@ def address_space() -> int:
 
 @contextmanager
 def starved(room: int = ROOM) -> Iterator[None]:
-    """No more than `room` bytes of address space beside what the process has."""
+    """No more than `room` bytes of address space more than the process has."""
     sizes = [address_space()]
     while len(sizes) < 5 or len(set(sizes[-5:])) > 1:  # threads that end still give back theirs
         time.sleep(0.05)

@@ -42,7 +42,7 @@ CONFIG = TrainConfig(
 
 @pytest.fixture
 def run(demo_data: Path, tmp_path: Path) -> Path:
-    """A run's directory with data of its own, and `config.py` for it beside."""
+    """A run's directory with separate data, and `config.py` for it."""
     shutil.copytree(demo_data, tmp_path / "run" / "data")
     text = CONFIG.replace("RUN_DIR", str(tmp_path / "run"))
     (tmp_path / "config.py").write_text(text)
@@ -213,7 +213,7 @@ def test_check_media(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     train = str(run / "data/train.json")
     options = ["--data.train-json", train, train, "--data.workers", "2", "--samples", "0"]
-    assert inspect(run, *options) == 0  # nothing is decoded, missing files are no error
+    assert inspect(run, *options) == 0  # nothing is decoded, missing files do no harm
     assert "training would stop" not in capsys.readouterr().out
     assert {row["reason"].partition(": ")[0] for row in bad_rows(run)} == {str(media / gone)}
 

@@ -42,7 +42,7 @@ class LoadedConfig(NamedTuple):
 
 
 class OwnOptions(ArgumentParser):
-    """Options that a command has beside those of a configuration."""
+    """Options of a command that are not fields of a configuration."""
 
     def __init__(self, prog: str, description: str):
         super().__init__(

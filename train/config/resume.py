@@ -41,7 +41,7 @@ goes, which steps are left out, and what it shows and keeps."""
 
 
 MOVABLE = frozenset({"data.media_root", "data.train_json", "model.checkpoint", "model.tokenizer"})
-"""Paths that a resumed run may change with `run.moved`: what is there is compared by digest, but
+"""Paths that a resumed run may change with `run.moved`: their content is compared by digest, but
 for media, of which only the lengths of samples are."""
 
 

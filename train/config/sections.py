@@ -72,7 +72,7 @@ class ModelSection:
             self.checkpoint is not None or self.tokenizer is not None,
             "model.tokenizer",
             self.tokenizer,
-            "a directory when there is no model.checkpoint",
+            "a directory when model.checkpoint is not set",
         )
         _check_least("model", self, 1, "pool_stride")
         _check(min(self.ratios or (1,)) >= 1, "model.ratios", self.ratios, "at least 1 each")
@@ -149,7 +149,7 @@ class DataSection:
     alone."""
     shapes: int = 16
     """Padded shapes of batches at most: more pad less, and each is compiled once. Samples of text
-    alone have shapes of their own."""
+    alone have separate shapes."""
     workers: int = 2
     """Processes that read and prepare samples; 0: the training process itself, where a damaged file
     that stops a decoder stops the run."""
@@ -162,7 +162,7 @@ class DataSection:
     cache_mb: int = 0
     """Prepared media that are kept in memory from epoch to epoch, in MB."""
     cache_dir: str | None = None
-    """Directory for the indices and lengths of data files; None: a hidden folder beside each."""
+    """Directory for the indices and lengths of data files; None: a hidden folder next to each."""
     max_bad_share: float = 0.1
     """Training stops when more than this share of its samples is bad."""
 
@@ -302,7 +302,7 @@ class RunSection:
     """Seed of random weights, the order of samples and the ratios."""
     moved: bool = False
     """Resume although data.train_json, data.media_root, model.checkpoint or model.tokenizer name
-    another place than before (--moved is short for it). What is there has to be the same: data
+    another place than before (--moved is short for it). Their content has to be the same: data
     files, weights and vocabulary are compared by digest."""
     max_steps: int | None = None
     """Stop after this many optimizer steps; the learning rate is scheduled for all. None: no."""
@@ -313,8 +313,7 @@ class RunSection:
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
-    """Checkpoints of every so many steps are kept as well (a multiple of save_every); None: none.
-    """
+    """Checkpoints of each keep_every-th step are kept too (a multiple of save_every); None: no."""
     keep_best: int = 0
     """Checkpoints that answer most held-out questions right are kept as well; needs eval_every."""
     skip_steps: tuple[int, ...] = ()

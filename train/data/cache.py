@@ -15,7 +15,7 @@ from typing import Any
 from train.errors import DataError, unreadable
 
 CACHE_FORMAT = 1
-"""Version of what is in a cache folder; another one is built anew."""
+"""Version of what is in a cache folder; another one is rebuilt."""
 
 KEY_FILE = "key.json"
 
@@ -30,14 +30,14 @@ def cached(
     key: dict[str, Any],
     build: Callable[[Path], None],
 ) -> Path:
-    """A folder with what `build(folder)` makes from a file, built only if there is none that fits.
+    """A folder with what `build(folder)` makes from a file, built only if no valid one exists.
 
-    It lies beside the source in `.FILE.vxl/NAME`, or where that cannot be written in
+    It is kept next to the source in `.FILE.vxl/NAME`, or where that cannot be written in
     `vxl-jax/HASH-FILE/NAME` of the user's cache; with cache_dir in `HASH-FILE/NAME` there. It fits
     as long as the source's size and time and the key (JSON) are the same. A key that differs
     replaces it: what runs at the same time with different keys needs different names.
 
-    It is built in a folder of its own and then renamed: nobody sees half of it, whoever builds at
+    It is built in a temporary folder and then renamed: nobody sees half of it, whoever builds at
     the same time, and a killed builder leaves nothing that counts.
 
     Raises: DataError if the source cannot be read or no such folder can be written; what `build`
@@ -68,7 +68,7 @@ def cached(
 
 
 def forget(folder: Path) -> None:
-    """Let a folder fit no more, so that the next who asks for it builds it anew."""
+    """Invalidate a cache folder."""
     (folder / KEY_FILE).unlink(missing_ok=True)
 
 

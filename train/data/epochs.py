@@ -1,7 +1,7 @@
 """Which samples go together, in which padded shape, in which order: the same on every host.
 
 All of it follows from the seed and the samples' lengths. A position in the sequence of batches is
-one number, whatever the number of workers or hosts.
+one number, for any number of workers and hosts.
 """
 
 import itertools
@@ -82,7 +82,7 @@ def make_buckets(
 ) -> tuple[list[Bucket], np.ndarray]:
     """Few buckets that pad little, and the bucket of every sample.
 
-    Samples with media and samples of text alone have buckets of their own. Lengths are cut where
+    Samples with media and samples of text alone have separate buckets. Lengths are cut where
     the sum of padded lengths is least (dynamic programming over a ladder of 16 lengths a doubling).
     """
     tokens = lengths.tokens
@@ -108,7 +108,7 @@ def make_buckets(
 
 
 def places_of(tokens: int, data: DataSection, most: int) -> int:
-    """How many samples padded to so many tokens share a batch, at most `most`."""
+    """Count the samples of a padded length that share a batch, at most `most`."""
     if data.max_tokens_per_batch is None:
         return most
     return max(1, min(most, data.max_tokens_per_batch // tokens))
@@ -198,8 +198,7 @@ class Epochs:
                 self._planned[number] = self._plan(number)
             epoch = self._planned[number]
         k = index - int(self.ends[number - 1] if number else 0)
-        bucket = int(epoch.bucket[k])
-        start = int(epoch.start[k])
+        bucket, start = int(epoch.batches["bucket"][k]), int(epoch.batches["start"][k])
         samples = epoch.samples[bucket][start : start + int(self.places[bucket])]
         return BatchPlan(samples, self.buckets[bucket], (self.seed, 3, number, k))
 
@@ -230,38 +229,44 @@ class Epochs:
         return -(-counts // self.places)
 
     def _plan(self, number: int) -> "_Epoch":
-        """Fill a batch of each bucket in random order; what is left at the end is not full."""
+        """Fill a batch of each bucket in random order; the last batch of each may be partial."""
         rng = np.random.default_rng([self.seed, 2, number])
         order = rng.permutation(self.samples(number))
         of_place = self.bucket_of[order]
-        samples, complete, bucket, start = [], [], [], []
+        samples, pieces = [], []
         for i, places in enumerate(self.places):
             at = np.flatnonzero(of_place == i)
             samples.append(order[at])
             starts = np.arange(0, len(at), places)
             last = starts + places - 1
-            # Batches that never become full come last.
             full = last < len(at)
-            complete.append(np.where(full, at[np.where(full, last, 0)], len(order) + i))
-            bucket.append(np.full(len(starts), i, np.int16))
-            start.append(starts)
-        by_time = np.argsort(np.concatenate(complete), kind="stable")
-        return _Epoch(samples, np.concatenate(bucket)[by_time], np.concatenate(start)[by_time])
+            some = np.empty(len(starts), _BATCH)
+            some["bucket"], some["start"] = i, starts
+            # Batches that never become full come last.
+            some["complete"] = np.where(full, at[np.where(full, last, 0)], len(order) + i)
+            pieces.append(some)
+        batches = np.concatenate(pieces)
+        return _Epoch(samples, batches[np.argsort(batches["complete"], kind="stable")])
+
+
+_BATCH = np.dtype([("bucket", np.int16), ("start", np.int64), ("complete", np.int64)])
+"""A batch: its bucket, its first sample among those of the bucket, and the place in the epoch's
+order of the sample that makes it full.
+"""
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """One epoch's batches: the samples of each bucket; of each batch, the bucket and the start."""
+    """One epoch: the samples of each bucket in order, and its batches (`_BATCH`) in order."""
 
     samples: list[np.ndarray]
-    bucket: np.ndarray
-    start: np.ndarray
+    batches: np.ndarray
 
 
 def plan_run(dataset: Dataset, data: DataSection, seed: int) -> Epochs:
     """All batches of a training run.
 
-    Raises: DataError if there is none.
+    Raises: DataError if the run has no batch.
     """
     buckets, bucket_of = make_buckets(dataset.lengths, data, data.batch_size)
     return Epochs(buckets, bucket_of, shares(dataset, data.epochs), seed, data.sequential)

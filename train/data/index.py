@@ -1,7 +1,7 @@
 """Random access to the records of annotation files of any size, without holding them.
 
 A file is indexed once: where each record starts and how long it is. The index is kept in a folder
-beside the file, or in a cache directory, and used again until the file changes.
+next to the file, or in a cache directory, and used again until the file changes.
 """
 
 import codecs
@@ -126,7 +126,7 @@ def open_index(path: Path, cache_dir: Path | None = None) -> RecordIndex:
     The first call reads the whole file, later ones nothing of it until it changes. Of the records
     themselves only the extent is checked here, the rest as each is read.
 
-    cache_dir: where the index is kept; None: beside the file or in the user's cache (`cached`).
+    cache_dir: where the index is kept; None: next to the file or in the user's cache (`cached`).
 
     Raises: DataError naming the file if it cannot be read, holds no list of records, or its index
     cannot be written.
@@ -138,7 +138,7 @@ def open_index(path: Path, cache_dir: Path | None = None) -> RecordIndex:
         raise unreadable(path, error) from error
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(f"{path}: is none of {', '.join(SUFFIXES)}; convert or rename it")
+        raise DataError(f"{path}: is not one of {', '.join(SUFFIXES)}; convert or rename it")
     if suffix == ".parquet":
         # Tables are read row group by row group; only text gives one record quickly.
         folder = cached(path, cache_dir, "index", {"suffix": suffix}, lambda f: _convert(path, f))
@@ -229,7 +229,7 @@ def _list_spans(path: Path, data: mmap.mmap) -> Spans:
         match = _SPACE.match(data, position)
         return match.end() if match else position
 
-    def fault(what: str, advice: str = "mend it there") -> DataError:
+    def fault(what: str, advice: str = "fix it there") -> DataError:
         if position >= len(data):
             what, advice = "it ends before its list does", "fetch or make it again"
         return DataError(f"{path}: is not valid JSON ({what}); {advice}")

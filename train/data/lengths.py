@@ -36,7 +36,7 @@ class Lengths:
 
 
 def kinds_of(blocks: np.ndarray, is_video: np.ndarray) -> np.ndarray:
-    """Places in `KINDS` of samples with so many blocks, some of them videos or none, uint8 [N]."""
+    """Places in `KINDS`, uint8 [N], of samples with a number of blocks that may be videos."""
     return np.where(blocks == 0, 0, np.minimum(blocks, 2) + 2 * is_video).astype(np.uint8)
 
 

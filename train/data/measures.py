@@ -29,7 +29,7 @@ TOGETHER = 16
 
 
 COLUMNS = ("record", "text", "labels", "blocks", "is_video")
-"""What is cached of each record that can be used, beside the frames of its blocks."""
+"""What is cached of each record that can be used, in addition to the frames of its blocks."""
 
 
 class Measures:
@@ -88,7 +88,7 @@ class Measures:
         return [np.concatenate(column) for column in zip(*columns, strict=True)], bad
 
     def _part(self, name: str, chosen: np.ndarray) -> tuple[dict[str, np.ndarray], list[Any]]:
-        """What is cached of one part; measured anew if a record that was bad can be used now."""
+        """Read one part from the cache; measure it again if a record that was bad is usable now."""
         built = False
 
         def build(folder: Path) -> None:

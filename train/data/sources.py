@@ -145,7 +145,7 @@ def _find_files(text: str, folder: Path, suffixes: Collection[str]) -> list[Path
         if path.is_dir():
             raise DataError(f"{path}: is a directory; give its files, {path / '*.json'}")
         if path.suffix.lower() not in suffixes:
-            raise DataError(f"{path}: is none of {', '.join(suffixes)}")
+            raise DataError(f"{path}: is not one of {', '.join(suffixes)}")
     return found
 
 

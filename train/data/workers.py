@@ -252,7 +252,7 @@ class WorkerPool:
         self.close()
 
     def _ask(self, request: tuple[Any, ...], tries: int, out: np.ndarray | None = None) -> Any:
-        """The answer to a request, or text that says why there is none."""
+        """The answer to a request, or text that says why it failed."""
         reason, stops = "", self._stops
 
         def stopped() -> bool:

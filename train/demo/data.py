@@ -111,7 +111,7 @@ def make_demo_data(
     """Write the data set, or return at once if `directory` holds it already.
 
     The same seed and amounts give the same bytes (with the same versions of the libraries).
-    Everything is written beside `directory` first, so what is there under its name is complete.
+    Everything is written to a sibling of `directory` first, so that `directory` is always complete.
 
     Raises: FileExistsError if `directory` holds something else. ModuleNotFoundError without PyAV.
     """
@@ -148,7 +148,7 @@ def make_demo_data(
 
 
 def _rng(seed: int, *names: object) -> np.random.Generator:
-    """A generator of its own for everything that has a name: no amount changes another's draws."""
+    """Make a generator for a name: the amount of one kind does not change the draws of another."""
     return np.random.default_rng([seed, *"/".join(map(str, names)).encode()])
 
 

@@ -1,4 +1,4 @@
-"""sha256 of all weights of a checkpoint, whatever its layout."""
+"""SHA-256 of all weights of a checkpoint, the same in every layout."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from vxl_jax.typing import ParamPath
 def weights_digest(directory: str | Path, progress: Callable[[int], None] = lambda n: None) -> str:
     """sha256 of all weights that the network reads: names, dtypes, shapes and bytes.
 
-    A checkpoint in the published layout has the same digest whatever its shards are, and so has a
+    The digest does not depend on how a published checkpoint is cut into shards, and so has a
     converted one of the same dtype. progress: called with the bytes read.
 
     Raises: CheckpointError if the checkpoint is not whole, or cannot be read.

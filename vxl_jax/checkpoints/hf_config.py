@@ -212,7 +212,7 @@ def _same_weights(one: Tensor, other: Tensor) -> bool:
 def read_max_context(directory: Path) -> int | None:
     """Positions that the model of a published directory has learned; None if it does not say.
 
-    Raises: CheckpointError if that is no number.
+    Raises: CheckpointError if it is not a whole number.
     """
     path = directory / "config.json"
     values = Fields(read_json(path), path)

@@ -101,7 +101,7 @@ def _published_arrays(
         shape, dtype = shapes[row.ours].shape, DTYPES[config.param_dtype]
         read = partial(_read_index, row, tensors, shape, dtype, problems)
         if placement is None:
-            # A copy without a program of its own: `read` may use its buffer again.
+            # Copied without compiling a program: `read` may use its buffer again.
             yield row.ours, jax.device_put(read(whole(shape)), may_alias=False)
         else:
             sharding = placement(row.ours, shape)
@@ -175,7 +175,7 @@ def _converted_arrays(directory: Path, target: Shapes) -> Arrays:
 
 
 def check_unused_head(directory: Path, config: VideoXLConfig, stored: Shapes) -> None:
-    """Refuse a converted checkpoint of which a head with weights of its own was put aside.
+    """Refuse a converted checkpoint whose separate head was put aside.
 
     Older versions did so where `tie_word_embeddings` was true.
 

@@ -88,7 +88,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 
 def metadata_of(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself beside its tensors.
+    """Read the metadata of a safetensors file.
 
     Raises: CheckpointError if it cannot be opened.
     """

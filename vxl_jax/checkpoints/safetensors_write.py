@@ -90,7 +90,7 @@ def write_shards(
 ) -> None:
     """Write tensors in their order into `model*.safetensors`, with an index if there are several.
 
-    A tensor larger than `shard_bytes` has a shard of its own.
+    A tensor larger than `shard_bytes` gets a separate shard.
     """
     shards: list[list[NewTensor]] = [[]]
     filled = 0

@@ -118,7 +118,7 @@ def scratch_array(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def as_dtype(values: np.ndarray, tensor: Tensor, dtype: str | None) -> np.ndarray:
-    """Weights in another dtype; what is no weight (position ids), or None, leaves them."""
+    """Cast weights to a dtype; non-weights (position ids) and a dtype of None change nothing."""
     return values if dtype is None or tensor.dtype not in STORED else values.astype(DTYPES[dtype])
 
 

@@ -208,7 +208,7 @@ def as_list(media: MediaLike | Sequence[MediaLike]) -> list[MediaLike]:
 
 
 def check_question(question: Any, media: bool = True) -> None:
-    """Refuse what is no text, and marks for media where there are none.
+    """Refuse a question that is not text, or has marks where no media are given.
 
     Raises: ArgumentError.
     """

@@ -84,7 +84,7 @@ def read_generate_options(arguments: list[str]) -> argparse.Namespace:
         metavar="R",
         help="compression: 16, by second 0:16,60:4,90:16, none (default: the largest)",
     )
-    media.add_argument("--sample-fps", type=float, help="take so many frames a second, up to N")
+    media.add_argument("--sample-fps", type=float, help="frames taken from a second, up to N")
     media.add_argument("--start", type=float, metavar="S", help="second where frames begin")
     media.add_argument("--end", type=float, metavar="S", help="second where frames end")
     decoders = ("pyav", "decord")

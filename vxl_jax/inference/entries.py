@@ -56,7 +56,7 @@ class Entries:
     """A buffer of entries on the device, shared by threads: their owners know how many count.
 
     Entries that an owner has published never change: `append` is called with a place behind them,
-    so that a reader that has noted a length sees the same whatever is appended. The buffer is
+    so a reader that has noted a length sees the same entries after every append. The buffer is
     replaced under `lock`, and each program that reads it is dispatched under `lock` (`reading`): a
     thread whose program is being compiled keeps the others waiting for that long.
     """
@@ -93,7 +93,7 @@ class Entries:
             yield replace(self._memory, length=jnp.full((1,), length, jnp.int32))
 
     def copied(self) -> "Entries":
-        """Copy all entries into a buffer of their own.
+        """Copy all entries into a new buffer.
 
         Raises: VisualMemoryError if the device has no room for both.
         """
@@ -146,7 +146,7 @@ class Entries:
             ) from failure
 
     def _grown(self, capacity: int) -> Memory:
-        """A larger buffer, beside the old one."""
+        """Allocate a larger buffer while the old one exists."""
         if self._memory is None:
             new = empty_memory(self.runtime.config, 1, capacity)
         else:

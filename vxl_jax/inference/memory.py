@@ -263,7 +263,7 @@ class VisualMemory:
         return self._snapshot.entries
 
     def snapshot(self) -> Snapshot:
-        """What it is now, to be read up to its length whatever is watched later."""
+        """Take a snapshot, which later frames do not change."""
         with self._lock:
             now = self._snapshot
             entries = now.entries

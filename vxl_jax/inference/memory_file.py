@@ -28,7 +28,7 @@ FORMAT = "vxl-jax memory 1"
 """What a saved memory says it is."""
 
 SPARE_BYTES = 2**20
-"""Room on the disk beside the tensors of a memory."""
+"""Room on the disk for the header of a saved memory."""
 
 
 def check_fingerprint(name: str, made_by: str, model: str) -> None:

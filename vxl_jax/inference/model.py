@@ -4,8 +4,8 @@
     memory = model.watch("film.mp4", frames=2048, ratio=16)
     print(model.ask(memory, "What happens?"))
 
-The memory is read by every question and changed by none: what a question and its answer add lies in
-a small memory of their own, behind it.
+Every question reads the memory and none changes it: a question and its answer are kept in a small
+second memory that follows it.
 """
 
 from collections.abc import Iterator, Sequence

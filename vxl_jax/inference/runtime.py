@@ -30,7 +30,7 @@ CPU_STEP_TOKENS = 2048
 class Runtime:
     """A network with its tokenizer and its limits. Any number of threads may use it.
 
-    default_ratio: the largest ratio the network was trained with, None if there is none.
+    default_ratio: the largest ratio that the network was trained with; None without compression.
     max_context: trained positions, entries and text together; None: unknown. windows_at_once:
     windows of frames that are put into a memory in one step; memory and speed depend on it, the
     result does not.
@@ -74,8 +74,8 @@ class Runtime:
         """
         if self.max_context is not None and positions > self.max_context:
             raise VisualMemoryError(
-                f"{name}: makes {positions:,} positions with what is there already, and the model "
-                f"has learned {self.max_context:,}; use fewer frames, a higher ratio or a shorter "
+                f"{name}: makes {positions:,} positions with the memory, and the model has "
+                f"learned {self.max_context:,}; use fewer frames, a higher ratio or a shorter "
                 "answer, or load the model with another max_context"
             )
 
@@ -144,7 +144,7 @@ def video_times(blocks: int, times: FrameTimes | None, films: Sequence[Film]) ->
 
 
 def _of_memory(config: VideoXLConfig) -> dict[str, Any]:
-    """Fields of a configuration on which the entries of a memory depend, beside the parameters."""
+    """Select the fields of a configuration that entries depend on."""
     unused = ("remat", "compression", "param_dtype", "preprocessing")
     fields = {name: value for name, value in asdict(config).items() if name not in unused}
     return fields | {"window": config.window}

@@ -143,7 +143,7 @@ class Watcher:
         self._failed = False
 
     def finish(self) -> None:
-        """Put in what is left, also a partial window; after a failure, the step before it alone.
+        """Append the remaining frames, with a partial window; after a failure, the last good step.
 
         Raises: VisualMemoryError if the device has no room.
         """
@@ -170,7 +170,7 @@ class Watcher:
             ratios = (*ratios[:-1], ratio_within(ratios[-1], count % window))
         before = self.before + block.start
         stream = plan_stream([IMAGE_TOKEN], [count], window=window, ratio=ratios, before=before)
-        # One program for one window, one for several: what is not full is padded.
+        # Padded, so that one program serves one window and another serves several.
         windows = 1 if count <= window else self.runtime.windows_at_once
         finest = min((ratio for ratio in ratios if ratio is not None), default=0)
         beacons = window // finest if finest else 0

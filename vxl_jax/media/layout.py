@@ -33,7 +33,7 @@ class VisualLayout:
         return int(self.frame_tokens(frames, first).sum())
 
     def counts(self, frames: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-        """Count the tokens of whole blocks of so many frames each."""
+        """Count the tokens of whole blocks, given the number of frames of each."""
         ends = np.append(0, np.cumsum(self.frame_tokens(int(frames.max(initial=0)))))
         return ends[frames]
 

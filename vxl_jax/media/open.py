@@ -1,7 +1,7 @@
 """What is watched, as chunks of pixels: the next is decoded while the device works on one.
 
 Files are decoded in a child process, which is ended if it hangs. No more than a few chunks are in
-memory, whatever the length of the film.
+memory at a time, however long the film is.
 """
 
 import math

@@ -65,7 +65,7 @@ def tile_grid(size: Size, pinpoints: Sequence[Size], tile: int) -> Size:
     """Returns (columns, rows) of the tiles of an image, from its size alone.
 
     Raises:
-      ValueError: `size` is not positive, or the chosen pinpoint is no multiple of `tile`.
+      ValueError: `size` is not positive, or the chosen pinpoint is not a multiple of `tile`.
     """
     width, height = best_resolution(size, pinpoints)
     if width % tile or height % tile:

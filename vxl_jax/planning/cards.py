@@ -81,7 +81,7 @@ def card_of(name: str) -> Card | None:
 def find_card(name: str) -> Card:
     """The card that `--card` names.
 
-    Raises: ConfigError if there is none.
+    Raises: ConfigError for an unknown card.
     """
     card = card_of(name)
     if card is None:

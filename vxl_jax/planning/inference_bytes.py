@@ -65,7 +65,7 @@ class Estimate:
     """Bytes of a model that watches a film and is asked.
 
     entries, memory: of the film, with the room that its capacity has. activations: the most that
-    stands beside weights and memory: temporaries, pixels and features of one step.
+    is held with weights and memory: temporaries, pixels and features of one step.
     """
 
     frames: int
@@ -95,7 +95,7 @@ class Estimator:
         self.windows = max(1, STEP_TOKENS // config.window)
 
     def estimate(self, frames: int, ratio: int | None) -> Estimate:
-        """Watching so many frames at one ratio, and answering."""
+        """Estimate watching a number of frames at one ratio, and answering."""
         entries = TEXT_ROOM + video_entries(self.config, frames, ratio)
         capacity = round_up(entries, 16)
         return Estimate(
@@ -109,8 +109,8 @@ class Estimator:
         )
 
     def most_frames(self, like: Estimate, memory: int) -> int:
-        """Frames at the ratio of an estimate that fit into so many bytes; its activations count as
-        theirs, which do not depend on the frames.
+        """Find how many frames at the ratio of an estimate fit into some bytes. Activations are its
+        own, which do not depend on the frames.
         """
         room = (memory - like.weights - like.activations) // self.entry
         low, high = 0, SEARCHED_FRAMES
@@ -121,7 +121,7 @@ class Estimator:
         return low
 
     def activations(self, capacity: int, ratio: int | None) -> int:
-        """Most bytes beside weights and a memory of some capacity, in any of the programs."""
+        """Find the most bytes that any program needs with weights and a memory of some capacity."""
         c = self.wide
         tokens = self.windows * c.window
         frames = c.layout.frames_of(tokens)
@@ -152,7 +152,7 @@ class Estimator:
 
 
 def _extra_bytes(lowered: Any) -> int:
-    """Bytes of a program beside its arguments, and outputs that take their place."""
+    """Count a program's temporaries, and outputs that do not alias its arguments."""
     memory = lowered.compile(compiler_options=COMPILER_OPTIONS).memory_analysis()
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return int(memory.temp_size_in_bytes + made)

@@ -79,7 +79,7 @@ def encode_conversation(
     Leading gpt turns are dropped. In human turns
 
     - marks at the start become as many visual blocks, then a newline, then the rest as it stands
-      (which usually begins with a newline of its own);
+      (which usually begins with a newline);
     - a single mark elsewhere is moved to the start, before a newline and the stripped rest;
     - several marks that are not all at the start stay where they are, the text between them
       unchanged and no newline added (the published code garbles these turns).
@@ -163,7 +163,7 @@ def encode_caption(caption: str, tokenizer: Tokenizer, control_tokens: bool = Tr
     control_tokens: as for `encode_conversation`.
 
     Raises:
-      ConversationError: the caption is no text, empty, or holds a mark.
+      ConversationError: the caption is not text, is empty, or holds a mark.
     """
     if not isinstance(caption, str) or not caption.strip():
         raise ConversationError(f"the caption must be text and not empty, got {caption!r}")

@@ -195,7 +195,7 @@ def test_parts_of_a_gif_outside_its_canvas(file: Path):
 
 
 def test_apng_blending(file: Path):
-    """Over what is there, or in its place."""
+    """Over the picture before, or in its place."""
     file.write_bytes(
         apng(
             [

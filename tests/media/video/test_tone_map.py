@@ -83,7 +83,7 @@ def test_all_sdr_colors_below_the_knee_keep_their_values(transfer: Transfer) -> 
     found = tone_map(to_hdr(colors, transfer), transfer)
     level = np.abs(found.astype(int) - colors)
     light = np.abs((found / 255) ** 2.4 - (colors / 255) ** 2.4)
-    # A channel near 0 beside a bright one is the difference of large numbers.
+    # A channel near 0 next to a bright one is the difference of large numbers.
     assert ((level <= 1) | (light < 1e-4)).all()
 
 

@@ -154,7 +154,7 @@ def damaged_annotations(seed: int) -> Cases:
     whole = {
         **{f"strange-{i}": value.encode() for i, value in enumerate(STRANGE)},
         **{f"list-of-{i}": f"[{value}]".encode() for i, value in enumerate(STRANGE)},
-        **{f"beside-{i}": f"[{one},\n{value}]".encode() for i, value in enumerate(STRANGE)},
+        **{f"next-to-{i}": f"[{one},\n{value}]".encode() for i, value in enumerate(STRANGE)},
         "empty": b"",
         "space": b" \n\t\n ",
         "nul": bytes(1000),
@@ -169,7 +169,7 @@ def damaged_annotations(seed: int) -> Cases:
         "deep": b"[" * 200_000,
         "deep-closed": b"[" * 200_000 + b"]" * 200_000,
         "deep-record": b"[" + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"]",
-        "deep-beside": f"[{one}, ".encode() + b"[" * 100_000 + b"]" * 100_000 + b"]",
+        "deep-next-to": f"[{one}, ".encode() + b"[" * 100_000 + b"]" * 100_000 + b"]",
         "long-string": f'[{one}, "{"x" * 20_000_000}"]'.encode(),
         "long-escapes": f"[{one}, ".encode() + b'"' + b"\\\\" * 5_000_000 + b'"]',
         "long-open": f'[{one}, "{"x" * 20_000_000}'.encode(),

@@ -316,7 +316,7 @@ def test_the_datasets_of_one_mixture_are_one_lesson():
 
 @pytest.mark.parametrize("amount", [17.5, 7, 3, 0.4, 6.99, 14, 7 / 3])
 def test_every_sample_is_used_as_often_as_any_other(amount: float):
-    """Seven samples, of which an epoch takes so many."""
+    """Seven samples, of which an epoch takes some."""
     count = 40
     plans = Epochs([SMALL], np.zeros(7, np.int32), [Share(range(7), amount, count)], 0)
     used: Counter[int] = Counter()

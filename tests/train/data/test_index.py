@@ -55,7 +55,7 @@ def test_formats_give_the_same_records(suffix: str, tmp_path: Path):
 def test_odd_lists(content: str, tmp_path: Path):
     path = tmp_path / "x.json"
     path.write_text(content, newline="")
-    # As text, since NaN is no equal of itself.
+    # As text, since NaN does not equal itself.
     assert repr(list(open_index(path))) == repr(json.loads(content.removeprefix("\ufeff")))
 
 
@@ -170,7 +170,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path):
     ("name", "content", "message"),
     [
         ("x.json", None, "cannot be read (No such file or directory); check the path"),
-        ("x.txt", b"[]", "is none of .json, .jsonl, .parquet; convert or rename it"),
+        ("x.txt", b"[]", "is not one of .json, .jsonl, .parquet; convert or rename it"),
         ("x.json", b"", "has no records"),
         ("x.json", b"\xef\xbb\xbf \n", "has no records"),
         ("x.json", b" [ ] ", "has no records"),
@@ -230,33 +230,33 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path):
             b"[{}, {} ",
             "is not valid JSON (it ends before its list does); fetch or make it again",
         ),
-        ("x.json", b"[{}, ]", "is not valid JSON (no record at byte 5); mend it there"),
-        ("x.json", b"[{},,{}]", "is not valid JSON (no record at byte 4); mend it there"),
-        ("x.json", b"[,{}]", "is not valid JSON (no record at byte 1); mend it there"),
+        ("x.json", b"[{}, ]", "is not valid JSON (no record at byte 5); fix it there"),
+        ("x.json", b"[{},,{}]", "is not valid JSON (no record at byte 4); fix it there"),
+        ("x.json", b"[,{}]", "is not valid JSON (no record at byte 1); fix it there"),
         (
             "x.json",
             b"[{} {}]",
-            "is not valid JSON (no comma or ] at byte 4, after record 0); mend it there",
+            "is not valid JSON (no comma or ] at byte 4, after record 0); fix it there",
         ),
         (
             "x.json",
             b"[1, 2 3]",
-            "is not valid JSON (no comma or ] at byte 6, after record 1); mend it there",
+            "is not valid JSON (no comma or ] at byte 6, after record 1); fix it there",
         ),
         (
             "x.json",
             b"[{}}]",
-            "is not valid JSON (no comma or ] at byte 3, after record 0); mend it there",
+            "is not valid JSON (no comma or ] at byte 3, after record 0); fix it there",
         ),
         (
             "x.json",
             b"[{}]\n[{}]",
-            "is not valid JSON (its list has ended before byte 5); mend it there",
+            "is not valid JSON (its list has ended before byte 5); fix it there",
         ),
         (
             "x.json",
             b"[{}],",
-            "is not valid JSON (its list has ended before byte 4); mend it there",
+            "is not valid JSON (its list has ended before byte 4); fix it there",
         ),
     ],
 )

@@ -33,7 +33,7 @@ LONG = 60.0
 
 @pytest.fixture(scope="module")
 def records(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All kinds of demo records, some that cannot be decoded, some that are bad; beside `media`."""
+    """All kinds of demo records, some that cannot be decoded, some bad; next to `media`."""
     folder = tmp_path_factory.mktemp("records")
     media = shutil.copytree(demo_data / "media", folder / "media")
     every = json.loads((demo_data / "train.json").read_text())

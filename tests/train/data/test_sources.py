@@ -84,8 +84,8 @@ def test_long_lists_of_names(folder: Path):
         ("{a,x*}.json", "x*.json: matches no file; check the pattern"),
         ("dee*", "dee*: matches no file; check the pattern"),
         ("deep", "deep: is a directory; give its files, deep/*.json"),
-        ("no.txt", "no.txt: is none of .json, .jsonl, .parquet, .yaml, .yml"),
-        ("*", "no.txt: is none of .json, .jsonl, .parquet, .yaml, .yml"),
+        ("no.txt", "no.txt: is not one of .json, .jsonl, .parquet, .yaml, .yml"),
+        ("*", "no.txt: is not one of .json, .jsonl, .parquet, .yaml, .yml"),
         ("", ".: is a directory; give its files, *.json"),
         ("a\0.json", "a\0.json: cannot be read (No such file or directory); check the path"),
     ],
@@ -209,7 +209,7 @@ BAD_DATASETS = {
     "json_path: x.json": "json_path: x.json: cannot be read (No such file or directory); check the "
     "path",
     "json_path: x*": "json_path: x*: matches no file; check the pattern",
-    "json_path: m.yaml": "json_path: m.yaml: is none of .json, .jsonl, .parquet",
+    "json_path: m.yaml": "json_path: m.yaml: is not one of .json, .jsonl, .parquet",
     "json_path: a.json, sampling_stratgy: all": "sampling_stratgy: there is no such field; do you "
     "mean sampling_strategy?",
     "json_path: a.json, media_root: ": "media_root is None; it must be a directory",

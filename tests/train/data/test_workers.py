@@ -235,7 +235,7 @@ def test_workers_that_cannot_start_are_an_error(tmp_path: Path):
     reader: Any = FakeReader({}, tmp_path)
 
     def read_some(pool: WorkerPool) -> None:
-        for record in range(4):  # not all that there are
+        for record in range(4):  # not all of them
             read(pool, record)
 
     with (

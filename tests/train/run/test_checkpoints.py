@@ -28,8 +28,7 @@ from train.config import TrainConfig
 from train.config.cli import load_config
 from train.config.resume import config_to_dict
 from train.errors import DataError, TrainingError
-from train.run import distributed
-from train.run import step as step_module
+from train.run import distributed, step as step_module
 from train.run.checkpoints import Checkpoints, Position, quiet_orbax
 from train.run.step import fingerprint
 
@@ -323,7 +322,7 @@ def test_a_full_disk_is_one_error_and_leaves_the_last_checkpoint(
     full = Run(ended.returncode, ended.stdout, ended.stderr, path)
     assert full.error.startswith(f"error: {path}/checkpoints cannot be written (")
     assert "the checkpoint of step 6 is intact" in full.error
-    assert "; see that there is room on the disk; the same command goes on" in full.error
+    assert "; make room on the disk; the same command resumes" in full.error
     assert 6 in full.saved
     assert saved_fingerprint(path, 6) == saved
     rest = run(folder, path)

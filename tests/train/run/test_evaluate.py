@@ -144,7 +144,7 @@ def test_every_sample_is_asked_once_and_gets_its_own_answer(
     workers: int, folder: Path, asked: list[Asked], demo_tokenizer: Any
 ):
     model: Any = Model(tiny())
-    # Whatever fits into a batch of training.
+    # As many as fit into a batch of training.
     options: dict[str, Any] = {
         "workers": workers,
         "batch_size": 2,

@@ -38,9 +38,9 @@ def set_variables(monkeypatch: pytest.MonkeyPatch, *values: str | None) -> None:
         (("host:1", None, "0"), "has JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID but not JAX_NUM_PROC"),
         (("host:1", "2", None), "has JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES but not JAX_PROC"),
         (("host:1", None, None), "but not JAX_NUM_PROCESSES, JAX_PROCESS_ID"),
-        (("host:1", "two", "0"), "'two' processes, of which this is '0': these are no numbers"),
-        (("host:1", "2", "1.0"), "'2' processes, of which this is '1.0': these are no numbers"),
-        (("host:1", "2", "-1"), "'2' processes, of which this is '-1': these are no numbers"),
+        (("host:1", "two", "0"), "'two' processes, of which this is '0': both must be"),
+        (("host:1", "2", "1.0"), "'2' processes, of which this is '1.0': both must be"),
+        (("host:1", "2", "-1"), "'2' processes, of which this is '-1': both must be whole numbers"),
         (("host:1", "2", "2"), "of 2 processes this is number 2; they count from 0"),
         (("host:1", "0", "0"), "of 0 processes this is number 0; they count from 0"),
     ],
@@ -208,7 +208,7 @@ def test_host_work_is_waited_for_outside_the_devices(tmp_path: Path):
     assert (ours[4:], theirs[4:]) == (["went on"], ["went on", "interrupted"])
 
 
-# Two of them. Each works in a folder of its own, as on a machine of its own, where the same paths
+# Two of them. Each works in a separate folder, as on a separate machine, where the same paths
 # may hold something else.
 
 

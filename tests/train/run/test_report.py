@@ -63,7 +63,7 @@ def test_metrics_after_the_last_checkpoint_are_dropped(tmp_path: Path):
     log_steps(tmp_path, 3, 6)
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    log_steps(tmp_path, 0, 1)  # no checkpoint: the run begins anew
+    log_steps(tmp_path, 0, 1)  # no checkpoint: the run begins again
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1]
 
 
@@ -275,7 +275,7 @@ def test_a_resumed_run_knows_the_bad_samples_of_the_steps_it_has_done(tmp_path: 
     with (tmp_path / "bad_samples.jsonl").open("a") as file:
         file.write('{"step": 1, "name": "a.js')  # killed while writing
     resumed = BadSamples(tmp_path, RECORDS, 1.0, start=2)
-    # Those found before training are found again, unless they are mended; so are later ones.
+    # Those found before training are found again, unless they are repaired; so are later ones.
     assert list(resumed.reasons) == ["a.json[1]", "a.json[2]"]
     resumed.note([BadSample("a.json[3]", "dark")], step=3)
     rows = read_rows(tmp_path / "bad_samples.jsonl")

@@ -37,7 +37,7 @@ REFUSED_KEYS = {
     "rejected": "a ranking pair",
     "rejected_response": "a ranking pair",
     "kto_tag": "a preference",
-    "history": "a history beside the conversation",
+    "history": "a history in addition to the conversation",
 }
 """Fields of other trainers that would change training."""
 

@@ -19,7 +19,7 @@ TurnMedium = tuple[str, str | None]
 
 
 def read_turns(raw: Any) -> tuple[Any, list[TurnMedium]]:
-    """Turns as `from` and `value`, and the media inside of them; what is no turn as it is."""
+    """Read turns as `from` and `value`, and the media inside of them; other values unchanged."""
     if not isinstance(raw, list):
         return raw, []
     parts: list[TurnMedium] = []

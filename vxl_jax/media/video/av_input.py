@@ -193,7 +193,7 @@ def _is_utf8(name: str) -> bool:
 def _choose_stream(container: Any, name: str) -> Any:
     """The video stream that a player shows.
 
-    Raises: MediaError: there is none, or no decoder for it.
+    Raises: MediaError: no video stream, or no decoder for it.
     """
     from av.stream import Disposition
 

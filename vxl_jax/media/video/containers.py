@@ -45,7 +45,7 @@ _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<smil", b"<asx", b"{", b"[")
 
 
 def check_video(path: str | Path) -> None:
-    """Refuses what is no video file before a decoder opens it.
+    """Refuse files that are not videos before a decoder opens them.
 
     Raises: MediaError: missing, empty, a playlist, a web page, or a picture.
     """
@@ -120,7 +120,7 @@ def why_unreadable(path: str | Path, error: Exception) -> str:
 
 
 def cut_off(path: str | Path) -> bool:
-    """Whether a file ends in the middle of its own structure."""
+    """Whether a file ends in the middle of its structure."""
     check = _CUT.get(container_of(first_bytes(path)) or "")
     if check is None:
         return False
@@ -156,7 +156,7 @@ def _has_index(path: str | Path) -> bool:
 
 def _mp4_cut(data: mmap.mmap) -> bool:
     kind, _, end = deque([(b"", 0, 0), *boxes(data)], maxlen=1)[0]
-    # Other bytes behind the last box, such as a tag, are no box.
+    # Bytes behind the last box, such as a tag, are not a box.
     return (kind in _BOXES and end > len(data)) or kind == b"moof"
 
 

@@ -60,7 +60,7 @@ class VideoIndex:
         return place >= 0 and (self.keys[place].pts, self.keys[place].size) == (pts, size)
 
     def key_before(self, pts: int) -> int:
-        """Index in `keys` of the last key frame that is not after a time; -1: there is none."""
+        """Find the last key frame, by its index in `keys`, that is not after a time; -1 if none."""
         return bisect_right(self.keys, pts, key=lambda key: key.pts) - 1
 
 

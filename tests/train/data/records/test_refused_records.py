@@ -19,7 +19,7 @@ QUESTION = {"from": "human", "value": "what"}
 
 REFUSED: dict[str, tuple[Any, str]] = {
     **{
-        f"{key} {'beside an image' if media else 'alone'}": (
+        f"{key} {'next to an image' if media else 'alone'}": (
             {key: value, **media, "conversations": ASK if media else TALK},
             f"the record has {key!r} (",
         )

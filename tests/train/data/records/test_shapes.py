@@ -6,8 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.data import ASK, TALK, Record, check, open_files, turns, work_on
-from tests.support.data import write_records as write
+from tests.support.data import (
+    ASK,
+    TALK,
+    Record,
+    check,
+    open_files,
+    turns,
+    work_on,
+    write_records as write,
+)
 from tests.train.data.records.examples import SHAPES, SYSTEM, VIDEO, image, messages, text
 from train.data.lengths import KINDS
 from train.data.records.reader import Reader

@@ -147,6 +147,9 @@ def names_of(node: ast.stmt) -> Iterator[str]:
             yield from (n.id for n in ast.walk(target) if isinstance(n, ast.Name))
     elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
         yield node.target.id
+    elif isinstance(node, ast.If):  # one of two definitions, for type checkers and at run time
+        for child in (*node.body, *node.orelse):
+            yield from names_of(child)
 
 
 def definitions(path: Path) -> set[str]:

@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import jax
+    import numpy as np
     from jax.sharding import NamedSharding
+
+    AnyArray = np.ndarray | jax.Array
+else:
+    AnyArray = Any
+"""An array of the host (NumPy) or of the device (JAX)."""
 
 ParamPath = tuple[str, ...]
 """Where a parameter stands in the model."""

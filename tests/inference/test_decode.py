@@ -1,13 +1,16 @@
 """Choosing tokens, stopping, and what generation refuses."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from vxl_jax.errors import ArgumentError
 from vxl_jax.inference.decode import generate, stream_tokens
-from vxl_jax.inference.sampling import Sampling, choose_token
+from vxl_jax.inference.sampling import Sampling
 from vxl_jax.models.functions import decode_step, prefill
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.presets import tiny
@@ -25,7 +28,8 @@ def model():
 
 def frequencies(temperature=1.0, top_k=0, top_p=1.0, draws=4000):
     keys = jax.random.split(jax.random.key(0), draws)
-    tokens = jax.vmap(lambda key: choose_token(LOGITS, False, key, temperature, top_k, top_p))(keys)
+    sampling = Sampling(temperature, top_k, top_p)
+    tokens = jax.vmap(lambda key: sampling.choose(LOGITS, key))(keys)
     return np.array([np.bincount(column, minlength=4) / draws for column in np.asarray(tokens).T])
 
 
@@ -58,7 +62,7 @@ def test_only_the_likely_tokens_are_drawn(options, allowed):
 
 
 def test_greedy_takes_the_likeliest():
-    assert choose_token(LOGITS, True, jax.random.key(0), 0.0, 0, 1.0).tolist() == [0, 3]
+    assert Sampling().choose(LOGITS, jax.random.key(0)).tolist() == [0, 3]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +91,51 @@ def test_a_seed_gives_the_same_draws_and_another_seed_others(model):
 
     assert run(0) == run(0)
     assert run(0) != run(1)
+
+
+@dataclass(frozen=True)
+class Constant(Sampling):
+    """Chooses the n-th token from the end of the vocabulary for sample n."""
+
+    offset: int = 1
+
+    def choose(self, logits, key):
+        return logits.shape[1] - self.offset - jnp.arange(len(logits), dtype=jnp.int32)
+
+
+def test_a_subclass_chooses_the_tokens(model):
+    streams = prompts(model, [1, 2, 3], [4, 5, 6, 7, 8])
+    last = model.config.language.vocab_size - 2
+    ours = generate(model, streams, max_new_tokens=3, sampling=Constant(offset=2))
+    assert ours == [[last] * 3, [last - 1] * 3]
+
+
+def test_a_subclass_that_does_not_choose_for_every_sample_is_refused(model):
+    class First(Sampling):
+        def choose(self, logits, key):
+            return logits[0].argmax(keepdims=True).astype(jnp.int32)
+
+    streams = prompts(model, [1, 2, 3], [4, 5])
+    with pytest.raises(ArgumentError, match=r"First\.choose: returned shape \(1,\) for logits"):
+        generate(model, streams, max_new_tokens=1, sampling=First())
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=2.0, top_k=9, seed=1)])
+def test_logprobs_are_those_of_one_forward_pass_over_prompt_and_answer(model, sampling):
+    """Of the model's distribution, before sampling changes it."""
+    texts = [1, 2, 3], [4, 5, 6, 7, 8]
+    options = {"max_new_tokens": 5, "sampling": sampling}
+    answers = generate(model, prompts(model, *texts), **options, logprobs=True)
+    assert [answer.ids for answer in answers] == generate(model, prompts(model, *texts), **options)
+    for text, (ids, logprobs) in zip(texts, answers, strict=True):
+        whole = batch_streams([plan_stream([*text, *ids], [], window=99, ratio=None)])
+        logits = model.logits(model(whole))[0, len(text) - 1 : -1]
+        expected = jax.nn.log_softmax(logits)[np.arange(5), np.array(ids)]
+        np.testing.assert_allclose(logprobs, expected, rtol=1e-4)
+    stop = answers[0].ids[2]
+    stopped = generate(model, prompts(model, *texts), **options, stop_ids=(stop,), logprobs=True)
+    kept = answers[0].ids.index(stop)
+    assert stopped[0] == (answers[0].ids[:kept], answers[0].logprobs[:kept])
 
 
 def test_each_sample_ends_at_its_stop_token(model):

@@ -11,8 +11,7 @@ import pytest
 from flax import nnx
 
 from vxl_jax import Model, VisualMemory, load_memory
-from vxl_jax.inference import chat as chat_module
-from vxl_jax.inference import sampling
+from vxl_jax.inference import chat as chat_module, sampling
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.presets import demo
 
@@ -52,7 +51,7 @@ def alone(model: Model) -> dict[int, list[int]]:
 
 
 def answer(model: Model, memory: VisualMemory, length: int) -> list[int]:
-    """Ids of the answer about the first entries of a memory, without anyone beside."""
+    """Ids of the answer about the first entries of a memory, with one thread."""
     ids = model.first_turn(1, QUESTION)
     turn = chat_module.Continuation(model, [(memory.entries, length)], slots=len(ids) + 6)
     tokens = turn.decode(turn.read_text(ids), 6, sampling.GREEDY)

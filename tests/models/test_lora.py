@@ -266,4 +266,4 @@ def test_each_device_of_a_mesh_makes_its_part_of_the_same_updates():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     expected = [(target, name, 2) for target in ("down", "o", "q") for name in LORA_NAMES]
-    assert done.stdout.strip() == str(expected)
+    assert done.stdout.splitlines()[-1] == str(expected)  # after a warning about preprocessing

@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from flax import nnx
 
 from tests.support.networks import noisy_model, relative_error
 from vxl_jax.models.functions import decode_step, read
-from vxl_jax.nn.attention import tiled as attention
+from vxl_jax.nn.attention import tiled, window_attention
+from vxl_jax.nn.attention.dense import attention_weights
+from vxl_jax.nn.attention.key_values import KeyValues
 from vxl_jax.nn.memory import Memory, empty_memory
 from vxl_jax.presets import tiny
 from vxl_jax.stream.batch import StreamBatch, batch_streams
@@ -34,7 +37,7 @@ TILES = [(1, 1), (3, 5), (8, 4), (17, 10), (7, 32), (64, 64)]
 """Some below, at and above the unit of a CPU, 8, and some that divide nothing."""
 
 
-def dense_attention(q, k, v, keys, values, window_start, window_memory):
+def exact_attention(q, k, v, keys, values, window_start, window_memory):
     """Softmax over the whole row of scores, in NumPy's float64."""
     group = q.shape[2] // k.shape[2]
     out = np.zeros(q.shape)
@@ -58,45 +61,109 @@ def attention_case(tokens=30, slots=13):
     return (q, k, v, keys, values), (1, start.astype(np.int32), seen.astype(np.int32))
 
 
-@pytest.mark.parametrize("tile", TILES)
-def test_attention_by_tiles_equals_a_softmax_over_whole_rows(tile):
+def attend(tile, q, k, v, keys, values, layer, start, seen, bases=()):
+    """tile: of the tiled implementation, or "dense"."""
+    past = [KeyValues(keys, values, layer, seen)]
+    past += [KeyValues(*base, layer, base_seen) for *base, base_seen in bases]
+    if tile == "dense":
+        return window_attention(q, k, v, start, past, "dense")
+    return tiled.tiled_attention(q, k, v, start, past, tile)
+
+
+@pytest.mark.parametrize("tile", [*TILES, "dense"])
+def test_attention_equals_a_softmax_over_whole_rows(tile):
     (q, k, v, keys, values), (layer, start, seen) = attention_case()
-    ours = attention.window_attention(q, k, v, keys, values, layer, start, seen, tile)
-    expected = dense_attention(q, k, v, keys[layer], values[layer], start, seen)
-    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    ours = attend(tile, q, k, v, keys, values, layer, start, seen)
+    expected = exact_attention(q, k, v, keys[layer], values[layer], start, seen)
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("bases", [0, 2])
 @pytest.mark.parametrize("tile", TILES)
-def test_gradients_of_attention_are_those_of_a_softmax_over_whole_rows(tile):
+def test_tiled_attention_and_its_gradients_equal_dense(tile, bases):
     arrays, (layer, start, seen) = attention_case()
-    direction = np.random.default_rng(1).normal(size=arrays[0].shape).astype(np.float32)
+    rng = np.random.default_rng(1)
+    direction = rng.normal(size=arrays[0].shape).astype(np.float32)
+    base = rng.normal(size=(bases, 2, 3, 1, 2, 9, 8)).astype(np.float32)
 
-    def ours(*arrays):
-        return (attention.window_attention(*arrays, layer, start, seen, tile) * direction).sum()
+    def run(tile, arrays, base):
+        before = [(*pair, jnp.minimum(start, 7)) for pair in base]
+        out = attend(tile, *arrays, layer, start, seen, before)
+        return (out * direction).sum(), out
 
-    def whole_rows(q, k, v, keys, values):
-        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
-        keys, values = (jnp.repeat(x[layer], 2, axis=1) for x in (keys, values))
-        own = jnp.einsum("BTNH,BSNH->BNTS", q, k)
-        past = jnp.einsum("BTNH,BNMH->BNTM", q, keys)
-        index = jnp.arange(own.shape[-1])
-        own_seen = (start[..., None] <= index) & (index <= index[:, None])
-        past_seen = jnp.arange(past.shape[-1]) < seen[..., None]
-        scores = jnp.concatenate([own, past], -1)
-        visible = jnp.concatenate([own_seen, past_seen], -1)[:, None]
-        p = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-        values = jnp.concatenate([jnp.moveaxis(v, 1, 2), values], axis=2)
-        return (jnp.einsum("BNTS,BNSH->BTNH", p, values) * direction).sum()
+    def both(tile):
+        function = jax.value_and_grad(partial(run, tile), (0, 1), has_aux=True)
+        (_, out), gradients = jax.jit(function)(arrays, base)
+        return [out, *jax.tree.leaves(gradients)]
 
-    wanted = range(len(arrays))
-    expected = jax.jit(jax.grad(whole_rows, wanted))(*arrays)
-    for a, b in zip(jax.jit(jax.grad(ours, wanted))(*arrays), expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    for ours, expected in zip(both(tile), both("dense"), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=3e-6)
+
+
+def test_every_mode_of_differentiation_applies_to_dense_attention():
+    arrays, (layer, start, seen) = attention_case(tokens=30)
+    rng = np.random.default_rng(1)
+    steps = [rng.normal(size=x.shape).astype(np.float32) for x in arrays]
+    weight = rng.normal(size=arrays[0].shape).astype(np.float32)
+
+    def total(*arrays):
+        return (attend("dense", *arrays, layer, start, seen) ** 2 * weight).sum()
+
+    gradient = jax.grad(total, range(5))
+    _, slope = jax.jit(lambda *a: jax.jvp(total, a, tuple(steps)))(*arrays)
+    pairs = zip(jax.jit(gradient)(*arrays), steps, strict=True)
+    assert float(slope) == pytest.approx(sum(float((g * s).sum()) for g, s in pairs), rel=1e-4)
+
+    def slope_of(*arrays):
+        pairs = zip(gradient(*arrays), steps, strict=True)
+        return sum((g * s).sum() for g, s in pairs)
+
+    # Product of the Hessian with `steps`: forward over reverse, reverse over reverse, differences.
+    _, forward = jax.jit(lambda *a: jax.jvp(gradient, a, tuple(steps)))(*arrays)
+    reverse = jax.jit(jax.grad(slope_of, range(5)))(*arrays)
+    h = 1e-3
+    ahead, behind = (
+        jax.jit(gradient)(*(x + sign * h * s for x, s in zip(arrays, steps, strict=True)))
+        for sign in (1, -1)
+    )
+    for a, b, high, low in zip(forward, reverse, ahead, behind, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+        assert relative_error(np.asarray(a), np.asarray(high - low) / (2 * h)) < 1e-2
+
+
+def test_attention_weights_are_those_of_the_keys_in_order():
+    (q, k, v, keys, values), (layer, start, seen) = attention_case()
+    past = [KeyValues(keys, values, layer, seen)]
+    weights = np.asarray(attention_weights(q, k, start, past))
+    assert weights.shape == (2, 4, 30, 13 + 30)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+    # The query at 12 of the first sample: 5 slots, and 10 to 12 of its window.
+    assert np.flatnonzero(weights[0, 0, 12]).tolist() == [0, 1, 2, 3, 4, 23, 24, 25]
+    of_head = np.concatenate([values[layer], np.moveaxis(v, 1, 2)], axis=2).repeat(2, axis=1)
+    ours = np.einsum("BNTS,BNSH->BTNH", weights, of_head)
+    expected = exact_attention(q, k, v, keys[layer], values[layer], start, seen)
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+def test_shapes_that_do_not_belong_together_are_refused():
+    (q, k, v, keys, values), (layer, start, seen) = attention_case()
+    past = [KeyValues(keys, values, layer, seen)]
+    three_heads = np.zeros((2, 30, 3, 8), np.float32)
+    for message, arguments in {
+        "k: shape": (q, three_heads, three_heads, start, past),
+        "v: shape": (q, k, v[:, :-1], start, past),
+        "window_start: shape": (q, k, v, start[:1], past),
+        "keys .* and values": (q, k, v, start, [replace(past[0], keys=keys[:, :, :1])]),
+        "seen: shape": (q, k, v, start, [replace(past[0], seen=seen[:, :-1])]),
+        "implementation: 'flash'": (q, k, v, start, past, "flash"),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            window_attention(*arguments)
 
 
 @pytest.mark.parametrize("source", ["memory", "own window"])
 def test_tiles_that_nobody_sees_are_not_computed(source):
-    """A value that is NaN would spoil every query that computes with it, at whatever weight."""
+    """A value that is NaN would spoil every query that computes with it, at any weight."""
     (q, k, v, keys, values), (layer, start, seen) = attention_case(slots=16)
     q, k, v, keys, values = q[:1], k[:1], v[:1], keys[:, :1], values[:, :1]
     start, seen = start[:1], seen[:1]
@@ -105,7 +172,7 @@ def test_tiles_that_nobody_sees_are_not_computed(source):
     queries = slice(24, 30) if source == "own window" else slice(0, 30)
 
     def total(q, k, v, keys, values):
-        out = attention.window_attention(q, k, v, keys, values, layer, start, seen, (8, 4))
+        out = attend((8, 4), q, k, v, keys, values, layer, start, seen)
         return (out[:, queries] ** 2).sum()
 
     gradient = jax.jit(jax.value_and_grad(total))
@@ -122,8 +189,8 @@ def test_tiles_that_nobody_sees_are_not_computed(source):
 def test_a_memory_without_slots():
     (q, k, v, keys, values), (layer, start, seen) = attention_case()
     none = keys[:, :, :, :0], values[:, :, :, :0]
-    ours = attention.window_attention(q, k, v, *none, layer, start, 0 * seen)
-    expected = dense_attention(q, k, v, keys[layer], values[layer], start, 0 * seen)
+    ours = attend(None, q, k, v, *none, layer, start, 0 * seen)
+    expected = exact_attention(q, k, v, keys[layer], values[layer], start, 0 * seen)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
@@ -134,14 +201,13 @@ def test_gradients_of_a_base_are_summed_over_the_samples():
     direction = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
 
     def as_base(base):
-        out = attention.window_attention(
-            *(q, k, v, none, none, layer, start, 0 * seen, (8, 4)), bases=[(*base, seen)]
-        )
+        bases = [(*base, seen)]
+        out = attend((8, 4), q, k, v, none, none, layer, start, 0 * seen, bases)
         return (out * direction).sum()
 
     def as_memory(base):
         memory = (jnp.repeat(x, 2, axis=1) for x in base)
-        out = attention.window_attention(q, k, v, *memory, layer, start, seen, (8, 4))
+        out = attend((8, 4), q, k, v, *memory, layer, start, seen)
         return (out * direction).sum()
 
     ours = jax.jit(jax.value_and_grad(as_base))(base)
@@ -150,12 +216,12 @@ def test_gradients_of_a_base_are_summed_over_the_samples():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_forward_mode_is_refused():
-    """As the docstring says; a dense softmax has it."""
+def test_tiled_attention_refuses_forward_mode():
+    """As the docstring says; dense attention has it."""
     (q, k, v, keys, values), (layer, start, seen) = attention_case()
 
     def run(q):
-        return attention.window_attention(q, k, v, keys, values, layer, start, seen)
+        return attend(None, q, k, v, keys, values, layer, start, seen)
 
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(run, (q,), (q,))
@@ -165,8 +231,8 @@ def test_forward_mode_is_refused():
 def test_tiles_are_whole_units_within_their_budget(backend: str, unit: int):
     counts = [1, 7, 8, 9, 127, 128, 129, 1530, 1549, 28_160, 74_240, 100_003]
     for count, most in itertools.product(counts, [1, 5, 136, 200, 1548, 2047, 50_000]):
-        with attention.made_for(backend):
-            size = attention._tile_size(count, most)
+        with tiled.made_for(backend):
+            size = tiled._tile_size(count, most)
         tiles = -(-count // size)
         assert 1 <= size <= most
         if min(count, most) >= unit:
@@ -180,9 +246,9 @@ def test_tiles_are_whole_units_within_their_budget(backend: str, unit: int):
 
 def test_padding_of_a_long_group_is_modest():
     """Work of 28,160 tokens on a GPU: 18 windows of 1440 tokens and their beacons, 28 heads."""
-    with attention.made_for("gpu"):
-        most = math.isqrt(attention.tile_bytes() // (4 * 28))
-        rows = attention._tile_size(28_160, most)
+    with tiled.made_for("gpu"):
+        most = math.isqrt(tiled.tile_bytes() // (4 * 28))
+        rows = tiled._tile_size(28_160, most)
     assert rows == 1536
     assert 28_160 < rows * -(-28_160 // rows) <= 1.04 * 28_160
 

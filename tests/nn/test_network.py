@@ -12,12 +12,12 @@ from flax import nnx
 from tests.support.networks import gradients, graph_of, noisy_model, relative_error, training_sample
 from tests.support.oracle import Oracle
 from vxl_jax.checkpoints.names import to_published
-from vxl_jax.models import loss as loss_module
-from vxl_jax.models import video_xl as model_module
+from vxl_jax.models import loss as loss_module, video_xl as model_module
 from vxl_jax.models.functions import decode_step, prefill
 from vxl_jax.models.loss import loss_and_metrics
 from vxl_jax.models.video_xl import scan_groups
 from vxl_jax.nn import qwen2 as language
+from vxl_jax.nn.attention.key_values import KeyValues
 from vxl_jax.nn.groups import make_group, take_group
 from vxl_jax.nn.memory import empty_memory
 from vxl_jax.stream.batch import StreamShape, batch_streams
@@ -42,7 +42,7 @@ def encode(model, pixels):
 @nnx.jit
 def watch(model, streams, visual):
     memory = empty_memory(model.config, streams.kind.shape[1], 64)
-    return scan_groups(model, streams, visual, memory, keep_hidden=False)
+    return scan_groups(model, streams, visual, memory)[:2]
 
 
 STREAMS = {
@@ -141,7 +141,7 @@ def test_batch_neighbours_and_padding_do_not_matter(windows_per_group, model):
 
 
 def test_padding_features_do_not_matter(model):
-    """Whatever stands in the padding of ids, features or pixels, no result changes."""
+    """The values in the padding of ids, features or pixels change no result."""
     stream = make_stream("video", model)
     shape = StreamShape.of(stream).padded(1)
     batch = batch_streams([stream], shape)
@@ -200,7 +200,9 @@ def test_scan_over_layers_equals_a_python_loop(model):
         keys, values = memory.keys, memory.values
         for layer in range(model.config.language.layers):
             one = nnx.merge(graph, jax.tree.map(lambda p: p[layer], params))  # noqa: B023
-            x, keys, values = one(x, arrays, keys, values, layer)
+            own = KeyValues(keys, values, layer, arrays.window_memory)
+            x, own = one(x, arrays, (own,))
+            keys, values = own.keys, own.values
         return model.logits(x)
 
     expected = run(model, batch, visual)

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.nn.test_attention import dense_attention
+from tests.nn.test_attention import exact_attention
 from tests.support.networks import gradients, graph_of, noisy_model, relative_error, training_sample
 from vxl_jax.models.functions import decode_step, prefill
 from vxl_jax.models.int8 import quantize
 from vxl_jax.models.video_xl import VideoXL
-from vxl_jax.nn import qwen2 as language
-from vxl_jax.nn import rope
-from vxl_jax.nn.attention import tiled as attention
+from vxl_jax.nn import qwen2 as language, rope
+from vxl_jax.nn.attention import window_attention
+from vxl_jax.nn.attention.key_values import KeyValues
+from vxl_jax.nn.attention.tiled import tiled_attention
 from vxl_jax.nn.groups import make_group, take_group
+from vxl_jax.nn.layers import product_in_float32
 from vxl_jax.nn.memory import empty_memory
 from vxl_jax.presets import tiny
 from vxl_jax.stream.batch import batch_streams
@@ -116,7 +118,7 @@ def test_gradients_of_logits_are_those_of_a_plain_product():
     x, kernel = to_bfloat16(x), to_bfloat16(kernel)
     for dtype, bound in ((jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)):
         ours = jax.grad(
-            lambda x, kernel: (language.product_in_float32(x, kernel) * direction).sum(), (0, 1)
+            lambda x, kernel: (product_in_float32(x, kernel) * direction).sum(), (0, 1)
         )(jnp.asarray(x, dtype), jnp.asarray(kernel, dtype))
         expected = direction @ kernel.T, np.einsum("bnd,bnv->dv", x, direction)
         for a, b in zip(ours, expected, strict=True):
@@ -147,11 +149,11 @@ def test_queries_are_rounded_once(models: tuple[VideoXL, VideoXL], monkeypatch: 
 
     def noted(q: Any, *rest: Any, **named: Any) -> Any:
         given.append(q)
-        return attention.window_attention(q, *rest, **named)
+        return window_attention(q, *rest, **named)
 
     monkeypatch.setattr(language, "window_attention", noted)
     memory = empty_memory(c, 1, 64)
-    layer(x, group, memory.keys, memory.values, 0)
+    layer(x, group, (KeyValues(memory.keys, memory.values, 0, group.window_memory),))
     q = layer.project(x, None)[0]
     head_size = c.language.head_size
     assert head_size**-0.5 not in (2.0**-i for i in range(9))  # a power of two rounds nothing
@@ -174,12 +176,12 @@ def bfloat16_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[Any
     # Without this, XLA leaves out a rounding to bfloat16 that the program asks for.
     @partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
     def run(q: Any, k: Any, v: Any, none: Any) -> Any:
-        return attention.window_attention(q, k, v, none, none, 0, zero, zero, (64, 16))
+        return tiled_attention(q, k, v, zero, [KeyValues(none, none, 0, zero)], (64, 16))
 
     q, k, v = (to_bfloat16(x) for x in (q, k, v))
     ours = run(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v, none)))
     assert ours.dtype == jnp.bfloat16
-    return ours, dense_attention(q, k, v, none[0], none[0], zero, zero)
+    return ours, exact_attention(q, k, v, none[0], none[0], zero, zero)
 
 
 def test_scores_and_sums_of_bfloat16_are_float32():

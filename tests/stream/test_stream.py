@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from vxl_jax.nn import qwen2 as language
+from vxl_jax.nn import groups
 from vxl_jax.stream.batch import StreamBatch, StreamShape, batch_streams, round_up
 from vxl_jax.stream.plan import BEACON, NO_SLOT, PAD, TEXT, VISUAL, draw_ratio, plan_stream
 from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN
@@ -71,7 +71,7 @@ def test_long_text_is_cut_into_windows():
     ("ids", "visual", "message"),
     [
         ([1, IMAGE_TOKEN], [], "1 image marks in the token ids, 0 visual blocks given"),
-        ([IMAGE_TOKEN], [0], "at least one token"),
+        ([IMAGE_TOKEN], [0], "a visual block needs at least one token"),
         ([], [], "at least one token"),
     ],
 )
@@ -99,6 +99,9 @@ def test_ladder():
     assert [round_up(n, 4) for n in (9, 10, 11, 1441)] == [10, 10, 12, 1536]
     for steps in (1, 2, 4, 8):
         assert all(n <= round_up(n, steps) <= n + -(-n // steps) for n in range(1, 500))
+    for steps in (0, 3, 12):
+        with pytest.raises(ValueError, match=f"steps: {steps}; it must be a power of two"):
+            round_up(5, steps)
 
 
 def test_batch_of_two_streams_in_groups_of_one_window():
@@ -126,7 +129,7 @@ def test_every_token_knows_its_window_in_its_group():
     batch = batch_streams([stream], windows_per_group=2)
     assert batch.window_start[:, 0].tolist() == [[0, 1, 1, 1], [0, 0, 0, 3]]
     assert batch.window_memory[:, 0].tolist() == [[0, 1, 1, 1], [2, 2, 2, 3]]
-    # Padding is a window of its own in each place.
+    # Padding is a separate window in each place.
     batch = batch_streams([stream, plan_stream([1], [], window=2, ratio=2)])
     assert batch.window_start[0, 1].tolist() == list(range(8))
     assert batch.window_memory[0, 1].tolist() == [0] * 8
@@ -164,8 +167,8 @@ def test_too_small_a_shape_is_refused():
 
 
 def test_arrays_of_a_batch_are_leaves_and_its_sizes_are_static():
-    """By name, not by annotation; `vxl_jax.nn.qwen2` tells JAX."""
-    assert language
+    """By name, not by annotation; `vxl_jax.nn.groups` registers them."""
+    assert groups
     batch = batch_streams([plan_stream([1, IMAGE_TOKEN], [4], window=4, ratio=4)])
     leaves, structure = jax.tree_util.tree_flatten_with_path(batch)
     names = {path[0].name for path, _ in leaves}

@@ -1,4 +1,4 @@
-"""Runs on several devices, in a process of their own: what they do is left in files for tests.
+"""Runs on several devices, in a separate process: what they do is left in files for tests.
 
     python -m tests.support.on_meshes JOBS.json
 
@@ -20,8 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from train import finetune
 from train.config.cli import load_config

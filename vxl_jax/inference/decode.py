@@ -1,34 +1,67 @@
 """Decoding: from the logits after a prompt, one jitted step a token."""
 
-from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Literal, NamedTuple, overload
 
 import jax
 import numpy as np
 from flax import nnx
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int32, Num
 
-from vxl_jax.inference.sampling import GREEDY, Sampling, check_new_tokens, choose_token
+from vxl_jax.errors import ArgumentError
+from vxl_jax.inference.sampling import GREEDY, Sampling, check_new_tokens, token_logprobs
 from vxl_jax.models.functions import decode_step, prefill
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.stream.batch import StreamBatch, round_up
 from vxl_jax.stream.plan import VISUAL
+from vxl_jax.typing import AnyArray
+
+Step = Callable[[Array], Array]
+"""Append a token of every sample, int32 [B], to a memory; return the logits [B, V] after it."""
+
+
+class ScoredTokens(NamedTuple):
+    """The next token of every sample, and the model's log-probability of it (`token_logprobs`)."""
+
+    ids: Int32[np.ndarray, " B"]
+    logprobs: Float32[np.ndarray, " B"]
+
+
+class ScoredAnswer(NamedTuple):
+    """New token ids of one sample, and the model's log-probability of each."""
+
+    ids: list[int]
+    logprobs: list[float]
 
 
 def stream_tokens(
     model: VideoXL,
     streams: StreamBatch,
-    pixels: Any | None = None,
+    pixels: Num[AnyArray, "B F S S 3"] | None = None,
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-) -> Iterator[np.ndarray]:
-    """Yield the next token of every sample, [B] int32, `max_new_tokens` times.
+) -> Iterator[Int32[np.ndarray, " B"]]:
+    """Yield the next token of every sample, `max_new_tokens` times.
 
-    streams: from `batch_streams`, each ending where the answer is to begin. pixels as for
-    `VideoXL.encode`. Nothing is recompiled from token to token, nor between calls whose shapes are
-    on the same steps of the ladder.
+    Programs are compiled for the first token alone, and reused by calls whose shapes are padded to
+    the same sizes.
+
+    Args:
+        model: the network.
+        streams: from `batch_streams`, each ending where the answer begins.
+        pixels: as for `VideoXL.encode`.
+        max_new_tokens: how many to yield.
+        sampling: how each is chosen.
     """
+    step, logits = _read_prompts(model, streams, pixels, max_new_tokens)
+    yield from decode(step, logits, max_new_tokens, sampling)
+
+
+def _read_prompts(
+    model: VideoXL, streams: StreamBatch, pixels: AnyArray | None, max_new_tokens: int
+) -> tuple[Step, Array]:
     check_new_tokens(max_new_tokens)
     check_frame_count(model, streams, pixels)
     graph, params = nnx.split(model)
@@ -40,58 +73,99 @@ def stream_tokens(
         logits, memory = decode_step(graph, params, memory, token)
         return logits
 
-    yield from decode(step, logits, max_new_tokens, sampling)
+    return step, logits
 
 
 def decode(
-    step: Callable[[Array], Array], logits: Array, max_new_tokens: int, sampling: Sampling = GREEDY
-) -> Iterator[np.ndarray]:
-    """Yield the next token of every sample, [B] int32, `max_new_tokens` times.
+    step: Step, logits: Float[Array, "B V"], max_new_tokens: int, sampling: Sampling = GREEDY
+) -> Iterator[Int32[np.ndarray, " B"]]:
+    """Yield the next token of every sample, `max_new_tokens` times.
 
-    step: puts a token of every sample into a memory and returns the logits [B, V] after it. logits:
-    those before the first. An accelerator makes a step while the host looks at the token: it may be
-    one that is not needed.
+    An accelerator makes a step while the host looks at the token before it: a step may be made
+    whose result is not used.
+
+    Args:
+        step: appends a token to the memory; see `Step`.
+        logits: those before the first token.
+        max_new_tokens: how many to yield.
+        sampling: how each is chosen.
     """
+    for ids, _ in _decode(step, logits, max_new_tokens, sampling, lambda logits, ids: None):
+        yield np.asarray(ids)
+
+
+def decode_scored(
+    step: Step, logits: Float[Array, "B V"], max_new_tokens: int, sampling: Sampling = GREEDY
+) -> Iterator[ScoredTokens]:
+    """Yield the next token of every sample with its log-probability; arguments as for `decode`."""
+    for ids, logprobs in _decode(step, logits, max_new_tokens, sampling, token_logprobs):
+        yield ScoredTokens(np.asarray(ids), np.asarray(logprobs))
+
+
+def _decode(
+    step: Step,
+    logits: Array,
+    max_new_tokens: int,
+    sampling: Sampling,
+    score: Callable[[Array, Array], Array | None],
+) -> Iterator[tuple[Array, Array | None]]:
     ahead = jax.default_backend() != "cpu"
     key = jax.random.key(sampling.seed)
     for i in range(max_new_tokens):
-        token = choose_token(
-            logits,
-            sampling.temperature == 0,
-            jax.random.fold_in(key, i),
-            sampling.temperature,
-            sampling.top_k,
-            sampling.top_p,
-        )
+        ids = sampling.choose(logits, jax.random.fold_in(key, i))
+        if ids.shape != logits.shape[:1]:
+            raise ArgumentError(
+                f"{type(sampling).__name__}.choose: returned shape {ids.shape} for logits "
+                f"{logits.shape}; return one token id for each sample"
+            )
+        scores = score(logits, ids)
         last = i + 1 == max_new_tokens
         if ahead and not last:
-            logits = step(token)
-        yield np.asarray(token)
+            logits = step(ids)
+        yield ids, scores
         if not (ahead or last):
-            logits = step(token)
+            logits = step(ids)
 
 
 def until_stopped(
-    tokens: Iterator[np.ndarray], stop_ids: Collection[int], stopped: np.ndarray
+    tokens: Iterable[Int32[np.ndarray, " B"]],
+    stop_ids: Collection[int],
+    stopped: Bool[np.ndarray, " B"],
 ) -> list[list[int]]:
-    """The token ids of each sample, up to and without its first stop id; ends early when all have
-    stopped. stopped: bool [B], samples that have from the beginning.
+    """Gather the token ids of each sample, up to and without its first stop id.
+
+    Ends early when all samples have stopped.
+
+    Args:
+        tokens: from `decode`.
+        stop_ids: token ids that end an answer.
+        stopped: samples that have stopped before the first token.
     """
-    answers: list[list[int]] = [[] for _ in stopped]
-    for column in tokens:
-        stopped = stopped | np.isin(column, list(stop_ids))
+    scored = (ScoredTokens(ids, np.zeros(len(stopped), np.float32)) for ids in tokens)
+    return [answer.ids for answer in scored_until_stopped(scored, stop_ids, stopped)]
+
+
+def scored_until_stopped(
+    tokens: Iterable[ScoredTokens], stop_ids: Collection[int], stopped: Bool[np.ndarray, " B"]
+) -> list[ScoredAnswer]:
+    """Gather the answers of `decode_scored`, as `until_stopped` does those of `decode`."""
+    answers = [ScoredAnswer([], []) for _ in stopped]
+    for ids, logprobs in tokens:
+        stopped = stopped | np.isin(ids, list(stop_ids))
         if stopped.all():
             break
-        for answer, token, done in zip(answers, column, stopped, strict=True):
+        for answer, token, logprob, done in zip(answers, ids, logprobs, stopped, strict=True):
             if not done:
-                answer.append(int(token))
+                answer.ids.append(int(token))
+                answer.logprobs.append(float(logprob))
     return answers
 
 
-def check_frame_count(model: VideoXL, streams: StreamBatch, pixels: Any | None) -> None:
-    """Refuse pixels that are not those the streams were planned for.
+def check_frame_count(model: VideoXL, streams: StreamBatch, pixels: AnyArray | None) -> None:
+    """Refuse pixels that the streams were not planned for.
 
-    Raises: ValueError saying how many frames there are and how many the plan reads.
+    Raises:
+        ValueError: fewer frames than the plan reads.
     """
     visual = np.asarray(streams.source)[np.asarray(streams.kind) == VISUAL]
     needed = model.config.layout.frames_of(int(visual.max()) + 1) if visual.size else 0
@@ -100,20 +174,62 @@ def check_frame_count(model: VideoXL, streams: StreamBatch, pixels: Any | None) 
         raise ValueError(f"the streams were planned for {needed} frames, pixels has {given}")
 
 
+@overload
 def generate(
     model: VideoXL,
     streams: StreamBatch,
-    pixels: Any | None = None,
+    pixels: Num[AnyArray, "B F S S 3"] | None = ...,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = ...,
+    stop_ids: Collection[int] = ...,
+    logprobs: Literal[False] = ...,
+) -> list[list[int]]: ...
+
+
+@overload
+def generate(
+    model: VideoXL,
+    streams: StreamBatch,
+    pixels: Num[AnyArray, "B F S S 3"] | None = ...,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = ...,
+    stop_ids: Collection[int] = ...,
+    logprobs: Literal[True],
+) -> list[ScoredAnswer]: ...
+
+
+def generate(
+    model: VideoXL,
+    streams: StreamBatch,
+    pixels: Num[AnyArray, "B F S S 3"] | None = None,
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
-    stop_ids: tuple[int, ...] = (),
-) -> list[list[int]]:
-    """Answer every sample of a batch.
+    stop_ids: Collection[int] = (),
+    logprobs: bool = False,
+) -> list[list[int]] | list[ScoredAnswer]:
+    """Generate the answer of every sample of a batch.
 
-    Returns the new token ids of each sample, up to and without its first stop id. Ends early when
-    all samples have stopped. See `stream_tokens`.
+    Ends early when all samples have stopped.
+
+    Args:
+        model: the network.
+        streams: as for `stream_tokens`.
+        pixels: as for `VideoXL.encode`.
+        max_new_tokens: most tokens of an answer.
+        sampling: how each is chosen.
+        stop_ids: token ids that end an answer.
+        logprobs: return the log-probability of each token as well.
+
+    Returns:
+        The new token ids of each sample, up to and without its first stop id; with `logprobs`, a
+        `ScoredAnswer` of each.
     """
-    tokens = stream_tokens(model, streams, pixels, max_new_tokens=max_new_tokens, sampling=sampling)
-    empty = np.asarray(streams.length) == 0  # places that no sample has
-    return until_stopped(tokens, stop_ids, empty)
+    step, logits = _read_prompts(model, streams, pixels, max_new_tokens)
+    empty = np.asarray(streams.length) == 0  # places without a sample
+    if logprobs:
+        scored = decode_scored(step, logits, max_new_tokens, sampling)
+        return scored_until_stopped(scored, stop_ids, empty)
+    return until_stopped(decode(step, logits, max_new_tokens, sampling), stop_ids, empty)

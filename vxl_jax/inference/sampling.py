@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int32
 
 from vxl_jax.errors import ArgumentError
 from vxl_jax.nn.sharding import everywhere
@@ -14,11 +14,24 @@ from vxl_jax.nn.sharding import everywhere
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy and ignores the rest.
+    """Choose tokens greedily, or draw them by temperature, top-k and top-p.
 
-    top_k: only the k most likely tokens (0: all). top_p: only the most likely tokens that together
-    reach this probability (1: all), of all tokens before top_k. seed: of the draws, which also
-    depend on a sample's place in the batch.
+    For another rule, subclass it and define `choose`:
+
+        @dataclass(frozen=True)
+        class MinP(Sampling):
+            min_p: float = 0.1
+
+            def choose(self, logits, key):
+                likelihood = jax.nn.softmax(logits)
+                likely = likelihood >= self.min_p * likelihood.max(-1, keepdims=True)
+                return jax.random.categorical(key, jnp.where(likely, logits, -jnp.inf))
+
+    temperature: 0 is greedy and ignores the other fields.
+    top_k: draw from the k most likely tokens alone (0: all).
+    top_p: draw from the most likely tokens that together reach this probability (1: all). The
+        probabilities are those of all tokens, before top_k.
+    seed: of the draws, which also depend on a sample's place in the batch.
     """
 
     temperature: float = 0.0
@@ -26,7 +39,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.temperature >= 0:  # NaN too
             raise ArgumentError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
         if not 0 <= self.top_k < 2**31:
@@ -38,15 +51,34 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ArgumentError(f"top_p is {self.top_p}; it must be in (0, 1]")
 
+    def choose(self, logits: Float[Array, "B V"], key: Array) -> Int32[Array, " B"]:
+        """Choose the next token of every sample.
+
+        Called once for each token of an answer, outside of jit.
+
+        Args:
+            logits: float32, of all tokens of the vocabulary.
+            key: typed PRNG key, another one for each token; it depends on `seed` alone.
+
+        Returns:
+            Token ids, int32.
+        """
+        greedy = self.temperature == 0
+        return _choose_token(logits, greedy, key, self.temperature, self.top_k, self.top_p)
+
 
 GREEDY = Sampling()
 
 
 @partial(jax.jit, static_argnums=1)
-def choose_token(
-    logits: Array, greedy: bool, key: Array, temperature: Any, top_k: Any, top_p: Any
-) -> Array:
-    """Next token [B] int32 from logits [B, V]; see `Sampling`."""
+def _choose_token(
+    logits: Float[Array, "B V"],
+    greedy: bool,
+    key: Array,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> Int32[Array, " B"]:
     if greedy:
         return everywhere(logits.argmax(-1).astype(jnp.int32))
     order = jnp.argsort(-logits, axis=-1)
@@ -59,10 +91,18 @@ def choose_token(
     return everywhere(jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32))
 
 
+@jax.jit
+def token_logprobs(logits: Float[Array, "B V"], ids: Int32[Array, " B"]) -> Float[Array, " B"]:
+    """Compute the model's log-probability of each chosen token: at temperature 1, of all tokens."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    return everywhere(jnp.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0])
+
+
 def check_new_tokens(max_new_tokens: int) -> None:
     """Refuse answers without a token.
 
-    Raises: ArgumentError.
+    Raises:
+        ArgumentError: fewer than 1.
     """
     if max_new_tokens < 1:
         raise ArgumentError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")

@@ -1,38 +1,55 @@
-"""Pure jitted functions over a split model: encode, read, prefill, decode."""
+"""Pure jitted functions over a split model: encode, read, prefill, decode.
+
+graph and params are `nnx.split(model)`.
+"""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Float, Int, Num
 
 from vxl_jax.models.video_xl import VideoXL, scan_groups
+from vxl_jax.nn.layers import ModuleState
 from vxl_jax.nn.memory import Memory, empty_memory
 from vxl_jax.stream.batch import StreamBatch
+from vxl_jax.typing import AnyArray
+
+Graph = nnx.GraphDef[VideoXL]
+"""Structure of a model without its arrays: hashable, a static argument of jit."""
 
 
 @partial(jax.jit, static_argnums=0)
-def encode(graph: Any, params: Any, pixels: Array) -> Array:
-    """`VideoXL.encode` of split parameters."""
+def encode(
+    graph: Graph, params: ModuleState, pixels: Num[AnyArray, "B F S S 3"]
+) -> Float[Array, "B V D"]:
+    """Encode frames to visual tokens: `VideoXL.encode` of split parameters."""
     return nnx.merge(graph, params).encode(pixels)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read(
-    graph: Any,
-    params: Any,
+    graph: Graph,
+    params: ModuleState,
     memory: Memory,
     streams: StreamBatch,
-    visual: Array | None,
+    visual: Float[Array, "B V D"] | None,
     bases: tuple[Memory, ...] = (),
-) -> tuple[Array, Memory]:
+) -> tuple[Float[Array, "B V"], Memory]:
     """Run the streams through the model and append their persistent tokens to the memory.
 
-    visual: features [B, V, D] that the streams' sources count in, None for text alone. bases: see
-    `scan_groups`; they are not donated. Returns logits [B, V] float32 after each sample's last
-    token, and the memory; the one passed in is donated. The caller checks that there is room.
+    Args:
+        graph: structure of the model.
+        params: its arrays.
+        memory: donated. The caller checks its capacity.
+        streams: from `batch_streams`; their ranks start after the memory.
+        visual: tokens that the streams' sources count in, None for text alone.
+        bases: see `scan_groups`; not donated.
+
+    Returns:
+        Float32 logits after each sample's last token, and the memory.
     """
     return _read_streams(nnx.merge(graph, params), memory, streams, visual, bases)
 
@@ -44,19 +61,33 @@ def _read_streams(
     visual: Array | None,
     bases: tuple[Memory, ...] = (),
 ) -> tuple[Array, Memory]:
-    hidden, memory = scan_groups(model, streams, visual, memory, keep_hidden=False, bases=bases)
+    hidden, memory, _ = scan_groups(model, streams, visual, memory, bases)
     last = jax.vmap(lambda rows, index: rows[index])(hidden, streams.last)
     return model.logits(last), memory
 
 
 @partial(jax.jit, static_argnums=(0, 4))
 def prefill(
-    graph: Any, params: Any, streams: StreamBatch, pixels: Array | None, capacity: int
-) -> tuple[Array, Memory]:
+    graph: Graph,
+    params: ModuleState,
+    streams: StreamBatch,
+    pixels: Num[AnyArray, "B F S S 3"] | None,
+    capacity: int,
+) -> tuple[Float[Array, "B V"], Memory]:
     """Compress the streams into a new memory and read the logits after each sample's last token.
 
-    graph, params: `nnx.split(model)`. capacity: memory slots for a sample, `streams.memory` at
-    least. Returns logits [B, V] float32 and the memory.
+    Args:
+        graph: structure of the model.
+        params: its arrays.
+        streams: from `batch_streams`.
+        pixels: as for `VideoXL.encode`, None for text alone.
+        capacity: memory slots of a sample, at least `streams.memory`.
+
+    Returns:
+        Float32 logits and the memory.
+
+    Raises:
+        ValueError: the capacity is too small.
     """
     if capacity < streams.memory:
         raise ValueError(f"capacity {capacity} is less than the {streams.memory} slots needed")
@@ -68,13 +99,23 @@ def prefill(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode_step(
-    graph: Any, params: Any, memory: Memory, token: Array, bases: tuple[Memory, ...] = ()
-) -> tuple[Array, Memory]:
+    graph: Graph,
+    params: ModuleState,
+    memory: Memory,
+    token: Int[Array, " B"],
+    bases: tuple[Memory, ...] = (),
+) -> tuple[Float[Array, "B V"], Memory]:
     """Append one text token to every sample: a group of one window of one token.
 
-    token [B] int32. bases: see `scan_groups`; they are not donated. Returns logits [B, V] float32
-    and the memory, one entry longer; the memory passed in is donated. The caller checks that there
-    is room: a full memory would drop the entry.
+    Args:
+        graph: structure of the model.
+        params: its arrays.
+        memory: donated. The caller checks its capacity: a full memory drops the entry.
+        token: id of each sample's token, int32.
+        bases: see `scan_groups`; not donated.
+
+    Returns:
+        Float32 logits after the token, and the memory, one entry longer.
     """
     model = nnx.merge(graph, params)
     rank = sum((base.length for base in bases), memory.length)  # [B]
@@ -93,10 +134,10 @@ def decode_step(
         memory=memory.capacity,
         has_beacons=False,
     )
-    hidden, memory = scan_groups(model, streams, None, memory, keep_hidden=False, bases=bases)
+    hidden, memory, _ = scan_groups(model, streams, None, memory, bases)
     return model.logits(hidden[:, 0]), memory
 
 
-def parameter_count(params: Any) -> int:
-    """Number of scalars in a pytree of parameters."""
+def parameter_count(params: ModuleState) -> int:
+    """Count the scalars in a pytree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -6,15 +6,17 @@ and products keep the compute dtype, logits are float32. Embeddings, norms, bias
 and the projector are not quantized.
 """
 
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jaxtyping import Float, Int8
 
 from vxl_jax.config import LoRATarget, VideoXLConfig
 from vxl_jax.models.video_xl import VideoXL
+from vxl_jax.typing import ParamPath, Params
 
 INT8_LINEARS = get_args(LoRATarget)
 """Names of the linears of a layer of the language model."""
@@ -23,9 +25,8 @@ INT8_LINEARS = get_args(LoRATarget)
 class Int8Linear(nnx.Module):
     """x kernel * scale + bias, summed in float32.
 
-    kernel int8 [L, in, out], scale float32 [L, out]; without L inside a layer. The result is
-    rounded to the linear's `preferred_element_type` if it has one (the head: float32), else to its
-    compute dtype.
+    kernel int8 [L, in, out], scale float32 [L, out]; without L inside a layer. The result has the
+    linear's `preferred_element_type` if it has one (the head: float32), else its compute dtype.
     """
 
     def __init__(self, linear: nnx.Linear):
@@ -35,8 +36,8 @@ class Int8Linear(nnx.Module):
         self.dtype, self.out_features = linear.dtype, linear.out_features
         self.out_dtype = linear.preferred_element_type or linear.dtype
 
-    def __call__(self, inputs: Array) -> Array:
-        """[..., in] -> [..., out]."""
+    def __call__(self, inputs: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Multiply with the kernel, and scale."""
         kernel = self.kernel[...].astype(self.dtype)  # exact
         last = (((inputs.ndim - 1,), (0,)), ((), ()))
         x = inputs.astype(self.dtype)
@@ -49,7 +50,7 @@ class Int8Linear(nnx.Module):
 def quantize(model: VideoXL) -> None:
     """Quantize the language model's linears and its head to int8, in place.
 
-    The model has weights, or is being traced (jit, eval_shape).
+    model: with weights, or traced (jit, eval_shape).
     """
     language = model.language
     for block in (language.layers.attention, language.layers.mlp, language):
@@ -70,14 +71,16 @@ def new_network(config: VideoXLConfig, weights: str | None = None) -> VideoXL:
     return model
 
 
-def is_quantized(path: tuple[str, ...]) -> bool:
-    """Whether `quantize` turns the parameter at a path into int8."""
+def is_quantized(path: ParamPath) -> bool:
+    """Tell whether `quantize` turns the parameter at a path into int8."""
     return path[0] == "language" and path[-1] == "kernel"
 
 
 @jax.jit
-def quantize_kernel(kernel: Array) -> tuple[Array, Array]:
-    """Kernel [..., in, out] -> int8 kernel of the same shape and float32 scale [..., out]."""
+def quantize_kernel(
+    kernel: Float[Array, "*L in out"],
+) -> tuple[Int8[Array, "*L in out"], Float[Array, "*L out"]]:
+    """Round a kernel to int8, with a float32 scale for each column."""
 
     def one(kernel: Array) -> tuple[Array, Array]:
         wide = kernel.astype(jnp.float32)
@@ -87,8 +90,8 @@ def quantize_kernel(kernel: Array) -> tuple[Array, Array]:
     return one(kernel) if kernel.ndim == 2 else lax.map(one, kernel)
 
 
-def quantized(path: tuple[str, ...], array: Any) -> dict[tuple[str, ...], Any]:
-    """Parameters that replace the one at a path, by path: int8 kernel and scale, or itself."""
+def quantized(path: ParamPath, array: Array) -> Params:
+    """Compute the parameters that replace the one at a path: int8 kernel and scale, or itself."""
     if not is_quantized(path):
         return {path: array}
     kernel, scale = quantize_kernel(array)

@@ -1,19 +1,20 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank updates of the language model's linears.
 
 A linear with an update keeps its kernel and bias under their names, and adds `lora_a` and `lora_b`.
-r is the rank; stacked layers have a leading layer axis everywhere.
+r is the rank; all arrays of stacked layers have a leading layer axis.
 """
 
 import zlib
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jaxtyping import Float
 
 from vxl_jax.config import LoRAConfig, LoRATarget
 from vxl_jax.models.video_xl import VideoXL
@@ -21,9 +22,11 @@ from vxl_jax.typing import ParamPath, Params, Placement, Shapes
 
 LORA_NAMES = ("lora_a", "lora_b")
 
+ArrayT = TypeVar("ArrayT", np.ndarray, Array)
+
 
 def lora_path(target: str) -> ParamPath:
-    """Where a target's linear stands in the model."""
+    """Find the path of a target's linear in the model."""
     block = "mlp" if target in ("gate", "up", "down") else "attention"
     return ("language", "layers", block, target)
 
@@ -40,8 +43,10 @@ class LoRALinear(nnx.Linear):
         self.lora_b = nnx.LoRAParam(lora_b)
         self.scale = scale
 
-    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
-        """[..., in] -> [..., out]."""
+    def __call__(
+        self, inputs: Float[Array, "*batch in"], out_sharding: Any = None
+    ) -> Float[Array, "*batch out"]:
+        """Multiply with the kernel and add the update."""
         y = super().__call__(inputs, out_sharding)
         arrays = (inputs, self.lora_a[...], self.lora_b[...])
         x, a, b = self.promote_dtype(arrays, dtype=self.dtype)
@@ -49,7 +54,7 @@ class LoRALinear(nnx.Linear):
 
 
 def _arguments(linear: nnx.Linear, kernel: Array) -> dict[str, Any]:
-    """What makes a linear like this one, with its bias, around a kernel."""
+    """Arguments of a linear like this one, with its bias and another kernel."""
     names = (
         *("in_features", "out_features", "use_bias", "dtype", "param_dtype", "precision"),
         *("dot_general", "promote_dtype", "preferred_element_type"),
@@ -65,15 +70,19 @@ def _arguments(linear: nnx.Linear, kernel: Array) -> dict[str, Any]:
 def add_lora(
     model: VideoXL, config: LoRAConfig, seed: int, placement: Placement | None = None
 ) -> None:
-    """Give the target linears of all layers their updates, in place; none at rank 0.
+    """Add low-rank updates to the target linears of all layers, in place; nothing at rank 0.
 
-    lora_a starts uniform within ±1/√in (Kaiming, as in the paper's code), by seed and name alone,
-    whatever the other targets and the placement are; lora_b starts as zeros, so that the model
-    computes what it did. Both are float32. The model has weights, or is traced (jit, eval_shape).
+    lora_a starts uniform within ±1/√in (Kaiming, as in the paper's code), and depends on seed and
+    target alone. lora_b starts as zeros, so that the model's output is unchanged. Both are float32.
 
-    placement: as for `load_network`.
+    Args:
+        model: with weights, or traced (jit, eval_shape).
+        config: rank, alpha and targets.
+        seed: of lora_a.
+        placement: as for `load_network`.
 
-    Raises: ValueError if a target has an update already.
+    Raises:
+        ValueError: a target has an update already.
     """
     if config.rank == 0:
         return
@@ -103,9 +112,9 @@ def _start(path: ParamPath, struct: jax.ShapeDtypeStruct, seed: int) -> Array:
 
 
 def merge_lora(model: VideoXL) -> None:
-    """Fold all updates into the kernels, in place: the linears are plain ones again.
+    """Merge all updates into the kernels, in place: the linears become plain ones.
 
-    In float32, a layer at a time, rounded to the kernel's dtype.
+    Computed in float32, one layer at a time, and rounded to the kernel's dtype.
     """
 
     def merge_layer(arrays: tuple[Array, Array, Array], scale: float) -> Array:
@@ -120,18 +129,26 @@ def merge_lora(model: VideoXL) -> None:
             setattr(block, target, nnx.Linear(**_arguments(linear, kernel)))
 
 
-def merge_kernel(kernel: Any, lora_a: Any, lora_b: Any, scale: float) -> Any:
-    """kernel [..., in, out] + scale * lora_a [..., in, r] lora_b [..., r, out], float32.
+def merge_kernel(
+    kernel: Float[ArrayT, "*L in out"],
+    lora_a: Float[ArrayT, "*L in r"],
+    lora_b: Float[ArrayT, "*L r out"],
+    scale: float,
+) -> Float[ArrayT, "*L in out"]:
+    """Compute kernel + scale * lora_a lora_b in float32.
 
-    NumPy's arrays or JAX's, of any dtype; for part of a kernel, rows of lora_a and columns of
-    lora_b.
+    Arrays of NumPy or JAX, of any floating dtype. For part of a kernel, give the matching rows of
+    lora_a and columns of lora_b.
     """
     kernel, a, b = (x.astype(np.float32) for x in (kernel, lora_a, lora_b))
     return kernel + scale * (a @ b)
 
 
 def lora_shapes(shapes: Mapping[ParamPath, Any], config: LoRAConfig) -> Shapes:
-    """What `add_lora` adds, by path; `shapes` has the targets' kernels, or their shapes."""
+    """Compute the shapes of what `add_lora` adds, by path.
+
+    shapes: at least the targets' kernels, as arrays or shapes.
+    """
     found = {}
     for path in map(lora_path, config.targets if config.rank else ()):
         *layers, inputs, outputs = shapes[*path, "kernel"].shape

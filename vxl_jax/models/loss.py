@@ -1,27 +1,34 @@
 """The training loss."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array, lax
+from jaxtyping import Float, Int, Num
 
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.nn.sharding import by_sample, sample_shards
 from vxl_jax.stream.batch import StreamBatch
 from vxl_jax.text.chat import IGNORE
+from vxl_jax.typing import AnyArray
 
 
 def loss_and_metrics(
-    model: VideoXL, streams: StreamBatch, pixels: Array | np.ndarray | None
-) -> tuple[Array, dict[str, Array]]:
-    """Summed next-token cross-entropy in float32, and counts of `tokens` (labelled) and `correct`.
+    model: VideoXL, streams: StreamBatch, pixels: Num[AnyArray, "B F S S 3"] | None
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Compute the summed next-token cross-entropy in float32, and its metrics.
 
     Divide by `tokens` for the loss of the published code; with a sum, gradient accumulation gives
-    every labelled token the same weight. pixels: as for `VideoXL.encode`, or None.
+    every labelled token the same weight.
+
+    Args:
+        model: the network.
+        streams: from `batch_streams`.
+        pixels: as for `VideoXL.encode`, or None.
+
+    Returns:
+        The loss, and int32 counts of `tokens` (labelled) and `correct` (of the highest logit).
     """
     visual = None if pixels is None else model.encode(pixels)
     hidden = model(streams, visual)
@@ -29,15 +36,20 @@ def loss_and_metrics(
     return cross_entropy(model, picked, streams.label)
 
 
+_Sums = tuple[Array, Array, Array]
+
 LOGITS_BYTES = 2**28
 """Most bytes of logits on a device at once in `cross_entropy`."""
 
 
-def cross_entropy(model: VideoXL, hidden: Array, label: Array) -> tuple[Array, dict[str, Array]]:
-    """Summed cross-entropy of hidden states [B, N, D] with labels [B, N], as `loss_and_metrics`.
+def cross_entropy(
+    model: VideoXL, hidden: Float[Array, "B labels D"], label: Int[AnyArray, "B labels"]
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Compute the summed cross-entropy of hidden states with labels, as `loss_and_metrics`.
 
     Logits are computed for a block of labels at a time, and recomputed for gradients.
     """
+    label = jnp.asarray(label)
     batch, count = label.shape
     vocabulary = model.config.language.vocab_size
     step = max(1, LOGITS_BYTES // (4 * -(-batch // sample_shards()) * vocabulary))
@@ -59,7 +71,7 @@ def cross_entropy(model: VideoXL, hidden: Array, label: Array) -> tuple[Array, d
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
     label = jnp.pad(label, ((0, 0), (0, pad)), constant_values=IGNORE)
 
-    def add(sums: Any, some: tuple[Array, Array]) -> tuple[Any, None]:
+    def add(sums: _Sums, some: tuple[Array, Array]) -> tuple[_Sums, None]:
         return jax.tree.map(jnp.add, sums, jax.checkpoint(of_some)(*some)), None
 
     first = (rearrange(hidden, "B (K N) D -> K B N D", K=blocks),)

@@ -1,17 +1,20 @@
-"""Video-XL: vision tower, projector and language model, and the pure functions over them."""
+"""Video-XL: vision tower, projector and language model as one module."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Protocol, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import Array, lax
+from jaxtyping import Float, Num
 
 from vxl_jax.config import VideoXLConfig
+from vxl_jax.errors import ConfigError
+from vxl_jax.nn.attention import AttentionName
 from vxl_jax.nn.clip import VisionTower
+from vxl_jax.nn.collect import Collect, Collected, LayerFn
 from vxl_jax.nn.groups import GROUP_FIELDS, make_group, take_group
 from vxl_jax.nn.memory import Memory, empty_memory
 from vxl_jax.nn.projector import Projector
@@ -19,33 +22,72 @@ from vxl_jax.nn.qwen2 import LanguageModel
 from vxl_jax.nn.scan import map_in_blocks
 from vxl_jax.nn.sharding import by_sample, sample_shards
 from vxl_jax.stream.batch import StreamBatch
+from vxl_jax.typing import AnyArray
 
 FRAME_BLOCK_BYTES = 2**29
 """Most bytes of the vision tower's attention scores on a device at once; above it, frames are
 encoded in blocks."""
 
 
-class VideoXL(nnx.Module):
-    """Parameters of the whole model; random until a checkpoint is loaded into it."""
+class VisionEncoder(Protocol):
+    """What a vision tower has to be, besides an `nnx.Module`: a function from frames to features.
 
-    def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
+    F frames or tiles of S = `config.tower.image_size` pixels a side, uint8 RGB (or floats, if the
+    caller has normalised them). `Projector` expects P = `config.tower.grid`**2 patches, row by row,
+    of `config.tower.width` features; a tower with another shape needs another `model.projector`,
+    from [F, P, features] to [F, `config.layout.count(1)`, D].
+    """
+
+    def __call__(self, pixels: Num[Array, "F S S 3"]) -> Float[Array, "F P features"]:
+        """Encode frames."""
+        ...
+
+
+class VideoXL(nnx.Module):
+    """Parameters of the whole model; random until a checkpoint is loaded into it.
+
+    Args:
+        config: sizes and options.
+        vision: a tower (an `nnx.Module`; see `VisionEncoder`) in place of the one that
+            `config.vision` describes. `model.vision` may also be assigned later.
+        attention: implementation of the language model's attention; see `window_attention`.
+        rngs: for random weights.
+
+    Raises:
+        ConfigError: `vision` is given and `config.vision` is None.
+    """
+
+    def __init__(
+        self,
+        config: VideoXLConfig,
+        *,
+        rngs: nnx.Rngs,
+        vision: VisionEncoder | None = None,
+        attention: AttentionName | None = None,
+    ):
         self.config = config
         if config.vision is not None:
-            self.vision = VisionTower(config, rngs=rngs)
+            self.vision = VisionTower(config, rngs=rngs) if vision is None else vision
             self.projector = Projector(config, rngs=rngs)
-        self.language = LanguageModel(config, rngs=rngs)
+        elif vision is not None:
+            raise ConfigError(
+                "VideoXLConfig.vision: None, but a tower is given; describe its image_size, "
+                "patch_size and width with a VisionConfig"
+            )
+        self.language = LanguageModel(config, attention, rngs=rngs)
         if config.compression is not None:
             start_beacons(self.language, rngs.params())
 
-    def encode(self, pixels: Array | np.ndarray) -> Array:
-        """Frames or tiles [B, F, S, S, 3] -> visual tokens [B, F * tokens_per_frame, D].
+    def encode(self, pixels: Num[AnyArray, "B F S S 3"]) -> Float[Array, "B V D"]:
+        """Encode frames or tiles to visual tokens; V is `config.layout.count(F)`.
 
-        uint8 RGB, or floats that are already normalised.
+        pixels: uint8 RGB, or floats that are already normalised.
 
-        Raises: ConfigError if the model has no vision tower.
+        Raises:
+            ConfigError: the model has no vision tower.
         """
-        vision, batch = self.config.tower, pixels.shape[0]
-        frame_bytes = 4 * vision.heads * (vision.grid**2 + 1) ** 2
+        tower_config, batch = self.config.tower, pixels.shape[0]
+        frame_bytes = 4 * tower_config.heads * (tower_config.grid**2 + 1) ** 2
         most = FRAME_BLOCK_BYTES // (frame_bytes * -(-batch // sample_shards()))
         graph, params = nnx.split((self.vision, self.projector))
 
@@ -59,22 +101,69 @@ class VideoXL(nnx.Module):
         tokens = map_in_blocks(encode_some, frames, max(1, most))
         return by_sample(rearrange(tokens, "F B P D -> B (F P) D"))
 
-    def __call__(self, streams: StreamBatch, visual: Array | None = None) -> Array:
-        """Return the hidden states of all tokens after the last layer, [B, G * T, D].
+    @overload
+    def __call__(
+        self,
+        streams: StreamBatch,
+        visual: Float[Array, "B V D"] | None = ...,
+        *,
+        collect: None = ...,
+        layer_fn: LayerFn | None = ...,
+    ) -> Float[Array, "B G*T D"]: ...
 
-        visual [B, V, D] from `encode`; None for streams of text alone.
+    @overload
+    def __call__(
+        self,
+        streams: StreamBatch,
+        visual: Float[Array, "B V D"] | None = ...,
+        *,
+        collect: Collect,
+        layer_fn: LayerFn | None = ...,
+    ) -> tuple[Float[Array, "B G*T D"], Collected]: ...
+
+    def __call__(
+        self,
+        streams: StreamBatch,
+        visual: Float[Array, "B V D"] | None = None,
+        *,
+        collect: Collect | None = None,
+        layer_fn: LayerFn | None = None,
+    ) -> Array | tuple[Array, Collected]:
+        """Compute the hidden states of all tokens after the last layer, [B, G * T, D].
+
+        Args:
+            streams: from `batch_streams`.
+            visual: from `encode`; None for streams of text alone.
+            collect: layers whose activations are returned as well. Each array of `Collected` has a
+                group axis in front: [G, layers, B, T, …].
+            layer_fn: hook for the output of every layer, to steer or patch it.
+
+        Returns:
+            The hidden states; with `collect`, a pair of them and `Collected`.
         """
-        if streams.kind.shape[0] == 1:
+        if streams.kind.shape[0] > 1:
+            memory = empty_memory(self.config, streams.kind.shape[1], streams.memory)
+            hidden, _, collected = scan_groups(
+                *(self, streams, visual, memory),
+                keep_hidden=True,
+                collect=collect,
+                layer_fn=layer_fn,
+            )
+            hidden = rearrange(hidden, "G B T D -> B (G T) D")
+        else:
             group = take_group(streams, 0)
-            x = self.language.embed_group(group, visual)
-            device_group = make_group(self.config.language, group)
-            return self.language.run_group_alone(x, device_group, streams.memory)
-        memory = empty_memory(self.config, streams.kind.shape[1], streams.memory)
-        hidden, _ = scan_groups(self, streams, visual, memory, keep_hidden=True)
-        return rearrange(hidden, "G B T D -> B (G T) D")
+            hidden, collected = self.language.run_group_alone(
+                self.language.embed_group(group, visual),
+                make_group(self.config.language, group),
+                streams.memory,
+                collect=collect,
+                layer_fn=layer_fn,
+            )
+            collected = jax.tree.map(lambda x: x[None], collected)
+        return hidden if collected is None else (hidden, collected)
 
-    def logits(self, hidden: Array) -> Array:
-        """Hidden states [..., D] -> logits [..., V] float32."""
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Read float32 logits from hidden states after the last layer."""
         return self.language.logits(hidden)
 
 
@@ -90,34 +179,54 @@ def start_beacons(language: LanguageModel, key: Array) -> None:
 def scan_groups(
     model: VideoXL,
     streams: StreamBatch,
-    visual: Array | None,
+    visual: Float[Array, "B V D"] | None,
     memory: Memory,
-    keep_hidden: bool,
     bases: tuple[Memory, ...] = (),
-) -> tuple[Array, Memory]:
+    *,
+    keep_hidden: bool = False,
+    collect: Collect | None = None,
+    layer_fn: LayerFn | None = None,
+) -> tuple[Array, Memory, Collected | None]:
     """Run the groups one after another, the memory carried from each to the next.
 
-    bases: memories of one sample each, shared by all samples, which come before `memory` in stream
-    order, one after another; the ranks of the streams go on after the sum of their lengths.
+    Args:
+        model: the network.
+        streams: from `batch_streams`.
+        visual: from `VideoXL.encode`; None for streams of text alone.
+        memory: what comes before the streams, with room for their persistent tokens.
+        bases: memories of one sample each, shared by all samples, which come before `memory` in
+            stream order, one after another; the ranks of the streams start after the sum of all
+            lengths.
+        keep_hidden: return the hidden states of all groups, [G, B, T, D], instead of those of the
+            last group, [B, T, D].
+        collect: layers whose activations are returned as well.
+        layer_fn: hook for the output of every layer.
 
-    Returns hidden states, [G, B, T, D] if `keep_hidden`, else [B, T, D] of the last group alone;
-    and the memory with the persistent tokens of all groups.
+    Returns:
+        Hidden states, the memory with the persistent tokens of all groups, and the activations of
+        the layers of `collect`: each array has a group axis in front, [G, layers, B, T, …].
     """
     language_config = model.config.language
     graph, params = nnx.split(model.language)
     base_lengths = [base.length for base in bases]
 
-    def step(carry: tuple[Memory, Array], arrays: dict[str, Array]) -> tuple[Any, Array | None]:
+    def step(
+        carry: tuple[Memory, Array], arrays: dict[str, Array]
+    ) -> tuple[tuple[Memory, Array], tuple[Array | None, Collected | None]]:
         language = nnx.merge(graph, params)
         group = replace(streams, **arrays)  # type: ignore[arg-type]
-        x = language.embed_group(group, visual)
-        device_group = make_group(language_config, group, base_lengths)
-        x, memory = language.run_group(x, device_group, carry[0], bases)
-        return (memory, x), x if keep_hidden else None
+        x, memory, collected = language.run_group(
+            language.embed_group(group, visual),
+            make_group(language_config, group, base_lengths),
+            *(carry[0], bases),
+            collect=collect,
+            layer_fn=layer_fn,
+        )
+        return (memory, x), (x if keep_hidden else None, collected)
 
     arrays = {name: getattr(streams, name) for name in GROUP_FIELDS}
     shape = (*streams.kind.shape[1:], language_config.width)
     last = jnp.zeros(shape, memory.keys.dtype)
-    (memory, last), hidden = lax.scan(step, (memory, last), arrays)
+    (memory, last), (hidden, collected) = lax.scan(step, (memory, last), arrays)
     memory = replace(memory, length=memory.length + streams.length)
-    return last if hidden is None else hidden, memory
+    return last if hidden is None else hidden, memory, collected

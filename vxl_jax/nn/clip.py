@@ -1,26 +1,25 @@
-"""CLIP vision tower and projector: frames to visual tokens.
+"""CLIP vision tower: frames to features of patches. Source: CLIP (arXiv 2103.00020)."""
 
-Sources: CLIP (arXiv 2103.00020); LLaVA-1.5's two-layer projector (arXiv 2310.03744); Video-XL's
-2 × 2 average pooling after the projector (arXiv 2409.14485, section 3.1).
-"""
-
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array, lax
+from jaxtyping import Float, Num
 
 from vxl_jax.config import DTYPES, VideoXLConfig
-from vxl_jax.nn.layers import linear_maker
+from vxl_jax.nn.layers import ModuleState, make_linear
 from vxl_jax.nn.scan import recomputed, stacked
 from vxl_jax.nn.sharding import by_sample
 
 
-def normalize_pixels(pixels: Array, mean: tuple[float, ...], std: tuple[float, ...]) -> Array:
-    """RGB uint8 [..., 3] -> float32, normalised by mean and standard deviation of each channel.
+def normalize_pixels(
+    pixels: Num[Array, "*batch C"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "*batch C"]:
+    """Normalise uint8 RGB by mean and standard deviation of each channel, in float32.
 
     Floating-point pixels are assumed to be normalised and returned unchanged.
     """
@@ -34,7 +33,7 @@ class VisionLayer(nnx.Module):
 
     def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
         c = config.tower
-        linear = linear_maker(config, rngs)
+        linear = partial(make_linear, config, rngs)
         norm = _layer_norm(config, rngs)
         self.attention_norm = norm()
         self.q, self.k, self.v, self.o = (linear(c.width, c.width) for _ in range(4))
@@ -43,8 +42,8 @@ class VisionLayer(nnx.Module):
         self.down = linear(c.mlp_width, c.width)
         self.heads = c.heads
 
-    def __call__(self, x: Array) -> Array:
-        """[F, P, D] -> [F, P, D]: F frames of P patches."""
+    def __call__(self, x: Float[Array, "F P D"]) -> Float[Array, "F P D"]:
+        """Run the layer over the patches of each frame."""
         y = self.attention_norm(x)
         heads = partial(rearrange, pattern="F P (N H) -> F P N H", N=self.heads)
         y = jax.nn.dot_product_attention(heads(self.q(y)), heads(self.k(y)), heads(self.v(y)))
@@ -60,17 +59,17 @@ class VisionTower(nnx.Module):
         c = config.tower
         self.config = config
         param_dtype = DTYPES[config.param_dtype]
-        self.patch_embed = linear_maker(config, rngs)(c.patch_size**2 * 3, c.width, use_bias=False)
+        self.patch_embed = make_linear(config, rngs, c.patch_size**2 * 3, c.width, use_bias=False)
         init = nnx.initializers.normal(0.02)
         self.class_embed = nnx.Param(init(rngs.params(), (c.width,), param_dtype))
         self.position_embed = nnx.Param(init(rngs.params(), (c.grid**2 + 1, c.width), param_dtype))
         self.pre_norm = _layer_norm(config, rngs)()
         self.layers = stacked(partial(VisionLayer, config), c.layers_used, rngs)
 
-    def __call__(self, pixels: Array) -> Array:
-        """Frames [F, S, S, 3] -> features [F, P, D] without the class token.
+    def __call__(self, pixels: Num[Array, "F S S 3"]) -> Float[Array, "F P D"]:
+        """Compute the features of all patches of frames, without the class token.
 
-        uint8 RGB, or floats that are already normalised.
+        pixels: uint8 RGB, or floats that are already normalised.
         """
         c = self.config.tower
         dtype = DTYPES[self.config.dtype]
@@ -89,13 +88,13 @@ class VisionTower(nnx.Module):
 
         graph, params = nnx.split(self.layers)
 
-        def body(x: Array, layer_params: Any) -> tuple[Array, None]:
+        def body(x: Array, layer_params: ModuleState) -> tuple[Array, None]:
             return by_sample(nnx.merge(graph, layer_params)(x)), None
 
         return lax.scan(recomputed(body, self.config.remat), x, params)[0][:, 1:]
 
 
-def _layer_norm(config: VideoXLConfig, rngs: nnx.Rngs) -> Any:
+def _layer_norm(config: VideoXLConfig, rngs: nnx.Rngs) -> Callable[[], nnx.LayerNorm]:
     return partial(
         nnx.LayerNorm,
         config.tower.width,

@@ -5,10 +5,14 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Float, Int, UInt32
+
+Angles = tuple[Float[Array, "*batch T 1 H/2"], Float[Array, "*batch T 1 H/2"]]
+"""Cosine and sine of the rotation of each pair of features, float32."""
 
 
-def rope_angles(positions: Array, head_size: int, theta: float) -> tuple[Array, Array]:
-    """Cosine and sine, [..., T, 1, H/2] float32, for non-negative int32 positions [..., T].
+def rope_angles(positions: Int[Array, "*batch T"], head_size: int, theta: float) -> Angles:
+    """Compute cosine and sine of rotary embedding at non-negative int32 positions.
 
     Both are within 5e-7 of the exact values at every position: position times frequency, in turns,
     is computed in fixed point, where whole turns drop out, and then rounded to float32. (A float32
@@ -23,8 +27,8 @@ def rope_angles(positions: Array, head_size: int, theta: float) -> tuple[Array, 
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def _frequencies(head_size: int, theta: float) -> list[np.ndarray]:
-    """RoPE frequencies in turns a position, f0 / 2**32 + f1 / 2**48 + f2 / 2**64: uint32 [H/2]."""
+def _frequencies(head_size: int, theta: float) -> list[UInt32[np.ndarray, " H/2"]]:
+    """RoPE frequencies in turns a position, as f0 / 2**32 + f1 / 2**48 + f2 / 2**64."""
     fraction = float(theta) ** (-np.arange(0, head_size, 2) / head_size) / (2 * np.pi)
     digits = []
     for bits in (32, 16, 16):
@@ -33,8 +37,10 @@ def _frequencies(head_size: int, theta: float) -> list[np.ndarray]:
     return digits
 
 
-def rotate(x: Array, angles: tuple[Array, Array], scale: float = 1.0) -> Array:
-    """Rotary embedding of x [..., T, heads, H] in halves (not interleaved), times `scale`.
+def rotate(
+    x: Float[Array, "*batch T heads H"], angles: Angles, scale: float = 1.0
+) -> Float[Array, "*batch T heads H"]:
+    """Apply rotary embedding in halves (not interleaved), and multiply by `scale`.
 
     Computed in float32, and rounded once to the dtype of x.
     """
@@ -42,6 +48,3 @@ def rotate(x: Array, angles: tuple[Array, Array], scale: float = 1.0) -> Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return (rotated * scale).astype(x.dtype)
-
-
-Angles = tuple[Array, Array]

@@ -1,7 +1,7 @@
 """Stacked layers, what their backward pass keeps, and maps in blocks."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +10,26 @@ from jax import Array, lax
 
 from vxl_jax.config import Remat
 
+_Module = TypeVar("_Module", bound=nnx.Module)
+_P = ParamSpec("_P")
+_Out = TypeVar("_Out")
 
-def stacked(make: Any, layers: int, rngs: nnx.Rngs) -> Any:
-    """Build `layers` modules with different random weights, as one with a leading layer axis."""
+
+def stacked(make: Callable[..., _Module], layers: int, rngs: nnx.Rngs) -> _Module:
+    """Build `layers` modules with different random weights, as one with a leading layer axis.
+
+    make: called with the keyword argument `rngs`.
+    """
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap(in_axes=(0,), out_axes=0)
-    def build(rngs: nnx.Rngs) -> Any:
+    def build(rngs: nnx.Rngs) -> _Module:
         return make(rngs=rngs)
 
     return build(rngs)
 
 
-def recomputed(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+def recomputed(body: Callable[_P, _Out], remat: Remat) -> Callable[_P, _Out]:
     """Checkpoint the body of a scan over layers: `remat` says what its backward pass may keep."""
     if remat == "none":
         return body

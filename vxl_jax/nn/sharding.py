@@ -1,8 +1,9 @@
-"""Where parameters, samples and activations live: one mesh, one table of logical axes.
+"""Shard parameters, samples and activations over one mesh, by one table of logical axes.
 
-The mesh has three axes: `data` (copies of the model), `fsdp` (each parameter cut over devices, put
-together when it is used; samples are divided over it as well) and `tensor` (heads and MLP columns
-divided). XLA's partitioner adds the communication; the numbers stay those of one device.
+The mesh has three axes: `data` (copies of the model), `fsdp` (each parameter is sharded, and
+gathered when it is used; samples are sharded over it as well) and `tensor` (attention heads and MLP
+columns are sharded). XLA's partitioner adds the communication; the numbers stay those of one
+device.
 """
 
 import math
@@ -13,9 +14,10 @@ import jax
 import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
 
 from vxl_jax.config import VideoXLConfig
-from vxl_jax.typing import Placement
+from vxl_jax.typing import ParamPath, Placement
 
 AXES = ("data", "fsdp", "tensor")
 SAMPLES = ("data", "fsdp")
@@ -23,14 +25,14 @@ SAMPLES = ("data", "fsdp")
 
 
 # Logical axes: `in`, `out` the width of the residual stream, read and written; `heads` whole
-# attention heads; `mlp` and `vocabulary`. None is never cut.
+# attention heads; `mlp`; `vocab`. None is never sharded.
 _MESH_AXIS = {"in": "fsdp", "out": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 
 Axes = tuple[str | None, ...]
 
 
 def _linears(block: str, names: str, inputs: str, outputs: str, bias: bool) -> dict[str, Axes]:
-    """Rows of stacked linears; a bias along the residual stream is small, and whole."""
+    """Rows of stacked linears; a bias along the residual stream is small and replicated."""
     bias_axis = None if outputs == "out" else outputs
     rows: dict[str, Axes] = {}
     for name in names.split():
@@ -70,26 +72,26 @@ _TABLE: dict[str, Axes] = {
     "vision/layers/mlp_norm/scale": (None, None),
     "vision/layers/mlp_norm/bias": (None, None),
 }
-"""Axes of every parameter, by its whole name. Stacked ones have the layer first."""
+"""Logical axes of every parameter, by its full name. Stacked ones have the layer first."""
 
 SMALL = 2**16
-"""Most numbers of a parameter without a row, which is whole on every device."""
+"""Most elements of a parameter without a row in the table: it is replicated."""
 
 
 def make_mesh(
-    data: int, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+    data: int, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh data × fsdp × tensor over all devices of all processes, or over the given ones."""
+    """Make the mesh data × fsdp × tensor over all devices of all processes, or over `devices`."""
     return jax.make_mesh(
         (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
     )
 
 
-def logical_axes(path: tuple[str, ...]) -> Axes | None:
-    """Names of a parameter's axes, None for one that is never cut; None without a row in the table.
+def logical_axes(path: ParamPath) -> Axes | None:
+    """Look up the logical axes of a parameter; None if the table has no row for it.
 
-    Low-rank updates have the axes of their kernel, with the rank in place of one; scales of an int8
-    kernel those of its columns.
+    Low-rank updates have the axes of their kernel, with the rank in place of one of them; scales of
+    an int8 kernel have the axis of its columns.
     """
     axes = _TABLE.get("/".join(path))
     if axes is None and path and path[-1] in ("lora_a", "lora_b", "scale"):
@@ -102,25 +104,25 @@ def logical_axes(path: tuple[str, ...]) -> Axes | None:
 
 
 def param_placement(mesh: Mesh, config: VideoXLConfig) -> Placement:
-    """How the parameters of a model are cut over a mesh: for `load_network` and for training.
+    """Make the function from a parameter to its sharding: for `load_network` and for training.
 
-    An axis that the mesh does not divide stays whole, and a head is never cut.
+    An axis that the mesh does not divide is replicated, and a head is never split.
 
-    The function raises ValueError for a parameter of more than `SMALL` numbers that has no row in
-    the table, or not as many axes as its row: it would be whole on every device.
+    The function raises ValueError for a parameter of more than `SMALL` elements that has no row in
+    the table, or another number of axes than its row: it would be replicated.
     """
     head_size = {"language": config.language.head_size}
     if config.vision is not None:
         head_size["vision"] = config.vision.width // config.vision.heads
 
-    def place(path: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    def place(path: ParamPath, shape: tuple[int, ...]) -> NamedSharding:
         axes = logical_axes(path)
         if axes is None or len(axes) != len(shape):
             if math.prod(shape) > SMALL:
                 raise ValueError(
                     f"{'/'.join(path)} {shape}: the table of vxl_jax/nn/sharding.py has "
                     f"{'no row for it' if axes is None else f'{len(axes)} axes for it'}; add a "
-                    "row that says how it is cut over a mesh"
+                    "row with its logical axes"
                 )
             axes = (None,) * len(shape)
         spec: list[str | None] = []
@@ -129,7 +131,7 @@ def param_placement(mesh: Mesh, config: VideoXLConfig) -> Placement:
             cut = None if axis is None else _MESH_AXIS[axis]
             parts = mesh.shape[cut] if cut else 1
             spec.append(cut if parts > 1 and size % (unit * parts) == 0 else None)
-        while spec and spec[-1] is None:  # as XLA writes it: others would be compiled for anew
+        while spec and spec[-1] is None:  # XLA's form; another one would be compiled again
             spec.pop()
         return NamedSharding(mesh, PartitionSpec(*spec))
 
@@ -137,10 +139,10 @@ def param_placement(mesh: Mesh, config: VideoXLConfig) -> Placement:
 
 
 def place_tree(placement: Placement, tree: Any) -> Any:
-    """Shardings of a tree of arrays whose dictionaries are nested as the parameters are.
+    """Compute the shardings of a tree of arrays that is nested as the parameters are.
 
     In an optimizer's state, whose dictionaries are inside tuples, an array of another rank than its
-    parameter is whole: a row or a column of Adafactor's moments, a count.
+    parameter is replicated: a row or a column of Adafactor's moments, a count.
     """
 
     def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -153,15 +155,16 @@ def place_tree(placement: Placement, tree: Any) -> Any:
 
 
 def sample_shards(mesh: Mesh | None = None) -> int:
-    """Over how many devices of a mesh, by default that of `jax.set_mesh`, the samples of a batch
-    are divided; 1 without a mesh.
+    """Count the devices over which the samples of a batch are sharded; 1 without a mesh.
+
+    mesh: that of `jax.set_mesh` by default.
     """
     shape = (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
     return int(np.prod([shape.get(axis, 1) for axis in SAMPLES]))
 
 
 def sample_spec(axis: int = 0) -> PartitionSpec:
-    """How an array is cut whose samples lie along an axis."""
+    """Make the partition of an array whose samples are along an axis."""
     return PartitionSpec(*(None,) * axis, SAMPLES)
 
 
@@ -169,29 +172,24 @@ def sample_spec(axis: int = 0) -> PartitionSpec:
 
 
 def by_sample(x: Array, axis: int = 0) -> Array:
-    """The same array, cut over the devices along its axis of samples and nowhere else; as it is
-    where these do not divide it.
-    """
+    """Shard an array along its axis of samples alone; unchanged if the devices do not divide it."""
     shards = sample_shards()
     if shards == 1 or x.shape[axis] % shards:
         return x
     return lax.with_sharding_constraint(x, sample_spec(axis))
 
 
-def residual(x: Array) -> Array:
-    """The stream between layers [B, T, D] as the backward pass keeps it: cut by sample, and along
-    its width over `tensor`.
-    """
+def residual(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Shard the residual stream for the backward pass: by sample, and its width over `tensor`."""
     shape = jax.sharding.get_abstract_mesh().shape
     if shape.get("tensor", 1) == 1 or x.shape[2] % shape["tensor"] or x.shape[0] % sample_shards():
         return by_sample(x)
     return lax.with_sharding_constraint(x, PartitionSpec(SAMPLES, None, "tensor"))
 
 
-def from_table(x: Array) -> Array:
-    """Rows [B, T, D] of the table of embeddings, as each device finds them: all samples of its
-    `fsdp` group, in its part of the width. Left to itself, XLA would put together all samples of
-    the mesh before it divides them anew.
+def from_table(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Shard looked-up embeddings as each device finds them: all samples of its `fsdp` group, in
+    its part of the width. By default XLA gathers all samples of the mesh and shards them again.
     """
     shape = jax.sharding.get_abstract_mesh().shape
     if sample_shards() == 1 or x.shape[0] % shape["data"] or x.shape[2] % shape["fsdp"]:
@@ -200,7 +198,7 @@ def from_table(x: Array) -> Array:
 
 
 def everywhere(x: Array) -> Array:
-    """The same array, whole on every device, so that every process can read it."""
+    """Replicate an array, so that every process can read it."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return lax.with_sharding_constraint(x, PartitionSpec())

@@ -14,10 +14,11 @@ Everything the network needs to apply the rule is in `Stream`, and, padded and c
 windows, in `StreamBatch`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool, Int, Int32
 
 from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN
 
@@ -27,30 +28,33 @@ TEXT, VISUAL, BEACON, PAD = 0, 1, 2, 3
 NO_SLOT = np.int32(2**30)
 """Memory slot of a token that is not kept: past the end of any memory, where writes are dropped."""
 
-Ratio = int | None | Sequence[int | None] | Callable[[int], int | None]
+RatioFunction = Callable[[int], int | None]
+"""From the number of visual tokens in a window to its compression ratio."""
+
+Ratio = int | None | Sequence[int | None] | RatioFunction
 """How visual tokens are compressed: one ratio for all windows, one per visual window in order, or a
-function from the number of visual tokens in a window to its ratio. None keeps them uncompressed."""
+function. None keeps them uncompressed."""
 
 
 @dataclass(frozen=True)
 class Stream:
     """One sample's tokens in stream order. T tokens, W windows.
 
-    kind:          [T] TEXT, VISUAL or BEACON
-    source:        [T] token id (text), index among the sample's features (visual), 0 (beacon)
-    rank:          [T] position among the persistent tokens, which is also the token's memory slot;
-                   NO_SLOT for transient tokens
-    target:        [T] id that the token should predict, or IGNORE
-    window_start:  [W] index of each window's first token
-    window_memory: [W] persistent tokens before each window
+    kind: TEXT, VISUAL or BEACON.
+    source: token id (text), index among the sample's features (visual), 0 (beacon).
+    rank: position among the persistent tokens, which is also the token's memory slot; NO_SLOT for
+        transient tokens.
+    target: id that the token should predict, or IGNORE.
+    window_start: index of each window's first token.
+    window_memory: persistent tokens before each window.
     """
 
-    kind: np.ndarray
-    source: np.ndarray
-    rank: np.ndarray
-    target: np.ndarray
-    window_start: np.ndarray
-    window_memory: np.ndarray
+    kind: Int32[np.ndarray, " T"]
+    source: Int32[np.ndarray, " T"]
+    rank: Int32[np.ndarray, " T"]
+    target: Int32[np.ndarray, " T"]
+    window_start: Int32[np.ndarray, " W"]
+    window_memory: Int32[np.ndarray, " W"]
 
     @property
     def length(self) -> int:
@@ -63,21 +67,21 @@ class Stream:
         return int((self.rank != NO_SLOT).sum())
 
     @property
-    def window_lengths(self) -> np.ndarray:
-        """[W] tokens in each window."""
+    def window_lengths(self) -> Int32[np.ndarray, " W"]:
+        """Tokens in each window."""
         return np.diff(self.window_start, append=self.length)
 
 
 def plan_stream(
-    ids: Sequence[int] | np.ndarray,
+    ids: Sequence[int] | Int[np.ndarray, " ids"],
     visual_tokens: Sequence[int],
     *,
     window: int,
     ratio: Ratio,
-    labels: Sequence[int] | np.ndarray | None = None,
+    labels: Sequence[int] | Int[np.ndarray, " ids"] | None = None,
     before: int = 0,
 ) -> Stream:
-    """Plan one sample, or what follows a memory.
+    """Plan the token stream of one sample, or of a continuation of a memory.
 
     Args:
         ids: token ids of the sample with one `IMAGE_TOKEN` for every visual block.
@@ -86,11 +90,11 @@ def plan_stream(
         ratio: see `Ratio`.
         labels: aligned with `ids`, not shifted; `IGNORE` where there is no loss. The target of a
             token is the label of the next token that is not a beacon.
-        before: persistent tokens that are in a memory already; ranks go on after them.
+        before: entries of the memory that the sample continues; ranks start after them.
 
     Raises:
-        ValueError: blocks and marks differ in number, an empty block, an unusable ratio, or not as
-            many ratios as visual windows.
+        ValueError: blocks and marks differ in number, an empty block, an unusable ratio, or a
+            number of ratios that differs from that of the visual windows.
     """
     ids = np.asarray(ids, np.int32)
     labels = np.full(len(ids), IGNORE, np.int32) if labels is None else np.asarray(labels, np.int32)
@@ -103,90 +107,104 @@ def plan_stream(
         raise ValueError(f"{len(ids)} token ids but {len(labels)} labels")
     if len(ids) == 0:
         raise ValueError("a stream needs at least one token")
+    if min(visual_tokens, default=1) < 1:
+        raise ValueError("a visual block needs at least one token")
 
-    builder = _Builder(_ratio_function(ratio), before)
     next_label = np.append(labels[1:], IGNORE)
-    start = 0
-    for mark, tokens in zip(marks, visual_tokens, strict=True):
-        builder.text(ids[start:mark], next_label[start:mark], window)
-        builder.visual(int(tokens), window, int(next_label[mark]))
-        start = int(mark) + 1
-    builder.text(ids[start:], next_label[start:], window)
-    if isinstance(ratio, Sequence) and len(ratio) != builder.visual_windows:
-        raise ValueError(f"{len(ratio)} ratios given for {builder.visual_windows} visual windows")
-    return builder.stream()
+    ratio_of = _ratio_function(ratio, visual_windows=sum(-(-n // window) for n in visual_tokens))
+    windows: list[_Window] = []
+    start = first_visual = 0
+    for mark, tokens in zip(marks.tolist(), visual_tokens, strict=True):
+        windows += _text_windows(ids[start:mark], next_label[start:mark], window)
+        windows += _visual_windows(first_visual, tokens, window, ratio_of, next_label[mark])
+        start, first_visual = mark + 1, first_visual + tokens
+    windows += _text_windows(ids[start:], next_label[start:], window)
+    return _join(windows, before)
 
 
-class _Builder:
-    """Appends windows one after another, keeping count of what is persistent."""
+@dataclass(frozen=True)
+class _Window:
+    """Tokens of one window, before their ranks are known; see `Stream`."""
 
-    def __init__(self, ratio: Callable[[int], int | None], kept: int):
-        self.ratio, self.kept = ratio, kept
-        self.parts: list[tuple[np.ndarray, ...]] = []
-        self.starts: list[int] = []
-        self.memory: list[int] = []
-        self.tokens = self.visual_seen = self.visual_windows = 0
+    kind: Int[np.ndarray, " T"]
+    source: Int[np.ndarray, " T"]
+    target: Int[np.ndarray, " T"]
+    persistent: Bool[np.ndarray, " T"]
 
-    def text(self, ids: np.ndarray, targets: np.ndarray, window: int) -> None:
-        for i in range(0, len(ids), window):
-            piece = ids[i : i + window]
-            self._append(np.full(len(piece), TEXT), piece, targets[i : i + window])
 
-    def visual(self, tokens: int, window: int, last_target: int) -> None:
-        if tokens < 1:
-            raise ValueError("a visual block needs at least one token")
-        for i in range(0, tokens, window):
-            count = min(window, tokens - i)
-            ratio = self.ratio(count)
-            if ratio is not None and ratio < 1:
-                raise ValueError(f"compression ratio {ratio} of a window must be at least 1")
-            # One beacon after every `ratio` raw tokens; those left over have none.
-            beacons = 0 if ratio is None else count // ratio
-            raw = np.ones(count + beacons, bool)
-            if ratio is not None:
-                raw[ratio :: ratio + 1] = False
-            source = np.where(raw, self.visual_seen + np.cumsum(raw) - 1, 0)
-            target = np.full(len(raw), IGNORE)
-            if i + count == tokens:
-                target[np.flatnonzero(raw)[-1]] = last_target
-            self._append(np.where(raw, VISUAL, BEACON), source, target, keep_all=ratio is None)
-            self.visual_seen += count
-            self.visual_windows += 1
+def _text_windows(
+    ids: Int[np.ndarray, " T"], targets: Int[np.ndarray, " T"], window: int
+) -> Iterator[_Window]:
+    """Cut a run of text into windows."""
+    for i in range(0, len(ids), window):
+        piece = ids[i : i + window]
+        kept = np.ones(len(piece), bool)
+        yield _Window(np.full(len(piece), TEXT), piece, targets[i : i + window], kept)
 
-    def _append(
-        self, kind: np.ndarray, source: np.ndarray, target: np.ndarray, keep_all: bool = False
-    ) -> None:
-        self.starts.append(self.tokens)
-        self.memory.append(self.kept)
-        persistent = (kind != VISUAL) | keep_all
-        rank = np.where(persistent, self.kept + np.cumsum(persistent) - 1, NO_SLOT)
-        self.parts.append((kind, source, rank, target))
-        self.tokens += len(kind)
-        self.kept += int(persistent.sum())
 
-    def stream(self) -> Stream:
-        kind, source, rank, target = (
-            np.concatenate(column).astype(np.int32) for column in zip(*self.parts, strict=True)
+def _visual_windows(
+    first: int, tokens: int, window: int, ratio_of: RatioFunction, last_target: int
+) -> Iterator[_Window]:
+    """Cut a visual block into windows and put beacons between its tokens.
+
+    first: index of the block's first token among the sample's features. last_target: what the last
+    visual token predicts.
+    """
+    for i in range(0, tokens, window):
+        count = min(window, tokens - i)
+        ratio = ratio_of(count)
+        if ratio is not None and ratio < 1:
+            raise ValueError(f"compression ratio {ratio} of a window must be at least 1")
+        # One beacon after every `ratio` visual tokens; left-over tokens have none.
+        beacons = 0 if ratio is None else count // ratio
+        is_beacon = np.zeros(count + beacons, bool)
+        if ratio is not None:
+            is_beacon[ratio :: ratio + 1] = True
+        target = np.full(len(is_beacon), IGNORE)
+        if i + count == tokens:
+            target[np.flatnonzero(~is_beacon)[-1]] = last_target
+        yield _Window(
+            kind=np.where(is_beacon, BEACON, VISUAL),
+            source=np.where(is_beacon, 0, first + i + np.cumsum(~is_beacon) - 1),
+            target=target,
+            persistent=is_beacon | (ratio is None),
         )
-        starts, memory = np.array(self.starts, np.int32), np.array(self.memory, np.int32)
-        return Stream(kind, source, rank, target, starts, memory)
 
 
-def _ratio_function(ratio: Ratio) -> Callable[[int], int | None]:
+def _join(windows: Sequence[_Window], before: int) -> Stream:
+    """Put windows one after another and count their persistent tokens from `before` on."""
+    persistent = np.concatenate([window.persistent for window in windows])
+    rank = before + np.cumsum(persistent) - persistent  # persistent tokens before each token
+    ends = np.cumsum([len(window.kind) for window in windows])
+    start = np.append(0, ends[:-1])
+    arrays = (
+        np.concatenate([window.kind for window in windows]),
+        np.concatenate([window.source for window in windows]),
+        np.where(persistent, rank, NO_SLOT),
+        np.concatenate([window.target for window in windows]),
+        start,
+        rank[start],
+    )
+    return Stream(*(array.astype(np.int32) for array in arrays))
+
+
+def _ratio_function(ratio: Ratio, visual_windows: int) -> RatioFunction:
     if callable(ratio):
         return ratio
-    if isinstance(ratio, Sequence):
-        remaining = iter(ratio)
-        return lambda count: next(remaining, None)
-    return lambda count: ratio
+    if not isinstance(ratio, Sequence):
+        return lambda count: ratio
+    if len(ratio) != visual_windows:
+        raise ValueError(f"{len(ratio)} ratios given for {visual_windows} visual windows")
+    remaining = iter(ratio)
+    return lambda count: next(remaining)
 
 
-def draw_ratio(ratios: Sequence[int], rng: np.random.Generator) -> Callable[[int], int | None]:
-    """Random ratio per window, as in training (`step-random`).
+def draw_ratio(ratios: Sequence[int], rng: np.random.Generator) -> RatioFunction:
+    """Draw a random ratio for each window, as in training (`step-random`).
 
-    Drawn uniformly from those `ratios` that divide the window's number of visual tokens. Where none
-    does (the published code stops there), from those that do not exceed it, and where none of these
-    is left, the window keeps one beacon. No ratios at all: no compression.
+    The draw is uniform over the `ratios` that divide the window's number of visual tokens. If there
+    are none (the published code stops there), it is over those that do not exceed the number; if
+    there are none either, the window keeps one beacon. Without ratios nothing is compressed.
     """
 
     def draw(count: int) -> int | None:

@@ -73,7 +73,11 @@ def tiled_attention(
     `jax.hessian` need "dense".
 
     Args:
-        q, k, v, window_start, past: as for `window_attention`.
+        q: queries.
+        k: keys of the same tokens.
+        v: their values.
+        window_start: index of the first token of each token's window.
+        past: memory and bases.
         tile: most queries and most keys of a tile; from `tile_bytes` by default.
     """
     tokens, kv_heads = k.shape[1:3]
@@ -310,15 +314,11 @@ def _tile_size(count: int, most: int) -> int:
 # Blocks of queries.
 
 
-def _all_blocks(
-    most: int, q: Array, sources: tuple[KeyValues, ...], window_start: Array
-) -> _Block:
+def _all_blocks(most: int, q: Array, sources: tuple[KeyValues, ...], window_start: Array) -> _Block:
     """All blocks, stacked; padded queries see the keys that the last one sees."""
     zero = jnp.zeros_like(window_start)
     first = [window_start, *(zero for _ in sources[1:])]
-    ranges = [
-        jnp.stack([start, source.seen]) for start, source in zip(first, sources, strict=True)
-    ]
+    ranges = [jnp.stack([start, source.seen]) for start, source in zip(first, sources, strict=True)]
     return _Block(_query_blocks(q, most), _blocks(jnp.stack(ranges), 3, most, "edge"))
 
 

@@ -19,6 +19,7 @@ from .errors import (
     VxlError as VxlError,
 )
 from .inference.chat import Chat as Chat
+from .inference.decode import ScoredAnswer as ScoredAnswer
 from .inference.memory import (
     VisualMemory as VisualMemory,
     load_memory as load_memory,
@@ -44,8 +45,10 @@ from .models.lora import (
     merge_lora as merge_lora,
 )
 from .models.loss import loss_and_metrics as loss_and_metrics
-from .models.video_xl import VideoXL as VideoXL
+from .models.video_xl import VideoXL as VideoXL, VisionEncoder as VisionEncoder
 from .nn.attention import window_attention as window_attention
+from .nn.attention.key_values import KeyValues as KeyValues
+from .nn.collect import Collect as Collect, Collected as Collected
 from .nn.memory import (
     Memory as Memory,
     empty_memory as empty_memory,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial, reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array, lax
 
 from vxl_jax.errors import VisualMemoryError
-from vxl_jax.inference.decode import decode
+from vxl_jax.inference.decode import ScoredTokens, decode, decode_scored
 from vxl_jax.inference.runtime import Runtime
 from vxl_jax.inference.sampling import Sampling
 from vxl_jax.interrupts import held_interrupts
@@ -30,6 +30,8 @@ from vxl_jax.planning.cards import DEVICE_ERRORS, is_out_of_memory
 from vxl_jax.planning.inference_bytes import OWN_SLOTS, entry_bytes
 from vxl_jax.stream.batch import StreamShape, batch_streams, round_up
 from vxl_jax.stream.plan import Stream, plan_stream
+
+Tokens = TypeVar("Tokens", np.ndarray, ScoredTokens)
 
 APPEND_SLOTS = 128
 """Entries that are copied at once by `Entries.append`, which bounds its temporaries."""
@@ -284,11 +286,23 @@ class Continuation:
 
         Raises: VisualMemoryError if the device runs out of memory: this continuation is lost then.
         """
+        return self._counted(decode(self._begun(), logits, max_new_tokens, sampling))
+
+    def decode_scored(
+        self, logits: Array, max_new_tokens: int, sampling: Sampling
+    ) -> Iterator[ScoredTokens]:
+        """Yield the next token of every sample with its log-probability, as `decode` does."""
+        return self._counted(decode_scored(self._begun(), logits, max_new_tokens, sampling))
+
+    def _begun(self) -> Callable[[Array], Array]:
+        """The step of decoding, from the lengths as they are now."""
         self.memory = replace(self.memory, length=jnp.array(self.lengths))
+        return self._step
+
+    def _counted(self, tokens: Iterator[Tokens]) -> Iterator[Tokens]:
         with device_memory("writing an answer"):
-            for before, tokens in enumerate(decode(self._step, logits, max_new_tokens, sampling)):
-                self.decoded = before
-                yield tokens
+            for self.decoded, token in enumerate(tokens):
+                yield token
 
     def _step(self, token: Array) -> Array:
         """Put a token of every sample into the memory; returns the logits after it."""

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
+from jax import Array
 
 from vxl_jax.checkpoints.hf_config import read_config, read_max_context
 from vxl_jax.checkpoints.load import load_network
 from vxl_jax.inference.chat import NEW_TOKENS, Chat, as_list, check_question
-from vxl_jax.inference.decode import until_stopped
+from vxl_jax.inference.decode import ScoredAnswer, scored_until_stopped, until_stopped
 from vxl_jax.inference.entries import Base, Continuation
 from vxl_jax.inference.memory import VisualMemory
 from vxl_jax.inference.ratios import Ratios
@@ -166,6 +167,28 @@ class Model(Runtime):
         """As `ask`, giving the answer in pieces as they come."""
         return self.chat(memory).stream(question, max_new_tokens=max_new_tokens, sampling=sampling)
 
+    @overload
+    def ask_ids(
+        self,
+        memory: VisualMemory,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        *,
+        max_new_tokens: int = ...,
+        sampling: Sampling = ...,
+        logprobs: Literal[False] = ...,
+    ) -> list[list[int]]: ...
+
+    @overload
+    def ask_ids(
+        self,
+        memory: VisualMemory,
+        prompts: Sequence[Sequence[int] | np.ndarray],
+        *,
+        max_new_tokens: int = ...,
+        sampling: Sampling = ...,
+        logprobs: Literal[True],
+    ) -> list[ScoredAnswer]: ...
+
     def ask_ids(
         self,
         memory: VisualMemory,
@@ -173,14 +196,31 @@ class Model(Runtime):
         *,
         max_new_tokens: int = NEW_TOKENS,
         sampling: Sampling = GREEDY,
-    ) -> list[list[int]]:
-        """New token ids that follow the memory and each prompt, up to and without a stop token.
+        logprobs: bool = False,
+    ) -> list[list[int]] | list[ScoredAnswer]:
+        """Continue the memory and each prompt, up to and without a stop token.
 
-        prompts: token ids of what comes after the memory's last block, to where the answer begins.
+        Args:
+            memory: what is asked about.
+            prompts: token ids of what comes after the memory's last block, to where the answer
+                begins; `Runtime.first_turn` makes them of a question.
+            max_new_tokens: most tokens of an answer.
+            sampling: how each token is chosen.
+            logprobs: return the log-probability of each token as well.
+
+        Returns:
+            New token ids of each prompt; with `logprobs`, a `ScoredAnswer` of each.
         """
         check_new_tokens(max_new_tokens)
         memory.attach(self)
-        return self._answers(memory.snapshot().base, prompts, max_new_tokens, sampling)
+        base = memory.snapshot().base
+        if not logprobs:
+            return self._answers(base, prompts, max_new_tokens, sampling)
+        if not prompts:
+            return []
+        turn, logits = self._read_prompts(base, prompts, max_new_tokens)
+        tokens = turn.decode_scored(logits, max_new_tokens, sampling)
+        return scored_until_stopped(tokens, self.stop_ids, np.zeros(len(prompts), bool))
 
     def _answers(
         self,
@@ -191,12 +231,18 @@ class Model(Runtime):
     ) -> list[list[int]]:
         if not prompts:
             return []
+        turn, logits = self._read_prompts(base, prompts, max_new_tokens)
+        tokens = turn.decode(logits, max_new_tokens, sampling)
+        return until_stopped(tokens, self.stop_ids, np.zeros(len(prompts), bool))
+
+    def _read_prompts(
+        self, base: Base, prompts: Sequence[Sequence[int] | np.ndarray], max_new_tokens: int
+    ) -> tuple[Continuation, Array]:
+        """Read prompts behind a memory; returns the logits after each."""
         slots = max(map(len, prompts)) + max_new_tokens
         self.check_context(base[1] + slots, "the question")
         turn = Continuation(self, [base], len(prompts), slots=slots)
-        logits = turn.read([turn.plan_text(ids, i) for i, ids in enumerate(prompts)])
-        tokens = turn.decode(logits, max_new_tokens, sampling)
-        return until_stopped(tokens, self.stop_ids, np.zeros(len(prompts), bool))
+        return turn, turn.read([turn.plan_text(ids, i) for i, ids in enumerate(prompts)])
 
     def chat(self, memory: VisualMemory | None = None, system: str = DEFAULT_SYSTEM) -> "Chat":
         """A conversation of several turns about a memory, which stays as it is, or about nothing

@@ -2,17 +2,30 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes, a file of tests in each at a time: as many as two cores carry.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # glibc backs large allocations with large pages: training on a CPU takes a third less time.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: finetune test lint format clean
+.PHONY: finetune test quick test-optimized test-wheel lint format clean
 
 finetune: $(VENV)/.demo  ## train the embedded demo; ARGS="--run-dir runs/mine" adds options
 	$(BIN)/python -m train.finetune $(ARGS)
 
-test: $(VENV)/.test lint  ## lint, type check and all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.test lint  ## lint, type check, all tests, and those of programs as users run them
+	$(PYTEST) $(ARGS)
+	$(MAKE) test-optimized
+
+quick: $(VENV)/.test lint  ## lint, type check and the quick tests, in under two minutes
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# Other tests switch most of XLA's optimizations off, which takes half of the time.
+test-optimized: $(VENV)/.test  ## tests of model, inference and training step with all optimizations
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) -m optimized
+
+test-wheel: $(VENV)/.test  ## build a wheel, install it elsewhere and use it
+	$(BIN)/python -m tests.build_wheel
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -26,7 +39,7 @@ format: $(VENV)/.test
 clean:
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-# One stamp file for each set of extras; made anew when pyproject.toml changes.
+# One stamp file for each set of extras; made again when pyproject.toml changes.
 $(VENV)/.%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

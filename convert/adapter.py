@@ -1,4 +1,4 @@
-"""Low-rank adapters in the layout of peft: merged into a base checkpoint, or written from a run.
+"""Read, merge and write low-rank (LoRA) adapters in the layout of peft.
 
 A folder has adapter_config.json and adapter_model.safetensors. A linear's update is
 `base_model.model.MODULE.lora_A.weight` [r, in] and `lora_B.weight` [out, r], where MODULE.weight is
@@ -60,7 +60,7 @@ CHANGES_BASE = ("pissa", "olora", "loftq", "corda")
 
 @dataclass(frozen=True)
 class Update:
-    """An update of one linear: kernel [out, in] + scale * up @ down."""
+    """The LoRA update of one linear layer: kernel [out, in] + scale * up @ down."""
 
     down: Tensor  # [r, in]
     up: Tensor  # [out, r]
@@ -68,7 +68,7 @@ class Update:
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """down and up, float32."""
+        """Read down and up as float32."""
         down, up = (np.array(tensor.read(), np.float32) for tensor in (self.down, self.up))
         return down, up
 
@@ -85,13 +85,14 @@ class Adapter:
     fields: dict[str, Any]
 
     def touches(self, row: NameRow) -> bool:
-        """Whether a row of the table has an update."""
+        """Return whether the adapter updates a row of the name table."""
         return any(name in self.updates for name in row.names())
 
     def check(self, config: VideoXLConfig) -> None:
-        """See that the network reads every linear that has an update.
+        """Check that the network uses every linear layer that has an update.
 
-        Raises: CheckpointError naming those that it does not.
+        Raises:
+          CheckpointError: it does not use some of them.
         """
         used = {name for row in name_rows(config) if row.layout is LINEAR for name in row.names()}
         raise_problems(
@@ -170,7 +171,7 @@ def read_adapter(directory: Path, tensors: dict[str, Tensor]) -> Adapter:
 
 
 def _like(tensor: Tensor, dtype: str) -> Tensor:
-    """The same in memory, in the dtype of the tensor that it replaces."""
+    """Load a tensor into memory, in the dtype of the tensor that it replaces."""
     if tensor.dtype == dtype or dtype not in STORED:
         return tensor
     return replace(tensor, dtype=dtype, array=tensor.read().astype(NUMPY[dtype]))

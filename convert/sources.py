@@ -1,4 +1,4 @@
-"""Where `to_hf` reads from: a converted checkpoint, a training run, or the published layout."""
+"""Open the source of `to_hf`: a converted checkpoint, a training run, or the published layout."""
 
 import os
 from collections.abc import Callable
@@ -44,7 +44,7 @@ from vxl_jax.typing import ParamPath, Shapes
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training run has stored: `read` takes a path and an index of `trained`.
+    """Parameters that a training run has stored: `read` takes a path and an index of `trained`.
 
     base: directory of the checkpoint that it began with; None for random weights.
     """
@@ -57,7 +57,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model that is read part by part.
+    """An opened model whose parameters are read in slices.
 
     shapes: shape of every parameter, and the dtype to write unless another is asked for. read: part
     of a row's array, which may have a wider dtype; called by several threads. unused: tensors that
@@ -76,13 +76,14 @@ class OpenModel:
 def open_source(
     directory: Path, step: str | None = None, base: Path | None = None, same_base: bool = True
 ) -> OpenModel:
-    """Tell by its files what a directory is, and check that it is whole.
+    """Open a model directory, detect its layout, and check that it is complete.
 
     step: of a training run; see `saved_step`. base: directory of the run's base checkpoint, where
     it is no longer at `model.checkpoint`. same_base: refuse a base other than the run began with,
     and a tokenizer that is missing.
 
-    Raises: CheckpointError saying what is missing.
+    Raises:
+      CheckpointError: files or parameters are missing.
     """
     if step is not None and not (directory / "checkpoints").is_dir():
         raise CheckpointError(f"{directory}: has no steps to choose from, it is not a training run")
@@ -207,7 +208,7 @@ def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool)
 def _find_directory(
     directory: Path, run_dir: str, path: str, noted: str | None, field: str
 ) -> Path:
-    """Where a directory is that a run's configuration names.
+    """Find a directory that a run's configuration names.
 
     If it is not there, it is where the step has noted it. A relative path is where the step has
     noted it; else it counts from where `run.run_dir` counts from; else from here.

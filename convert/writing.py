@@ -1,4 +1,4 @@
-"""Writing a checkpoint directory whole or not at all, and safetensors files piece by piece."""
+"""Write a checkpoint directory atomically, with its configuration and tokenizer files."""
 
 import fcntl
 import os
@@ -32,9 +32,10 @@ SPARE_DISK_BYTES = 2**24
 
 
 def check_apart(source: Path, destination: Path) -> None:
-    """Refuse to write over what is read.
+    """Check that writing the destination does not overwrite the source.
 
-    Raises: CheckpointError if the destination is the source or a folder around it.
+    Raises:
+      CheckpointError: the destination is the source or contains it.
     """
     if source.resolve().is_relative_to(destination.resolve()):
         raise CheckpointError(f"{destination}: holds {source}, which is read; choose another")
@@ -42,10 +43,10 @@ def check_apart(source: Path, destination: Path) -> None:
 
 @contextmanager
 def new_directory(path: Path, needed: int, overwrite: bool) -> Iterator[Path]:
-    """A directory to write into, which gets its name only when the block ends without an error.
+    """Write a directory atomically: it is renamed to `path` when the block ends without an error.
 
-    Killed at any moment, there is nothing under the name, or the whole. What a killed run left
-    next to it is removed by the next.
+    If the process is killed, `path` is either absent or complete. The next run removes the
+    temporary directory of a killed one.
 
     Args:
         path: the name.
@@ -98,7 +99,7 @@ def new_directory(path: Path, needed: int, overwrite: bool) -> Iterator[Path]:
 
 
 def _sync(directory: Path) -> None:
-    """Let everything in a directory reach the disk."""
+    """Flush all files in a directory to disk."""
     for entry in [*directory.rglob("*"), directory]:
         descriptor = os.open(entry, os.O_RDONLY)
         try:
@@ -121,7 +122,7 @@ def _put_in_place(part: Path, path: Path, old: Path) -> None:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a directory holds a model or an adapter, and no training run."""
+    """Return whether a directory is a model or an adapter, and not a training run."""
     files = [*path.glob("model*.safetensors"), *path.glob("adapter_model.safetensors")]
     has_weights = (path / PARAMS).is_dir() or bool(files)
     return has_weights and not (path / "checkpoints").exists()
@@ -159,7 +160,7 @@ def copy_files(
 
 
 def set_dtype(part: Path, dtype: str) -> None:
-    """Let config.json say what dtype the weights have now."""
+    """Set the weights' dtype in config.json."""
     write_json(part / "config.json", {**read_json(part / "config.json"), "torch_dtype": dtype})
 
 

@@ -19,6 +19,31 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import pytest  # noqa: E402
 
+OPTIMIZED = (
+    *(
+        "tests/nn/",
+        "tests/models/",
+        "tests/train/run/test_step.py",
+        "tests/inference/test_decode.py",
+    ),
+    *("tests/inference/test_as_trained.py", "tests/inference/test_small_windows.py"),
+    "tests/inference/test_inference.py",
+)
+"""Folders and files whose tests run a second time with all of XLA's optimizations."""
+
+SLOW: tuple[str, ...] = ()
+"""Files that `make quick` leaves out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by their files."""
+    for item in items:
+        path = item.path.relative_to(ROOT).as_posix()
+        if path.startswith(OPTIMIZED):
+            item.add_marker("optimized")
+        if path in SLOW:
+            item.add_marker("slow")
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

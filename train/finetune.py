@@ -6,6 +6,19 @@
 Started again on the same directory, it goes on from the last checkpoint and arrives at the same
 parameters as a run that was never interrupted. docs/clusters.md tells how to start it on several
 machines.
+
+A script that trains with another loss takes the same options (`train.run.step.LossFn` says what a
+loss returns):
+
+    import sys
+    from train.finetune import main
+    from vxl_jax.models.loss import loss_and_metrics
+
+    def scaled(model, streams, pixels):
+        loss, sums = loss_and_metrics(model, streams, pixels)
+        return 0.5 * loss, {**sums, "cross_entropy": loss}
+
+    sys.exit(main(loss_fn=scaled))
 """
 
 import json
@@ -13,31 +26,27 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 
 from train.config import RunSection, TrainConfig
 from train.config.cli import OwnOptions, Prepare, load_config
-from train.data.epochs import plan_run
-from train.data.loader import Loader
+from train.data.dataset import Dataset
+from train.data.loader import Batch, Loader
 from train.rows import write_text
-from train.run.checkpoints import Checkpoints, Position, quiet_orbax
+from train.run.checkpoints import quiet_orbax
 from train.run.distributed import (
-    check_batch_size,
     count_distinct,
     counted_share,
     first_then_others,
     gather,
     is_first,
     leave,
-    open_mesh,
-    own_shards,
     place_batch,
     start_processes,
     together,
@@ -45,48 +54,38 @@ from train.run.distributed import (
 from train.run.evaluate import evaluate, evaluate_at_end
 from train.run.failures import IN_EVALUATION, IN_TRAINING, enough_memory, not_finite_error
 from train.run.fit import print_training_plan
-from train.run.opening import (
-    check_same_config,
-    check_same_data,
-    note_bad,
-    open_data,
-    own_directory,
-    print_run,
-    struct_of,
-)
-from train.run.optimizer import Optimizer
-from train.run.report import PROFILED, RunLog, Trace, draw_loss
-from train.run.setup import (
-    count_flops,
-    count_steps,
-    init_opt_state,
-    keep_compiled,
-    load_run_tokenizer,
-    make_model,
-    prepare_data,
-    read_model_config,
-    start_directory,
-)
-from train.run.step import add_batch, empty_sums, fingerprint, split_parts, update
+from train.run.opening import OpenRun, check_same_config, open_run
+from train.run.report import PROFILED, RunLog, Trace, draw_accuracy, draw_loss
+from train.run.setup import count_flops, prepare_data, start_directory
+from train.run.step import LossFn, add_batch, empty_sums, fingerprint, metric_names, update
 from vxl_jax.errors import VxlError
 from vxl_jax.interrupts import stop_request, sure_interrupt
-from vxl_jax.models.functions import parameter_count
-from vxl_jax.nn.sharding import param_placement
+from vxl_jax.models.loss import loss_and_metrics
 from vxl_jax.planning.cards import claim_memory
+from vxl_jax.typing import ParamTree
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 also after SIGTERM, when all is saved."""
+def main(arguments: list[str] | None = None, loss_fn: LossFn = loss_and_metrics) -> int:
+    """Run the command line, with a loss function that only Python can give.
+
+    Args:
+        arguments: of the command line; default: those of this process.
+        loss_fn: see `train.run.step.LossFn`. `--plan` compiles the default loss.
+
+    Returns: the exit status: 0 also after SIGTERM, when all is saved.
+    """
     options, rest = read_train_options(sys.argv[1:] if arguments is None else arguments)
     config, prepare = load_config(rest)
     claim_memory()
-    status = run_training(options, config, prepare)
+    status = run_training(options, config, prepare, loss_fn)
     if status and jax.distributed.is_initialized():
         leave(status)
     return status
 
 
-def run_training(options: Namespace, config: TrainConfig, prepare: Prepare | None) -> int:
+def run_training(
+    options: Namespace, config: TrainConfig, prepare: Prepare | None, loss_fn: LossFn
+) -> int:
     """Plan or train, with errors that a user can correct as one line; returns the exit status."""
     run_dir = Path(config.run.run_dir)
     goes_on = f"the same command goes on from what {run_dir} holds"
@@ -99,7 +98,7 @@ def run_training(options: Namespace, config: TrainConfig, prepare: Prepare | Non
         first_then_others(lambda: start_directory(config, run_dir, write=is_first()))
         first_then_others(lambda: prepare_data(config, prepare))
         with sure_interrupt(), quiet_orbax(), enough_memory("training", IN_TRAINING):
-            stopped = train(config.resolved(), run_dir, profile=options.profile)
+            stopped = train(config.resolved(), run_dir, options.profile, loss_fn)
     except VxlError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -115,7 +114,7 @@ def run_training(options: Namespace, config: TrainConfig, prepare: Prepare | Non
 
 
 def read_train_options(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """The command's own options, and those of the configuration."""
+    """Split arguments into this command's options and those of the configuration."""
     parser = OwnOptions("train.finetune", "Train Video-XL.")
     parser.add_argument(
         "--plan",
@@ -139,153 +138,193 @@ def read_train_options(argv: Sequence[str]) -> tuple[Namespace, list[str]]:
     return parser.split(argv)
 
 
-def train(config: TrainConfig, run_dir: Path, profile: bool = False) -> int | None:
-    """The whole run: mesh, data, model, restore, loop, held-out questions, summary.
+def train(
+    config: TrainConfig,
+    run_dir: Path,
+    profile: bool = False,
+    loss_fn: LossFn = loss_and_metrics,
+) -> int | None:
+    """Train a model from its first or last saved step to the end, and write the run's summary.
 
-    profile: write a trace of a few steps.
+    A run that is started again goes on from its last checkpoint, whose configuration and data have
+    to be the same. A function is not part of a configuration: whoever starts the run again gives
+    the same `loss_fn`, and nothing checks it.
 
-    Returns the step after which SIGTERM has stopped it, None at the end.
+    Args:
+        config: from `TrainConfig.resolved`.
+        run_dir: made by `start_directory`.
+        profile: write a trace of a few steps.
+        loss_fn: see `train.run.step.LossFn`; default: next-token cross-entropy.
+
+    Returns: the step after which SIGTERM has stopped the run, None at its end.
+
+    Raises: VxlError for what a user can correct; KeyboardInterrupt after SIGINT.
     """
     began = time.perf_counter()
-    mesh = open_mesh(config.mesh)
-    shards = own_shards(mesh)
-    check_batch_size(config.data.batch_size, shards.count)
-    model_config = together(lambda: read_model_config(config))
-    tokenizer = together(lambda: load_run_tokenizer(config, model_config))
-    own_dir = together(lambda: own_directory(run_dir))
-    keep_compiled(run_dir)
     with ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = together(lambda: Checkpoints(run_dir, config))
-        stack.enter_context(closing(checkpoints))
-        step = checkpoints.last or 0
-        data, heldout = first_then_others(
-            lambda: open_data(config, run_dir, model_config, tokenizer, resume=step > 0)
-        )
-        stack.enter_context(data)
-        stack.enter_context(heldout or nullcontext())
-        bad = together(lambda: note_bad(config, own_dir, step, data, heldout))
-        bad.check(count_distinct(bad.reasons))
-        plans = plan_run(data, config.data, config.run.seed)
-        steps, last_step = count_steps(config, plans)
-        optimizer = Optimizer(config.optim, steps, config.run.seed)
-
-        placement = param_placement(mesh, model_config)
-        model = together(lambda: make_model(config, model_config, placement))
-        parameters = parameter_count(nnx.state(model))
-        graph, trained, frozen = split_parts(model, config.optim.train, config.optim.param_dtype)
-        del model
-        position = Position(0, together(lambda: data.fingerprint))
-        check_same_data(position.data)
-        if step:
-            trained = jax.tree.map(struct_of, trained)
-        opt_state = init_opt_state(optimizer, trained, placement)
-        if step:
-            trained, opt_state, position = checkpoints.restore(step, trained, opt_state, position)
-        print_run(config, mesh, parameters, data, heldout, plans, step)
-
-        counted = counted_share(mesh, shards), count_flops(config, model_config, trained)
-        log = RunLog(own_dir, step, last_step, config.run.log_every, began, *counted)
-        loader = Loader(plans, data, shards=shards)
-        stream = loader.batches(position.batch)
-        first = max(step, min(step + PROFILED, last_step - PROFILED))
-        trace = Trace(own_dir / "profile" if profile else None, first)
-        stopping = 0
-        with closing(log), closing(stream), closing(trace), stop_request() as stop:
-            while step < last_step and not stopping:
-                trace.before(step)
-                count = min(config.optim.accumulate, len(plans) - position.batch)
-                sums: Any = empty_sums(trained) if config.optim.accumulate > 1 else None
-                samples: list[str] = []
-                for _ in range(count):
-                    with log.waiting():
-                        batch = next(stream)
-                    bad.note(batch.bad, step + 1)
-                    log.count(batch)
-                    samples += [sample.name for sample in batch.samples if sample]
-                    placed = place_batch(batch, mesh, shards)
-                    sums = add_batch(graph, trained, frozen, sums, *placed)
-                if step + 1 in config.run.skip_steps:
-                    values = None
-                else:
-                    trained, opt_state, metrics = update(optimizer, trained, opt_state, sums)
-                    values = {n: float(value) for n, value in jax.device_get(metrics).items()}
-                    if not values.pop("finite"):  # then the update has changed nothing
-                        log.keep_unlogged(step)
-                        checkpoints.save(step, trained, opt_state, position)
-                        raise not_finite_error(own_dir, step + 1, values, samples)
-                    log.add(values)
-                del sums, placed  # before the next step makes its own
-                step += 1
-                position = replace(position, batch=position.batch + count)
-
-                signals, found_bad = gather(stop.signal or 0, bad.since_asked()).T
-                stopping = int(signals.max())
-                if values and log.due(step):
-                    log.log(step)
-                score = None
-                if heldout and not stopping and evaluates(config.run, step, last_step):
-                    model = nnx.merge(graph, trained, frozen)
-                    with log.aside(), enough_memory("evaluation", IN_EVALUATION):
-                        answered = evaluate(model, heldout, tokenizer, config.run)
-                    score = log.evaluated(step, answered)
-                checkpoints.check()
-                if stopping or saves(config.run, step, last_step, score):
-                    log.keep_unlogged(step)
-                    checkpoints.save(step, trained, opt_state, position, score)
-                log.progress.update()
-                if found_bad.any():
-                    bad.check(count_distinct(bad.reasons))
-        checkpoints.wait()
-        if step < last_step:
-            if stopping == signal.SIGINT:
+        run = open_run(config, run_dir, stack)
+        log = open_log(run, began)
+        stopped_by = train_steps(run, log, loss_fn, profile)
+        run.checkpoints.wait()
+        if run.state.step < run.last_step:
+            if stopped_by == signal.SIGINT:
                 raise KeyboardInterrupt
-            return step
-
-        del opt_state, loader, stream  # with the media that they keep
-        data.pool.close()
-        model = nnx.merge(graph, trained, frozen)
-        with enough_memory("evaluation", IN_EVALUATION):
-            results, unseen = evaluate_at_end(
-                model, heldout, tokenizer, config.run, show=is_first()
-            )
-        # Training is done: too many are no reason to lose it. All note theirs before one collects.
-        together(lambda: bad.note(unseen, step + 1))
-        params_sha256 = fingerprint(trained, frozen)
-
-    def write() -> None:
-        bad.collect(run_dir / "processes", jax.process_count())
-        summary = {
-            "steps": step,
-            "final_loss": log.final_loss,
-            "steps_without_labels": log.steps_without_labels,
-            **results,
-            "bad_samples": bad.summary(),
-            "parameters": parameters,
-            "params_sha256": params_sha256,
-            "seconds": log.seconds,
-        }
-        if log.history:
-            draw_loss(log.history, run_dir / "loss.png")
-        write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        if log.steps_without_labels:
-            print(
-                f"{log.steps_without_labels:,} of {step:,} steps had no labelled token and changed "
-                f"nothing: {run_dir}/bad_samples.jsonl lists samples that were left out"
-            )
-        print(f"wrote {run_dir}/summary.json, loss.png, metrics.jsonl, checkpoints/{step}")
-
-    together(write, turn=is_first())
+            return run.state.step
+        results, params_sha256 = ask_at_end(run)
+    together(lambda: write_summary(run, log, results, params_sha256), turn=is_first())
     return None
 
 
+def open_log(run: OpenRun, began: float) -> RunLog:
+    """Open the metrics of a run that began at `time.perf_counter() == began`."""
+    return RunLog(
+        run.own_dir,
+        run.state.step,
+        run.last_step,
+        run.config.run.log_every,
+        began,
+        counted_share(run.mesh, run.shards),
+        count_flops(run.config, run.data.model, run.state.trained),
+    )
+
+
+def train_steps(run: OpenRun, log: RunLog, loss_fn: LossFn, profile: bool) -> int:
+    """Train until the last step, or until a process gets a signal.
+
+    Returns: the signal's number, 0 without one.
+    """
+    state, section = run.state, run.config.run
+    batches = Loader(run.plans, run.data, shards=run.shards).batches(state.position.batch)
+    first = max(state.step, min(state.step + PROFILED, run.last_step - PROFILED))
+    trace = Trace(run.own_dir / "profile" if profile else None, first)
+    stopping = 0
+    with closing(log), closing(batches), closing(trace), stop_request() as stop:
+        while state.step < run.last_step and not stopping:
+            trace.before(state.step)
+            values = train_step(run, log, batches, loss_fn)
+
+            signals, found_bad = gather(stop.signal or 0, run.bad.since_asked()).T
+            stopping = int(signals.max())
+            if values and log.due(state.step):
+                log.log(state.step)
+            score = None
+            if run.heldout and not stopping and evaluates(section, state.step, run.last_step):
+                score = ask_heldout(run, run.heldout, log)
+            run.checkpoints.check()
+            if stopping or saves(section, state.step, run.last_step, score):
+                log.keep_unlogged(state.step)
+                run.save(score)
+            log.progress.update()
+            if found_bad.any():
+                run.bad.check(count_distinct(run.bad.reasons))
+    return stopping
+
+
+def train_step(
+    run: OpenRun, log: RunLog, batches: Iterator[Batch], loss_fn: LossFn
+) -> dict[str, float] | None:
+    """Take one step: the batches that it accumulates, and the update unless it is to be skipped.
+
+    Returns: the metrics of `update`, None for a skipped step.
+
+    Raises: TrainingError if the loss or a gradient is not finite; the step before it is saved.
+    """
+    state, config = run.state, run.config
+    count = min(config.optim.accumulate, len(run.plans) - state.position.batch)
+    sums, samples = sum_batches(run, log, batches, count, loss_fn)
+    values = None
+    if state.step + 1 not in config.run.skip_steps:
+        state.trained, state.opt_state, metrics = update(
+            run.optimizer, state.trained, state.opt_state, sums
+        )
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not values.pop("finite"):  # then the update has changed nothing
+            log.keep_unlogged(state.step)
+            run.save()
+            raise not_finite_error(run.own_dir, state.step + 1, values, samples)
+        log.add(values)
+    state.step += 1
+    state.position = replace(state.position, batch=state.position.batch + count)
+    return values
+
+
+def sum_batches(
+    run: OpenRun, log: RunLog, batches: Iterator[Batch], count: int, loss_fn: LossFn
+) -> tuple[ParamTree, list[str]]:
+    """Sum loss and gradients of the next `count` batches; returns them and the samples' names."""
+    model = run.graph, run.state.trained, run.frozen
+    sums: Any = None
+    samples: list[str] = []
+    for _ in range(count):
+        with log.waiting():
+            batch = next(batches)
+        run.bad.note(batch.bad, run.state.step + 1)
+        log.count(batch)
+        samples += [sample.name for sample in batch.samples if sample]
+        placed = place_batch(batch, run.mesh, run.shards)
+        if sums is None and run.config.optim.accumulate > 1:
+            sums = empty_sums(run.state.trained, metric_names(loss_fn, *model, *placed))
+        sums = add_batch(*model, sums, *placed, loss_fn)
+    return sums, samples
+
+
+def ask_heldout(run: OpenRun, heldout: Dataset, log: RunLog) -> float | None:
+    """Answer the held-out questions between steps; returns the share of right answers."""
+    with log.aside(), enough_memory("evaluation", IN_EVALUATION):
+        answered = evaluate(run.model(), heldout, run.tokenizer, run.config.run)
+    return log.evaluated(run.state.step, answered)
+
+
+def ask_at_end(run: OpenRun) -> tuple[dict[str, Any], str]:
+    """Answer the held-out questions after the last step.
+
+    Returns: accuracies (see `evaluate_at_end`), and the `fingerprint` of the parameters.
+    """
+    run.state.opt_state = None  # its memory is for the answers
+    run.data.pool.close()
+    with enough_memory("evaluation", IN_EVALUATION):
+        results, unseen = evaluate_at_end(
+            run.model(), run.heldout, run.tokenizer, run.config.run, show=is_first()
+        )
+    # Training is done: bad samples do not fail it now. All note theirs before one collects.
+    together(lambda: run.bad.note(unseen, run.state.step + 1))
+    return results, fingerprint(run.state.trained, run.frozen)
+
+
+def write_summary(run: OpenRun, log: RunLog, results: dict[str, Any], params_sha256: str) -> None:
+    """Write summary.json, loss.png and heldout.png, and print where they are."""
+    run_dir, step = run.run_dir, run.state.step
+    run.bad.collect(run_dir / "processes", jax.process_count())
+    summary = {
+        "steps": step,
+        "final_loss": log.final_loss,
+        "steps_without_labels": log.steps_without_labels,
+        **results,
+        "bad_samples": run.bad.summary(),
+        "parameters": run.parameters,
+        "params_sha256": params_sha256,
+        "seconds": log.seconds,
+    }
+    if log.history:
+        draw_loss(log.history, run_dir / "loss.png")
+    if results["heldout_accuracy"]:
+        draw_accuracy(results, run_dir / "heldout.png")
+    write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    if log.steps_without_labels:
+        print(
+            f"{log.steps_without_labels:,} of {step:,} steps had no labelled token and changed "
+            f"nothing: {run_dir}/bad_samples.jsonl lists samples that were left out"
+        )
+    print(f"wrote {run_dir}/summary.json, loss.png, metrics.jsonl, checkpoints/{step}")
+
+
 def evaluates(run: RunSection, step: int, last_step: int) -> bool:
-    """Whether held-out questions are asked after a step of training."""
+    """Decide whether held-out questions are asked after a step of training."""
     return run.eval_every is not None and step % run.eval_every == 0 and step < last_step
 
 
 def saves(run: RunSection, step: int, last_step: int, score: float | None) -> bool:
-    """Whether a checkpoint is written after a step; one that has a score may be the best."""
+    """Decide whether a checkpoint is written after a step; one with a score may be the best."""
     scored = run.keep_best > 0 and score is not None
     return scored or step % run.save_every == 0 or step == last_step
 

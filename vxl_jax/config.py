@@ -58,7 +58,7 @@ class VisionConfig:
     image_std: tuple[float, float, float] = CLIP_STD
     """Standard deviation that RGB in [0, 1] is divided by."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _positive(self, "image_size", "patch_size", "width", "layers", "heads", "mlp_width")
         if self.width % self.heads:
             raise ConfigError(
@@ -98,7 +98,7 @@ class LanguageConfig:
     tie_embeddings: bool = False
     """Read the logits with the transposed token embedding instead of a separate head."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _positive(self, "vocab_size", "width", "layers", "heads", "kv_heads", "mlp_width")
         if self.width % self.heads:
             raise ConfigError(
@@ -129,7 +129,7 @@ class Compression:
     """Compression ratios that training draws from. (): beacons have parameters, but training leaves
     visual tokens uncompressed."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _positive(self, "window")
         bad = [ratio for ratio in self.ratios if not 1 <= ratio <= self.window]
         if bad:
@@ -158,7 +158,7 @@ class VideoXLConfig:
     remat: Remat = "full"
     """What each layer keeps for the backward pass; the rest is computed again."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _positive(self, "pool_stride")
         for name in ("param_dtype", "dtype"):
             if getattr(self, name) not in DTYPES:
@@ -242,7 +242,7 @@ class LoRAConfig:
     targets: tuple[LoRATarget, ...] = ("q", "k", "v", "o", "gate", "up", "down")
     """Linears that get an update, in all layers. Beacon tokens have separate q, k and v."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rank < 0:
             raise ConfigError(f"lora.rank is {self.rank}; it must be at least 0")
         if not 0 < self.alpha < math.inf:

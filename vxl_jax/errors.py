@@ -32,7 +32,7 @@ class MediaError(VxlError):
 
 
 class PartlyWatched(MediaError):
-    """A video ended early or is damaged. `memory`, a VisualMemory, has what came before."""
+    """A video ended early or is damaged. `memory`, a VisualMemory, holds the frames before."""
 
     def __init__(self, message: str, memory: Any):
         super().__init__(message)
@@ -51,7 +51,7 @@ class VisualMemoryError(VxlError):
 
 
 def is_file_fault(error: Exception) -> bool:
-    """Whether an exception of a library that reads or writes files comes from these files.
+    """Return whether a library's exception is caused by the files it reads or writes.
 
     Orbax, TensorStore, transformers and tokenizers raise OSError and ValueError for damaged files,
     but also AttributeError, KeyError, IndexError, TypeError and plain Exception inside their own
@@ -64,7 +64,7 @@ def is_file_fault(error: Exception) -> bool:
 
 
 def _is_own(error: Exception) -> bool:
-    """Whether a function of this package raised it: the last frame of its traceback."""
+    """Return whether a function of this package raised it: the last frame of its traceback."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

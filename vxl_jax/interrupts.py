@@ -1,4 +1,4 @@
-"""Ctrl-C at moments when nothing is half done."""
+"""Delay Ctrl-C and SIGTERM until the program is in a consistent state."""
 
 import os
 import signal
@@ -11,9 +11,10 @@ from typing import Any
 
 @contextmanager
 def held_interrupts() -> Iterator[Callable[[], None]]:
-    """Ctrl-C waits until the block ends, or the function that it gives is called; a second one does
-    not wait. Arrays that a program takes over (donated) would be lost between its call and the
-    assignment of its result.
+    """Delay Ctrl-C until the block ends or the yielded function is called.
+
+    A second Ctrl-C is not delayed. An interrupt between a call with donated arrays and the
+    assignment of its result would lose the arrays.
     """
     before: Any = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
@@ -43,18 +44,19 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
 
 
 class StopRequest:
-    """Which signal has asked the run to stop, if any."""
+    """The signal that asked the run to stop, if any."""
 
     signal: int | None = None
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Notes SIGTERM and SIGINT (Ctrl-C); a second SIGINT raises KeyboardInterrupt.
+    """Record SIGTERM and SIGINT (Ctrl-C); a second SIGINT raises KeyboardInterrupt.
 
-    The loop asks for it between steps. An exception out of nowhere would be lost where Python
-    ignores exceptions: in JAX's hook of the garbage collector, for one. A second SIGTERM changes
-    nothing: schedulers send several, and the checkpoint is being written.
+    The training loop checks the record between steps. An asynchronous
+    exception would be lost where Python ignores exceptions: in JAX's hook of the garbage collector,
+    for one. A second SIGTERM changes nothing: schedulers send several, and the checkpoint is being
+    written.
     """
     request = StopRequest()
 

@@ -51,7 +51,10 @@ def test_a_published_checkpoint_is_asked_as_its_evaluations_do():
     assert (preprocessing.frame_sampling, preprocessing.max_frames) == ("uniform", 128)
     assert preprocessing.grids == tile_grids(2, 49)
     micro = read_config(MICRO, vision=MICRO.parent / "clip-vision").preprocessing
-    assert micro == replace(preprocessing, grids=tile_grids(2, 7))
+    pinpoints = json.loads((MICRO / "config.json").read_text())["image_grid_pinpoints"]
+    grids = tuple((width // 112, height // 112) for width, height in pinpoints)
+    assert micro == replace(preprocessing, grids=grids)
+    assert grids != preprocessing.grids
 
 
 @pytest.mark.parametrize("pinpoints", [[[56, 112], [112, 56]], "[(56, 112), (112, 56)]"])

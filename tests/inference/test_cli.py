@@ -250,4 +250,4 @@ def test_a_plan(folder: Path, capsys: pytest.CaptureFixture):
     ratios = load(folder / "hf").config.ratios
     assert len([line for line in lines if line.startswith("most frames at ratio")]) == len(ratios)
     assert main(["--model", "hf", "--plan", "--card", "none"]) == 2
-    assert "--card none: there is no such card" in capsys.readouterr().err
+    assert "--card none: unknown card" in capsys.readouterr().err

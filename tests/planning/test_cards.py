@@ -77,8 +77,8 @@ def test_unknown_is_not_guessed(kind: str):
     assert card_of(kind) is None
     with pytest.raises(ConfigError) as refused:
         find_card(kind)
-    start, _, names = str(refused.value).partition("there are ")
-    assert start == f"--card {kind}: there is no such card; "
+    start, _, names = str(refused.value).partition("choose from ")
+    assert start == f"--card {kind}: unknown card; "
     assert names.split(", ") == [card.name for card in CARDS]
 
 

@@ -13,6 +13,7 @@ import pytest
 from tests.support.runs import Run, cut_in_half, run, write_records
 from train import finetune
 from train.demo.tokenizer import save_tokenizer
+from train.run import opening
 
 
 def test_bad_samples_are_left_out_named_and_counted(own: Path):
@@ -175,7 +176,8 @@ def test_out_of_device_memory_is_one_line_and_keeps_checkpoints(
     name: str, call: int, where: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     options = ["--run.max-steps", "3", "--run.save-every", "1", "--run.eval-every", "2"]
-    calls, real = itertools.count(1), getattr(finetune, name)
+    module = opening if name == "make_model" else finetune
+    calls, real = itertools.count(1), getattr(module, name)
 
     def failing(*args: object, **named: object) -> object:
         if next(calls) == call:
@@ -183,7 +185,7 @@ def test_out_of_device_memory_is_one_line_and_keeps_checkpoints(
         return real(*args, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, name, failing)
+        patch.setattr(module, name, failing)
         ended = run(folder, tmp_path / "run", *options)
     assert ended.error.startswith(f"error: out of device memory in {where} (RESOURCE_EXHAUSTED: ")
     advice = ["data.max_frames", "data.batch_size", "data.max_tokens_per_batch", "model.remat"]

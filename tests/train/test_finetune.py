@@ -60,6 +60,8 @@ def test_metrics_and_falling_loss(whole: Run):
 
 
 def test_picture_board_and_checkpoints(whole: Run):
+    with Image.open(whole.path / "heldout.png") as picture:
+        assert picture.size[0] == 960
     with Image.open(whole.path / "loss.png") as picture:
         assert min(picture.size) > 300
         assert len(set(picture.convert("RGB").get_flattened_data())) > 10

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from train.demo.drawing import COLOURS, SHAPES, Thing, draw_tile, write_mp4, write_png
 from train.demo.tokenizer import save_tokenizer
+from vxl_jax.progress import progress_bar
 
 NUMBERS = ("one", "two", "three", "four")
 PLACES = ("first", "second", "third", "fourth")
@@ -132,7 +133,7 @@ def make_demo_data(
     part.mkdir(parents=True)
 
     total = sum(train.files.values()) + sum(heldout.files.values())
-    with tqdm(total=total, desc="making demo data", unit="file") as progress:
+    with progress_bar(total=total, desc="making demo data", unit="file") as progress:
         train_media = _make_media(part / "media", "train", seed, train, progress)
         heldout_media = _make_media(part / "media", "heldout", seed, heldout, progress)
     rng = _rng(seed, "records")

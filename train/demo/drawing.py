@@ -55,14 +55,14 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 class Thing(NamedTuple):
-    """What one tile shows."""
+    """The content of one tile."""
 
     colour: str
     shape: str
 
 
 def draw_tile(rng: np.random.Generator, thing: Thing | None) -> np.ndarray:
-    """One (TILE, TILE, 3) uint8 picture of a shape, or of nothing but noise."""
+    """Draw a shape, or only noise, on a tile: uint8 [TILE, TILE, 3]."""
     picture = np.full((TILE, TILE, 3), BACKGROUND)
     if thing is not None:
         radius = rng.uniform(*RADIUS)

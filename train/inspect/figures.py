@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -210,29 +211,85 @@ def general(reason: str) -> str:
 # What is printed.
 
 
+@dataclass(frozen=True)
+class Table:
+    """Rows to print: `title` heads the first column, which is set left, `columns` the others.
+
+    note: a sentence below the table.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
+
+    def print(self) -> None:
+        """Print the table, an empty line, and the note."""
+        texts = [[self.title, *self.columns], *([_text(value) for value in r] for r in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+        for row in texts:
+            rest = (f"{text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True))
+            print("  ".join([f"{row[0]:{widths[0]}}", *rest]).rstrip())
+        print()
+        if self.note:
+            print(f"{self.note}\n")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}" if value < 1000 and value % 1 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def print_figures(summary: dict[str, Any]) -> None:
-    """Tables of everything that is known before a medium is decoded."""
-    sources, lengths, run = summary["sources"], summary["lengths"], summary["run"]
-    kinds = [name for name in KINDS if any(row["kinds"][name] for row in sources)]
-    print_columns(
-        ("sources", "records", "used", "good", "bad", *kinds, "an epoch", "tokens", "epochs"),
-        [
-            (
-                row["file"],
-                *_counts(row),
-                *(row["kinds"][name] for name in kinds),
-                round(row["samples_an_epoch"], 1),
-                row["tokens_an_epoch"],
-                row["epochs"],
-            )
-            for row in sources
-        ],
-    )
+    """Print tables of everything that is known before media are decoded."""
+    tables = [source_table(summary["sources"])]
     if summary["heldout"]:
-        print_columns(
-            ("held-out questions", "records", "used", "good", "bad"),
-            [(row["file"], *_counts(row)) for row in summary["heldout"]],
+        rows = [(row["file"], *_counts(row)) for row in summary["heldout"]]
+        tables.append(Table("held-out questions", COUNTED, rows))
+    tables += [
+        length_table(summary["lengths"]),
+        epoch_table(summary["epochs"]),
+        bucket_table(summary["buckets"]),
+    ]
+    for table in tables:
+        table.print()
+    run, stop = summary["run"], ""
+    if run["last_step"] < run["steps"]:
+        stop = f" (run.max_steps stops it after {run['last_step']:,})"
+    print(
+        f"run: {run['steps']:,} optimizer steps{stop}, {run['batches']:,} batches, "
+        f"{run['samples']:,} samples, {run['tokens']:,} tokens, {run['padded_share']:.1%} padding\n"
+    )
+
+
+COUNTED = ("records", "used", "good", "bad")
+"""Numbers of records of a data file, in its row of `source_figures`."""
+
+
+def _counts(row: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(row[name] for name in COUNTED)
+
+
+def source_table(sources: list[dict[str, Any]]) -> Table:
+    """Make the table of `source_figures`, without kinds of samples that no source has."""
+    kinds = [name for name in KINDS if any(row["kinds"][name] for row in sources)]
+    rows = [
+        (
+            row["file"],
+            *_counts(row),
+            *(row["kinds"][name] for name in kinds),
+            round(row["samples_an_epoch"], 1),
+            row["tokens_an_epoch"],
+            row["epochs"],
         )
+        for row in sources
+    ]
+    return Table("sources", (*COUNTED, *kinds, "an epoch", "tokens", "epochs"), rows)
+
+
+def length_table(lengths: dict[str, Any]) -> Table:
+    """Make the table of `length_figures`."""
     columns = ("min", "median", "mean", "p95", "max", "sum")
     names = {
         "tokens": "tokens",
@@ -245,46 +302,44 @@ def print_figures(summary: dict[str, Any]) -> None:
     rows = [(title, *(lengths[name][c] for c in columns)) for name, title in names.items()]
     for name, part in lengths["by_kind"].items():
         rows.append((f"tokens of {name}", *(part["tokens"][c] for c in columns)))
-    print_columns((f"lengths of {lengths['samples']:,} samples", *columns), rows)
-    print(
+    note = (
         f"{lengths['labelled_share']:.1%} of all tokens are labelled, "
         f"{lengths['labelled_share_of_text']:.1%} of those of text; beacons are those of the "
-        "lowest ratio; frames are of samples with media\n"
+        "lowest ratio; frames are of samples with media"
     )
-    print_columns(
-        ("epochs", "samples", "tokens", "batches", "padding"),
-        [
-            (
-                f"{row['first']} to {row['last']}" if row["last"] > row["first"] else row["first"],
-                row["samples"],
-                row["tokens"],
-                row["batches"],
-                f"{row['padded_share']:.1%}",
-            )
-            for row in summary["epochs"]
-        ],
-    )
-    print_columns(
-        ("buckets: tokens", "frames", "places", "samples", "batches in the run", "padding"),
-        [
-            (
-                f"{row['tokens']:,}",
-                row["frames"] or "text",
-                row["places"],
-                row["samples"],
-                row["batches_run"],
-                f"{row['padded_share']:.1%}" if row["batches_run"] else "-",
-            )
-            for row in summary["buckets"]
-        ],
-    )
-    stop = ""
-    if run["last_step"] < run["steps"]:
-        stop = f" (run.max_steps stops it after {run['last_step']:,})"
-    print(
-        f"run: {run['steps']:,} optimizer steps{stop}, {run['batches']:,} batches, "
-        f"{run['samples']:,} samples, {run['tokens']:,} tokens, {run['padded_share']:.1%} padding\n"
-    )
+    return Table(f"lengths of {lengths['samples']:,} samples", columns, rows, note)
+
+
+def epoch_table(epochs: list[dict[str, Any]]) -> Table:
+    """Make the table of `epoch_figures`."""
+    rows = [
+        (
+            f"{row['first']} to {row['last']}" if row["last"] > row["first"] else row["first"],
+            row["samples"],
+            row["tokens"],
+            row["batches"],
+            f"{row['padded_share']:.1%}",
+        )
+        for row in epochs
+    ]
+    return Table("epochs", ("samples", "tokens", "batches", "padding"), rows)
+
+
+def bucket_table(buckets: list[dict[str, Any]]) -> Table:
+    """Make the table of `bucket_figures`."""
+    rows = [
+        (
+            f"{row['tokens']:,}",
+            row["frames"] or "text",
+            row["places"],
+            row["samples"],
+            row["batches_run"],
+            f"{row['padded_share']:.1%}" if row["batches_run"] else "-",
+        )
+        for row in buckets
+    ]
+    columns = ("frames", "places", "samples", "batches in the run", "padding")
+    return Table("buckets: tokens", columns, rows)
 
 
 def print_bad(summary: dict[str, Any], bad: BadNames, out: Path, every: bool) -> None:
@@ -318,23 +373,3 @@ def print_bad(summary: dict[str, Any], bad: BadNames, out: Path, every: bool) ->
     if len(figures["reasons"]) > REASONS_SHOWN:
         print(f"and {len(figures['reasons']) - REASONS_SHOWN} other reasons")
     print(f"all are listed in {out}/bad_samples.jsonl")
-
-
-def print_columns(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print columns, the first to the left and the others to the right."""
-
-    def show(value: Any) -> str:
-        if isinstance(value, float):
-            return f"{value:,.1f}" if value < 1000 and value % 1 else f"{value:,.0f}"
-        return f"{value:,}" if isinstance(value, int) else str(value)
-
-    texts = [list(head), *([show(value) for value in row] for row in rows)]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(head))]
-    for row in texts:
-        rest = (f"{text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True))
-        print("  ".join([f"{row[0]:{widths[0]}}", *rest]).rstrip())
-    print()
-
-
-def _counts(row: dict[str, Any]) -> tuple[int, ...]:
-    return row["records"], row["used"], row["good"], row["bad"]

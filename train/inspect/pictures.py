@@ -194,7 +194,7 @@ class _Sheet:
         if any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in text):
             text = "\N{LEFT-TO-RIGHT MARK}" + text  # or a line that begins with it would run so
         patch = {"facecolor": box, "edgecolor": "none", "pad": 2} if box else None
-        # A dollar sign is no formula.
+        # A dollar sign does not begin a formula.
         self.axis.text(
             x,
             y,

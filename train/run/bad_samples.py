@@ -21,7 +21,7 @@ class BadSamples:
         """records: number of records that are used of each data file.
 
         start: steps that are done already. Samples found in them are kept; those found before
-        training or later will be found again, unless they have been mended.
+        training or later will be found again, unless they have been repaired.
         """
         self.path, self.records, self.max_share = run_dir / "bad_samples.jsonl", records, max_share
         rows = [row for row in read_rows(self.path) if 0 < row["step"] <= start]
@@ -42,7 +42,7 @@ class BadSamples:
         return next((file for file in self.records if name.startswith(f"{file}[")), None)
 
     def check(self, count: int) -> None:
-        """See that so many bad samples, of all processes, are not too many.
+        """Check the number of bad samples of all processes against data.max_bad_share.
 
         Raises: TooManyBadSamples if they are more than the allowed share.
         """

@@ -111,7 +111,7 @@ def _tokenizer_digest(directory: Path) -> str | None:
 
 
 def compare_base(noted: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """What is not as it was noted: weights, fields of config.json, the tokenizer.
+    """List what differs from the note: weights, fields of config.json, the tokenizer.
 
     A digest or field that one of the two lacks is not compared: the note is of an older version.
     """

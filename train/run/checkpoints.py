@@ -226,8 +226,8 @@ class Checkpoints:
             whole = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
             intact = f"; the checkpoint of step {max(whole)} is intact" if whole else ""
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            room = "see that there is room on the disk; " if what == "written" else ""
+            room = "make room on the disk; " if what == "written" else ""
             raise TrainingError(
                 f"{self.run_dir}/checkpoints cannot be {what} ({reason}){intact}; {room}the same "
-                "command goes on from what is there"
+                "command resumes from the last whole one"
             ) from error

@@ -48,7 +48,7 @@ started by `srun`."""
 
 
 def start_processes() -> None:
-    """Join the other processes of the run, if the environment says that there are any.
+    """Join the other processes of the run, if the environment names them.
 
     That is: the variables `VARIABLES`, all three; or several tasks of one of `LAUNCHERS`, for which
     `JAX_COORDINATOR_ADDRESS` alone may be given. A process has all devices that it sees, but of
@@ -78,7 +78,9 @@ def start_processes() -> None:
 
 def _numbers(count: str, number: str) -> tuple[int, int]:
     if not (count.isdecimal() and number.isdecimal()):
-        raise ConfigError(f"{count!r} processes, of which this is {number!r}: these are no numbers")
+        raise ConfigError(
+            f"{count!r} processes, of which this is {number!r}: both must be whole numbers"
+        )
     if not int(number) < int(count):
         raise ConfigError(f"of {count} processes this is number {number}; they count from 0")
     return int(count), int(number)
@@ -139,7 +141,7 @@ def count_distinct(names: Collection[str]) -> int:
     if jax.process_count() == 1:
         return len(names)
     longest = int(gather(len(names)).max())
-    own = np.zeros(longest, np.uint32)  # 0 is no name's
+    own = np.zeros(longest, np.uint32)  # no name gives 0
     own[: len(names)] = [crc32(name.encode()) for name in names]
     found = np.unique(multihost_utils.process_allgather(own)) if longest else own
     return int(np.count_nonzero(found))

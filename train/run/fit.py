@@ -94,7 +94,7 @@ class StepEstimator:
         return self._compile(lower_update(self.optimizer, self.trained, self.opt_state, self.sums))
 
     def step(self, frames: int) -> StepEstimate:
-        """A step of which each sample has so many frames, and `SAMPLE_TEXT` tokens of text."""
+        """A step whose samples have a number of frames each, and `SAMPLE_TEXT` tokens of text."""
         config = self.config
         stream = self.stream(frames)
         samples = self.samples(stream)

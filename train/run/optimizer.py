@@ -1,10 +1,10 @@
 """The optimizers: AdamW, and Adafactor for training all of a model that fills the device.
 
 Both work in place, and Adafactor on one layer of a stacked matrix at a time: float32 numbers of one
-layer alone stand beside parameters, gradients and moments.
+layer alone are held with parameters, gradients and moments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,10 +21,10 @@ from train.config import OptimSection, part_of
 from vxl_jax.typing import ParamPath, ParamTree
 
 MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
-"""Last names of the parameters that decay."""
+"""Last names of the parameters that get weight decay."""
 
 MOMENTS = {"adamw": optax.ScaleByAdamState, "adafactor": optax.FactoredState}
-"""The count of steps, and trees of arrays like that of the parameters."""
+"""Optax's moments by optimizer: the count of steps, then trees of arrays like the parameters."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Optimizer:
     equal: as a static argument of `jax.jit`, they share one compilation.
 
     Adafactor's second moments are a row and a column of numbers for each layer's matrix, there is
-    no first moment, and learning rates are absolute. Moments are float32 whatever the parameters.
+    no first moment, and learning rates are absolute. Moments are float32 for all parameters.
     """
 
     config: OptimSection
@@ -54,14 +54,13 @@ class Optimizer:
         return optax.warmup_cosine_decay_schedule(start, peak, warmup, self.steps)(step)
 
     def rate(self, state: Any) -> Array:
-        """Learning rate of the step to come."""
-        return self.schedule(state[1][0].count)
+        """Compute the learning rate of the next step."""
+        return self.schedule(_unpack(state)[0])
 
     def init(self, params: ParamTree) -> Any:
-        """State before the first step; moments of a stacked parameter are stacked.
+        """Make the state before the first step; moments of a stacked parameter are stacked.
 
-        The layout is that of `optax.chain(optax.clip_by_global_norm(...), optax.adamw(...))` with a
-        mask, in which runs were saved before: (nothing, (moments, nothing, count of the schedule)).
+        Returns: a tree in the layout of `_pack`.
         """
         rule, moments = self._rule(), {}
         for path, value in flatten_dict(params).items():
@@ -72,11 +71,7 @@ class Optimizer:
                 jnp.zeros_like(value, jnp.float32, shape=(*layers, *x.shape)) for x in shapes
             ]
         count, again = (jnp.zeros((), jnp.int32) for _ in range(2))  # both are donated
-        return optax.EmptyState(), (
-            MOMENTS[self.config.optimizer](count, *_trees(moments)),
-            optax.MaskedState(optax.EmptyState()),
-            optax.ScaleByScheduleState(again),
-        )
+        return self._pack(count, again, _trees(moments))
 
     def clipping(self, norm: Array) -> Array:
         """Factor that brings gradients of this global norm to `optim.clip_norm` at most."""
@@ -90,7 +85,7 @@ class Optimizer:
         bfloat16 parameters are computed in float32 and rounded stochastically, with bits that
         depend on seed, step, name and layer alone.
         """
-        clip, ((count, *trees), decay, schedule) = state
+        count, again, trees = _unpack(state)
         key = jax.random.fold_in(jax.random.key(self.seed, impl="threefry2x32"), count)
         gradients, *trees = map(flatten_dict, (gradients, *trees))
         new = {}
@@ -104,9 +99,18 @@ class Optimizer:
                 step = jax.vmap(step) if whole else partial(_each_layer, step)
             new[path] = step(keys, gradients[path], value, *(tree[path] for tree in trees))
         params, *trees = _trees(new)
-        moments = MOMENTS[self.config.optimizer](optax.safe_increment(count), *trees)
-        schedule = optax.ScaleByScheduleState(optax.safe_increment(schedule.count))
-        return params, (clip, (moments, decay, schedule))
+        return params, self._pack(optax.safe_increment(count), optax.safe_increment(again), trees)
+
+    # Orbax saves this tree by the names and numbers of its nodes, and older runs have it: it stays
+    # the state of `optax.chain(optax.clip_by_global_norm(...), optax.adamw(..., mask=...))`, with
+    # empty states and a second count. `_pack` and `_unpack` alone know the layout.
+    def _pack(self, count: Array, again: Array, trees: Sequence[ParamTree]) -> Any:
+        """Build the saved state from two equal counts of steps and the trees of moments."""
+        return optax.EmptyState(), (
+            MOMENTS[self.config.optimizer](count, *trees),
+            optax.MaskedState(optax.EmptyState()),
+            optax.ScaleByScheduleState(again),
+        )
 
     def _step(
         self,
@@ -136,6 +140,12 @@ class Optimizer:
         if self.config.optimizer == "adamw":
             return optax.scale_by_adam(self.config.b1, self.config.b2)
         return optax.scale_by_factored_rms()
+
+
+def _unpack(state: Any) -> tuple[Array, Array, list[ParamTree]]:
+    """Split a state that `Optimizer._pack` has built into the counts and the trees of moments."""
+    _, ((count, *trees), _, schedule) = state
+    return count, schedule.count, trees
 
 
 def is_stacked(path: ParamPath) -> bool:

@@ -22,11 +22,11 @@ from vxl_jax.progress import progress_bar
 
 
 class StepMeans:
-    """Sums of the metrics of steps, and their means: the loss and the accuracy weighted by labelled
-    tokens, gradient norms a step each.
+    """Means of the metrics of several steps.
 
-    A step without labelled tokens has made no update. It is in no mean; only its learning rate is
-    noted.
+    Gradient norms count once a step; all other metrics (the loss, the accuracy, the sums of an own
+    loss function) are weighted by labelled tokens. A step without labelled tokens has made no
+    update. It is in no mean; only its learning rate is noted.
     """
 
     def __init__(self) -> None:
@@ -37,8 +37,8 @@ class StepMeans:
         """Add one step: the metrics that `train.run.step.update` returns."""
         self.learning_rate, tokens = metrics["learning_rate"], metrics["tokens"]
         for name, value in metrics.items():
-            if name in _MEANS_OF_TOKENS or name.startswith("gradient_norm"):
-                weight = tokens if name in _MEANS_OF_TOKENS else 1
+            if name not in ("tokens", "learning_rate"):
+                weight = 1 if name.startswith(GRADIENT_NORM) else tokens
                 self.sums[name] = self.sums.get(name, 0.0) + (value * weight if tokens else 0.0)
         self.sums["tokens"] += tokens
         self.sums["steps"] += tokens > 0
@@ -50,12 +50,12 @@ class StepMeans:
         found: dict[str, float | None] = {}
         for name, value in self.sums.items():
             if name not in ("tokens", "steps"):
-                count = self.sums["tokens" if name in _MEANS_OF_TOKENS else "steps"]
+                count = self.sums["steps" if name.startswith(GRADIENT_NORM) else "tokens"]
                 found[name] = value / count if count else None
         return found | {"learning_rate": self.learning_rate}
 
 
-_MEANS_OF_TOKENS = ("loss", "accuracy")
+GRADIENT_NORM = "gradient_norm"
 
 
 class RunLog:
@@ -261,13 +261,11 @@ class Trace:
 
 def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
     """Picture of loss and learning rate over the steps; a row without a loss leaves a gap."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # leaves the backend of a notebook as it is
 
     steps = [row["step"] for row in history]
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
     losses = [math.nan if row["loss"] is None else row["loss"] for row in history]
     axis.plot(steps, losses, color="tab:blue", label="loss")
     axis.set(xlabel="step", ylabel="loss (nats per labelled token)", yscale="log")
@@ -276,4 +274,30 @@ def draw_loss(history: list[dict[str, Any]], path: Path) -> None:
     rate.set_ylabel("learning rate")
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def draw_accuracy(results: dict[str, dict[str, float]], path: Path) -> None:
+    """Draw the accuracy on held-out questions by their type, with the guessing baselines.
+
+    results: `heldout_accuracy`, `blank_accuracy` and `chance`, each by question type.
+    """
+    from matplotlib.figure import Figure  # leaves the backend of a notebook as it is
+
+    names = list(results["heldout_accuracy"])
+    bars = {
+        "heldout_accuracy": ("accuracy", "tab:blue"),
+        "blank_accuracy": ("blank media", "tab:orange"),
+        "chance": ("chance", "tab:grey"),
+    }
+    figure = Figure(figsize=(8, 0.9 + 0.45 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    for i, (key, (label, color)) in enumerate(bars.items()):
+        places = [place + 0.26 * (i - 1) for place in range(len(names))]
+        shares = [100 * results[key].get(name, 0.0) for name in names]
+        axis.barh(places, shares, height=0.24, color=color, label=label)
+    axis.set(xlabel="right answers (%)", xlim=(0, 100))
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=3)
+    figure.savefig(path, dpi=120)

@@ -4,6 +4,7 @@ Pure jitted functions over plain dicts of arrays; buffers that are given up are 
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, Sharding
 
 from train.config import part_of
+from train.errors import TrainingError
 from train.run.distributed import to_host
 from train.run.optimizer import Optimizer
 from vxl_jax.config import DTYPES
@@ -24,13 +26,25 @@ from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.stream.batch import StreamBatch
 from vxl_jax.typing import ParamTree
 
+LossFn = Callable[[VideoXL, StreamBatch, Array | None], tuple[Array, dict[str, Array]]]
+"""A training loss: `(model, streams, pixels) -> (loss, sums)`, as `loss_and_metrics`.
+
+`loss` is a float32 scalar, summed over the batch. `sums` are scalars that are summed over batches
+too. They must have `tokens`, by which loss and gradients are divided, and `correct`, from which the
+accuracy follows. Other names are divided by `tokens` and logged. The function is traced inside
+`jax.jit`; arrays that it closes over become constants of the program.
+"""
+
+NAMED_BY_STEPS = ("gradients", "loss", "accuracy", "gradient_norm", "learning_rate", "finite")
+"""Metrics that `update` computes: a loss function cannot use these names."""
+
 
 def split_parts(
     model: VideoXL, parts: tuple[str, ...], dtype: str = "float32"
 ) -> tuple[Any, ParamTree, ParamTree]:
-    """The model as (graph, trained parameters, frozen parameters); `nnx.merge` is the inverse.
+    """Split a model into (graph, trained parameters, frozen parameters), for `nnx.merge`.
 
-    Trained parameters become `dtype` whatever the model stores.
+    Trained parameters are cast to `dtype`, also where the model stores another.
     """
     graph, *states = nnx.split(model, lambda path, _: part_of(path) in parts, ...)
     trained, frozen = map(nnx.to_pure_dict, states)
@@ -41,12 +55,12 @@ TreeShardings = tuple[Sharding, ...]
 
 
 def shardings_of(tree: Any) -> TreeShardings:
-    """Where the arrays (or shapes with shardings) of a tree lie."""
+    """List the shardings of a tree of arrays, or of shapes with shardings."""
     return tuple(x.sharding for x in jax.tree.leaves(tree))
 
 
 def constrain(tree: Any, layout: TreeShardings) -> Any:
-    """Inside a jitted function: the tree with its arrays where `layout` says."""
+    """Constrain the arrays of a tree to the shardings of `layout`, inside a jitted function."""
     leaves, structure = jax.tree.flatten(tree)
     placed = [
         lax.with_sharding_constraint(x, sharding) if isinstance(sharding, NamedSharding) else x
@@ -55,19 +69,56 @@ def constrain(tree: Any, layout: TreeShardings) -> Any:
     return jax.tree.unflatten(structure, placed)
 
 
-def empty_sums(trained: ParamTree) -> ParamTree:
-    """Sums of no batch: gradients, loss, labelled tokens and those predicted right."""
-    return _empty_sums(shardings_of(trained), trained)
+def metric_names(
+    loss_fn: LossFn,
+    graph: Any,
+    trained: ParamTree,
+    frozen: ParamTree,
+    streams: StreamBatch,
+    pixels: Array | None,
+) -> tuple[str, ...]:
+    """Find the names of the sums that a loss function returns. Traces it and computes nothing.
+
+    Raises: TrainingError if `tokens` or `correct` is missing, or a name is taken.
+    """
+    if loss_fn is loss_and_metrics:
+        return COUNTS
+
+    def sums(trained: ParamTree, frozen: ParamTree, *batch: Any) -> dict[str, Array]:
+        return _checked(*loss_fn(nnx.merge(graph, trained, frozen), *batch))[1]
+
+    return tuple(jax.eval_shape(sums, trained, frozen, streams, pixels))
+
+
+COUNTS = ("tokens", "correct")
+"""Sums that every loss function returns."""
+
+
+def _checked(loss: Array, sums: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    missing = [name for name in COUNTS if name not in sums]
+    taken = [name for name in sums if name.startswith(NAMED_BY_STEPS)]
+    if missing or taken or jnp.shape(loss) != ():
+        raise TrainingError(
+            f"loss_fn: returns a loss of shape {list(jnp.shape(loss))} and the sums "
+            f"{', '.join(sums) or 'none'}; return a scalar, 'tokens' and 'correct', and no name "
+            f"that begins with {', '.join(NAMED_BY_STEPS)}"
+        )
+    return loss, sums
+
+
+def empty_sums(trained: ParamTree, metrics: Sequence[str] = COUNTS) -> ParamTree:
+    """Make the sums of no batch: float32 zeros for gradients, loss and the loss function's sums."""
+    return _empty_sums(shardings_of(trained), tuple(metrics), trained)
 
 
 # Zeros that do not hang on a parameter restored from a checkpoint would not be bound to its device
 # as all sums after them are, and `add_batch` would be compiled for both.
-@partial(jax.jit, static_argnums=0, keep_unused=True)
-def _empty_sums(layout: TreeShardings, trained: ParamTree) -> ParamTree:
+@partial(jax.jit, static_argnums=(0, 1), keep_unused=True)
+def _empty_sums(layout: TreeShardings, metrics: tuple[str, ...], trained: ParamTree) -> ParamTree:
     zero = jnp.zeros((), jnp.float32)
     gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
     gradients = constrain(gradients, layout)
-    return {"gradients": gradients, "loss": zero, "tokens": zero, "correct": zero}
+    return {"gradients": gradients, "loss": zero, **dict.fromkeys(metrics, zero)}
 
 
 def add_batch(
@@ -77,24 +128,41 @@ def add_batch(
     sums: ParamTree | None,
     streams: StreamBatch,
     pixels: Array | None,
+    loss_fn: LossFn = loss_and_metrics,
 ) -> ParamTree:
-    """Add one batch to the sums of a step, whose gradients lie where the parameters do.
+    """Add the loss and gradients of one batch to the sums of a step.
 
-    sums: None for a step of one batch; its gradients then have the parameters' dtype. Sums of
-    several are float32, and begin with `empty_sums`.
+    Gradients lie where the parameters do.
+
+    Args:
+        graph: of the model, from `split_parts`.
+        trained: parameters that get gradients.
+        frozen: the other parameters.
+        sums: of the batches before, which are given up (donated). None for a step of one batch: its
+            gradients then have the parameters' dtype. Sums of several batches are float32, and
+            begin with `empty_sums`.
+        streams: from `batch_streams`.
+        pixels: as for `VideoXL.encode`, or None.
+        loss_fn: see `LossFn`. It is a static argument: another function compiles another program.
+
+    Returns: `gradients`, a tree like `trained`; `loss` and the sums that `loss_fn` returns.
+
+    Raises: TrainingError if `loss_fn` returns something else.
     """
-    return _add_batch(graph, shardings_of(trained), trained, frozen, sums, streams, pixels)
+    layout = shardings_of(trained)
+    return _add_batch(graph, layout, loss_fn, trained, frozen, sums, streams, pixels)
 
 
 def lower_add_batch(graph: Any, trained: ParamTree, *rest: Any) -> Any:
-    """`add_batch` of shapes with shardings, ready to be compiled."""
-    return _add_batch.lower(graph, shardings_of(trained), trained, *rest)
+    """Lower `add_batch`, with the default loss, for shapes with shardings."""
+    return _add_batch.lower(graph, shardings_of(trained), loss_and_metrics, trained, *rest)
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def _add_batch(
     graph: Any,
     layout: TreeShardings,
+    loss_fn: LossFn,
     trained: ParamTree,
     frozen: ParamTree,
     sums: ParamTree | None,
@@ -102,7 +170,7 @@ def _add_batch(
     pixels: Array | None,
 ) -> ParamTree:
     def loss(trained: ParamTree) -> tuple[Array, dict[str, Array]]:
-        return loss_and_metrics(nnx.merge(graph, trained, frozen), streams, pixels)
+        return _checked(*loss_fn(nnx.merge(graph, trained, frozen), streams, pixels))
 
     (total, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
     batch = {"gradients": constrain(gradients, layout), "loss": total, **metrics}
@@ -114,21 +182,22 @@ def _add_batch(
 def update(
     optimizer: Optimizer, trained: ParamTree, opt_state: Any, sums: ParamTree
 ) -> tuple[ParamTree, Any, dict[str, Array]]:
-    """One optimizer step with the mean gradient over all labelled tokens of the summed batches.
+    """Take one optimizer step with the mean gradient over all labelled tokens of a step's batches.
 
     Nothing changes, and no step is counted, if no token has a label, or if the loss or a gradient
     is not finite. Parameters and state are given up (donated).
 
-    Returns parameters, optimizer state, and metrics: loss and accuracy (NaN without labelled
-    tokens), tokens (labelled), gradient_norm, gradient_norm_PART for each trained part,
-    learning_rate, finite (bool).
+    Returns: parameters, optimizer state, and float32 scalars: loss and accuracy (NaN without
+        labelled tokens), tokens (labelled), gradient_norm, gradient_norm_PART for each trained
+        part, learning_rate, finite (bool), and the mean over tokens of each other sum of the loss
+        function.
     """
     layout = shardings_of((trained, opt_state))
     return _update(optimizer, layout, trained, opt_state, sums)
 
 
 def lower_update(optimizer: Optimizer, trained: ParamTree, opt_state: Any, sums: ParamTree) -> Any:
-    """`update` of shapes with shardings, ready to be compiled."""
+    """Lower `update` for shapes with shardings."""
     return _update.lower(optimizer, shardings_of((trained, opt_state)), trained, opt_state, sums)
 
 
@@ -164,12 +233,16 @@ def _update(
         **{f"gradient_norm_{name}": jnp.sqrt(sum(own)) / tokens for name, own in parts.items()},
         "learning_rate": rate,
         "finite": finite,
+        **{name: x / tokens for name, x in sums.items() if name not in _WITHOUT_MEAN},
     }
     return trained, opt_state, metrics
 
 
+_WITHOUT_MEAN = ("gradients", "loss", *COUNTS)
+
+
 def fingerprint(*params: ParamTree) -> str:
-    """sha256 over names, dtypes, shapes and bytes of all parameters, ordered by name."""
+    """Compute a sha256 of names, dtypes, shapes and bytes of all parameters, ordered by name."""
     flat = {path: leaf for tree in params for path, leaf in flatten_dict(tree).items()}
     digest = hashlib.sha256()
     for path in sorted(flat):

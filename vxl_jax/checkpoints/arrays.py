@@ -1,4 +1,4 @@
-"""Parameters from the tensors of a checkpoint, part by part."""
+"""Check a checkpoint's tensors and read slices of the model's parameters from them."""
 
 import itertools
 import math
@@ -20,10 +20,17 @@ def check_tensors(
     shapes: Mapping[tuple[str, ...], Any],
     dtype: str | None,
 ) -> list[str]:
-    """What is missing, unexpected, or of the wrong shape or dtype, by name.
+    """List tensors that are missing, unexpected, or of the wrong shape or dtype.
 
-    shapes: structs of our parameters, by path. dtype: what weights are converted to; None if they
-    keep theirs, which then has to be one and the same.
+    Args:
+      tensors: tensors of the checkpoint, by published name.
+      config: the model.
+      shapes: shape of each parameter of the JAX model, by path.
+      dtype: dtype that weights are converted to. None keeps the stored dtype, which must then be
+        the same for all weights.
+
+    Returns:
+      one message for each problem.
     """
     problems = []
     expected = {}
@@ -56,13 +63,13 @@ def check_tensors(
 
 
 def stored_dtype(tensors: dict[str, Tensor]) -> str:
-    """The dtype that most tensors have, of those that a model can have; float32 without any."""
+    """Return the most frequent supported weight dtype; float32 if no tensor has one."""
     counts = Counter(STORED.get(tensor.dtype) for tensor in tensors.values())
     return max(DTYPES, key=lambda dtype: counts[dtype])
 
 
 def unused_tensors(tensors: dict[str, Tensor], config: VideoXLConfig) -> dict[str, Tensor]:
-    """Those that the network never reads."""
+    """Return the tensors that the network never reads."""
     used = {name for row in name_rows(config) for name in row.names()}
     return {name: tensor for name, tensor in tensors.items() if name not in used}
 
@@ -71,7 +78,7 @@ Index = tuple[slice, ...]
 
 
 def parts(shape: tuple[int, ...], part: tuple[int, ...]) -> Iterator[Index]:
-    """The indices of an array's parts of one shape, in order; those at an end may be smaller."""
+    """Yield the indices of an array's chunks in row-major order; the last ones may be smaller."""
     starts = (range(0, size, step) for size, step in zip(shape, part, strict=True))
     for corner in itertools.product(*starts):
         yield tuple(
@@ -81,7 +88,7 @@ def parts(shape: tuple[int, ...], part: tuple[int, ...]) -> Iterator[Index]:
 
 
 def whole(shape: tuple[int, ...]) -> Index:
-    """The index of all of an array."""
+    """Return the index that selects a whole array."""
     return tuple(slice(0, size) for size in shape)
 
 
@@ -94,20 +101,28 @@ def read_part(
     progress: Callable[[int], None] = lambda size: None,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Read part of our array of one row of the table.
+    """Read a slice of one JAX parameter from published tensors.
 
-    Their rows are read as far as they are needed; a part along their columns reads whole rows.
+    Only the needed rows of a published tensor are read. A slice of its columns reads whole rows.
 
-    index: slices with start and stop for every axis of our array. dtype: of the result. Weights
-    that are not finite are added to `problems`. progress: called with the bytes read. out: where
-    the result goes; new memory if None.
+    Args:
+      row: the parameter's row of the name table.
+      tensors: tensors of the checkpoint, by published name.
+      index: slices with start and stop for every axis of the JAX parameter.
+      dtype: dtype of the result.
+      problems: list to which a message is added for each tensor with NaN or infinite weights.
+      progress: called with the number of bytes after each read.
+      out: array for the result; None allocates one.
+
+    Returns:
+      the slice, `out` if it was given.
     """
     out = _allocate([part.stop - part.start for part in index], dtype) if out is None else out
     names = row.names()[index[0]] if row.layers else row.names()
     inner = index[1:] if row.layers else index
 
     def read_layer(name: str, out: np.ndarray) -> None:
-        # Our rows are theirs, or (LINEAR) our columns are; other layouts are read whole.
+        # SAME: JAX rows are published rows. LINEAR: JAX columns are. Others are read whole.
         tensor, by_column = tensors[name], row.layout is LINEAR
         if row.layout not in (LINEAR, SAME):
             values = tensor.read()
@@ -135,8 +150,10 @@ def read_part(
 
 
 def _allocate(shape: list[int], dtype: Any) -> np.ndarray:
-    """An array in plain pages: NumPy asks for huge ones, and where memory is full of cached files
-    the kernel takes longer to find those than all the rest of the work takes.
+    """Allocate an array in pages of the default size.
+
+    NumPy asks for huge pages. When memory is full of cached files, the kernel takes longer to find
+    those than all other work takes.
     """
     size = math.prod(shape)
     pages = mmap.mmap(-1, max(1, size * np.dtype(dtype).itemsize))
@@ -144,7 +161,7 @@ def _allocate(shape: list[int], dtype: Any) -> np.ndarray:
 
 
 def transpose_into(out: np.ndarray, x: np.ndarray) -> None:
-    """out[...] = x.T, by blocks that stay in the cache."""
+    """Copy the transpose of `x` into `out`, by blocks that fit the CPU cache."""
     x = x.astype(out.dtype, copy=False)
     if x.dtype.itemsize == 2:  # NumPy copies its own integers faster than bfloat16
         out, x = out.view(np.uint16), x.view(np.uint16)

@@ -1,4 +1,4 @@
-"""SHA-256 of all weights of a checkpoint, the same in every layout."""
+"""Compute the SHA-256 of a checkpoint's weights, the same in every layout."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -18,12 +18,17 @@ from vxl_jax.typing import ParamPath
 
 
 def weights_digest(directory: str | Path, progress: Callable[[int], None] = lambda n: None) -> str:
-    """sha256 of all weights that the network reads: names, dtypes, shapes and bytes.
+    """Return the SHA-256 of all weights that the network reads.
 
-    The digest does not depend on how a published checkpoint is cut into shards, and so has a
-    converted one of the same dtype. progress: called with the bytes read.
+    Names, dtypes, shapes and bytes are hashed. The digest does not depend on how a published
+    checkpoint is split into shards. A converted checkpoint of the same dtype has the same digest.
 
-    Raises: CheckpointError if the checkpoint is not whole, or cannot be read.
+    Args:
+      directory: a published or converted checkpoint.
+      progress: called with the number of bytes after each read.
+
+    Raises:
+      CheckpointError: the checkpoint is incomplete or cannot be read.
     """
     directory = Path(directory)
     open_digests = _converted_pieces if (directory / PARAMS).is_dir() else _published_pieces
@@ -42,7 +47,7 @@ def weights_digest(directory: str | Path, progress: Callable[[int], None] = lamb
 
 
 Pieces = Iterator[tuple[str, Iterator[np.ndarray]]]
-"""Of each tensor: name, dtype and shape in one text; its bytes, piece by piece."""
+"""For each tensor: its name, dtype and shape as one string, and its values piece by piece."""
 
 
 def _published_pieces(directory: Path) -> Pieces:
@@ -69,7 +74,7 @@ def _converted_pieces(directory: Path) -> Pieces:
 def _as_published(
     row: NameRow, layer: int, struct: jax.ShapeDtypeStruct, read: Callable[[ParamPath, Index], Any]
 ) -> Iterator[np.ndarray]:
-    """The numbers of one published tensor in their order, from a converted checkpoint."""
+    """Yield the values of one published tensor in its order, from a converted checkpoint."""
     one = (1, *struct.shape[1:]) if row.layers else struct.shape
     for index in parts(one, row.run(one, CHUNK_BYTES // struct.dtype.itemsize)):
         values = read(row.ours, (slice(layer, layer + 1), *index[1:]) if row.layers else index)

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint, read with errors that name file and field."""
+"""Read and write the JSON files of a checkpoint, with errors that name file and field."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,10 @@ from vxl_jax.errors import CheckpointError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
-    Raises: CheckpointError naming the file if it is missing, not JSON, or not an object.
+    Raises:
+      CheckpointError: the file is missing, not JSON, or not an object.
     """
     try:
         value = json.loads(path.read_text())
@@ -38,13 +39,14 @@ class Fields:
         return self.values[name]
 
     def get(self, name: str, default: Any) -> Any:
-        """The field, or `default` where it is missing."""
+        """Return a field, or `default` if it is missing."""
         return self.values.get(name, default)
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """A field that is a whole number.
+        """Return a field that must be an integer.
 
-        Raises: CheckpointError if it is missing without a default, or none.
+        Raises:
+          CheckpointError: the field is missing and has no default, or is not an integer.
         """
         value = self[name] if default is None else self.get(name, default)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -52,9 +54,10 @@ class Fields:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A field that is a number.
+        """Return a field that must be a number.
 
-        Raises: CheckpointError if it is missing without a default, or none.
+        Raises:
+          CheckpointError: the field is missing and has no default, or is not a number.
         """
         value = self[name] if default is None else self.get(name, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -62,9 +65,10 @@ class Fields:
         return float(value)
 
     def items(self, name: str, kind: type, default: Any = None) -> tuple[Any, ...]:
-        """A field that is a list of values of one type.
+        """Return a field that must be a list of values of one type.
 
-        Raises: CheckpointError if it is missing without a default, or none.
+        Raises:
+          CheckpointError: the field is missing and has no default, or is not such a list.
         """
         value = self[name] if default is None else self.get(name, default)
         kinds = (int, float) if kind is float else kind
@@ -75,9 +79,10 @@ class Fields:
         return tuple(value)
 
     def require(self, required: dict[str, tuple[Any, ...]]) -> None:
-        """Refuse a field with another value than those allowed.
+        """Check that fields have allowed values.
 
-        Raises: CheckpointError naming file and field.
+        Raises:
+          CheckpointError: a field has another value.
         """
         for name, allowed in required.items():
             if self.get(name, allowed[0]) not in allowed:
@@ -87,5 +92,5 @@ class Fields:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write an object so that a person can read it."""
+    """Write a JSON object, indented."""
     path.write_text(json.dumps(values, indent=2) + "\n")

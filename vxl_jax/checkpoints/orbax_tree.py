@@ -1,4 +1,4 @@
-"""Parameters as an Orbax tree, written and read chunk by chunk."""
+"""Write and read parameters as an Orbax tree, chunk by chunk."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ CHUNK_BYTES = 2**23
 
 
 class _Described(type_handlers.NumpyHandler):
-    """Lets Orbax describe arrays in a tree's metadata while their weights are written elsewhere."""
+    """Let Orbax write the metadata of arrays only; TensorStore writes their values."""
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> list[Any]:
         return []
@@ -37,14 +37,21 @@ def save_params(
     shapes: Shapes,
     read: Callable[[NameRow, Index, np.ndarray], None],
 ) -> None:
-    """Write a new Orbax tree chunk by chunk, so that no parameter ever stands whole in memory.
+    """Write an Orbax tree chunk by chunk, without holding a whole parameter in memory.
 
-    Each chunk is one run of numbers in a published tensor. Orbax writes the tree's metadata, and
-    TensorStore the arrays: uncompressed zarr3, one directory a parameter, as Orbax lays them out.
+    Each chunk is contiguous in a published tensor. Orbax writes the metadata of the tree.
+    TensorStore writes the arrays in Orbax's layout: uncompressed zarr3, one directory for each
+    parameter.
 
-    read: puts the part of a row's parameter at an index into an array; called by several threads.
+    Args:
+      directory: the new tree.
+      config: the model.
+      shapes: shape and dtype of each parameter, by path.
+      read: copies the slice of a row's parameter at an index into an array. Several threads call
+        it.
 
-    Raises: CheckpointError if the disk refuses.
+    Raises:
+      CheckpointError: the tree cannot be written.
     """
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=False,
@@ -78,7 +85,7 @@ def save_params(
         out = scratch_array(tuple(p.stop - p.start for p in index), shapes[row.ours].dtype)
         read(row, index, out)
         with _failing(directory, "written"):
-            # The buffer is this thread's until the write is done: nobody has to copy it.
+            # This thread does not reuse the buffer before the write is done, so no copy is needed.
             store[index].write(out, can_reference_source_data_indefinitely=True).result()
 
     in_threads(write, jobs)
@@ -86,9 +93,9 @@ def save_params(
 
 @contextmanager
 def _failing(directory: Path, what: str) -> Iterator[None]:
-    """What damaged files and a disk raise in Orbax and TensorStore, as CheckpointError.
+    """Turn errors of Orbax and TensorStore about files or the disk into CheckpointError.
 
-    what: cannot be done with the directory.
+    what: "read" or "written", for the message.
     """
     try:
         yield
@@ -102,9 +109,9 @@ def _failing(directory: Path, what: str) -> Iterator[None]:
 
 
 def part_reader(directory: Path) -> Callable[[ParamPath, Index], np.ndarray]:
-    """A function that reads part of an array of an Orbax tree, from only the chunks it is in.
+    """Return a function that reads a slice of an array of an Orbax tree.
 
-    It raises CheckpointError if the array cannot be read.
+    It reads only the chunks that overlap the slice, and raises CheckpointError if it cannot.
     """
     opened: dict[ParamPath, tensorstore.TensorStore] = {}
 
@@ -118,7 +125,7 @@ def part_reader(directory: Path) -> Callable[[ParamPath, Index], np.ndarray]:
 
 
 def _spec(directory: Path, path: ParamPath) -> dict[str, Any]:
-    """What TensorStore has to know of an array of an Orbax tree."""
+    """Return the TensorStore spec of an array of an Orbax tree."""
     layout = Fields(read_json(directory / "_METADATA"), directory / "_METADATA")
     # TensorStore refuses a path with `..` in it.
     kvstore: dict[str, Any] = {"driver": "file", "path": f"{directory.resolve()}/"}
@@ -133,9 +140,10 @@ def _spec(directory: Path, path: ParamPath) -> dict[str, Any]:
 
 
 def stored_shapes(directory: Path, part: str | None = None) -> Shapes:
-    """Shape and dtype of every array of an Orbax tree, or of one part of it, by path.
+    """Return shape and dtype of every array of an Orbax tree, or of one subtree, by path.
 
-    Raises: CheckpointError if the tree cannot be read.
+    Raises:
+      CheckpointError: the tree cannot be read.
     """
     with _failing(directory, "read"), ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(directory.resolve()).item_metadata
@@ -153,10 +161,12 @@ def stored_shapes(directory: Path, part: str | None = None) -> Shapes:
 
 
 def read_params(directory: Path, target: Shapes) -> Params:
-    """Parameters like those of `target`, whose structs have shardings: all or some of the stored
-    ones, each device's part read by itself.
+    """Read sharded parameters from an Orbax tree; each device reads only its shard.
 
-    Raises: CheckpointError if a parameter cannot be read.
+    target: shape, dtype and sharding of all or some of the stored parameters, by path.
+
+    Raises:
+      CheckpointError: a parameter cannot be read.
     """
 
     def how(struct: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:

@@ -23,18 +23,26 @@ NO_PICKLE = (
 
 
 PICKLES = (".bin", ".pt", ".pth")
-"""Suffixes of files that are refused without a look."""
+"""Suffixes of files that are refused without being opened."""
 
 
 def find_tensors(
     directory: Path, leave_out: Callable[[str], bool] = lambda name: False
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """All tensors in the safetensors files of a directory, by name, and what is wrong with them.
+    """Find all tensors in the safetensors files of a directory, and list problems.
 
-    The second is a list of problems: files that cannot be opened, a tensor that is in two of them,
-    an index that disagrees with its shards. leave_out: names that are passed over.
+    Problems are files that cannot be opened, a tensor that is in two files, and an index that
+    disagrees with its shards.
 
-    Raises: CheckpointError if there is no safetensors file.
+    Args:
+      directory: the checkpoint.
+      leave_out: returns True for names of tensors to skip.
+
+    Returns:
+      the tensors by name, and one message for each problem.
+
+    Raises:
+      CheckpointError: the directory does not exist or has no safetensors file.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: there is no such directory")
@@ -64,9 +72,10 @@ def find_tensors(
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, by name.
+    """Return the tensors of one safetensors file, by name.
 
-    Raises: CheckpointError if it cannot be opened.
+    Raises:
+      CheckpointError: the file cannot be opened.
     """
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path}: {NO_PICKLE}")
@@ -90,7 +99,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 def metadata_of(path: Path) -> dict[str, str]:
     """Read the metadata of a safetensors file.
 
-    Raises: CheckpointError if it cannot be opened.
+    Raises:
+      CheckpointError: the file cannot be opened.
     """
     try:
         with safe_open(path, framework="numpy") as file:

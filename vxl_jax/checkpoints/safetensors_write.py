@@ -1,4 +1,4 @@
-"""Writing safetensors files piece by piece."""
+"""Write safetensors files piece by piece, without holding whole tensors in memory."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from vxl_jax.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Piece:
-    """Some bytes of a tensor and what makes them, which may be called by any thread."""
+    """A part of a tensor: its size in bytes, and a thread-safe function that returns it."""
 
     bytes: int
     make: Callable[[], np.ndarray]
@@ -25,7 +25,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written: dtype as safetensors names it, and its pieces in order."""
+    """A tensor to write: its dtype as safetensors names it, and its pieces in order."""
 
     name: str
     dtype: str
@@ -34,7 +34,7 @@ class NewTensor:
 
     @property
     def bytes(self) -> int:
-        """Bytes of its weights."""
+        """Size of the weights in bytes."""
         return stored_bytes(self.dtype, self.shape)
 
 
@@ -46,8 +46,8 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file.
 
-    Pieces are made and written by several threads, each at its place, so that no tensor has to
-    stand whole in memory (the safetensors library takes whole arrays).
+    Several threads make pieces and write each at its offset, so no whole tensor is held in memory
+    (the safetensors library needs whole arrays).
     """
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
@@ -81,14 +81,14 @@ def write_tensors(
 
 def _write_at(file: int, start: int, data: memoryview) -> None:
     done = 0
-    while done < len(data):  # twice as fast as in one call: what is copied stays in the cache
+    while done < len(data):  # twice as fast as one call: copied data stays in the cache
         done += os.pwrite(file, data[done : done + 2**17], start + done)
 
 
 def write_shards(
     directory: Path, tensors: list[NewTensor], shard_bytes: int, progress: Callable[[int], None]
 ) -> None:
-    """Write tensors in their order into `model*.safetensors`, with an index if there are several.
+    """Write tensors in order into `model*.safetensors`, with an index if there are several.
 
     A tensor larger than `shard_bytes` gets a separate shard.
     """

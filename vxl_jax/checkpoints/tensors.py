@@ -1,8 +1,7 @@
-"""The tensors of a checkpoint in safetensors files: finding, checking and reading them.
+"""Read the tensors of safetensors files piece by piece, and check their weights.
 
-Everything is checked by name before any weight is read. The safetensors library checks the files;
-weights are read from them piece by piece, since it maps files whole, and mapped pages count as
-memory.
+The safetensors library is not used to read weights: it maps whole files, and mapped pages count as
+memory. `safetensors_read` finds the tensors.
 """
 
 import math
@@ -28,7 +27,7 @@ NUMPY = {
     **{"F64": np.dtype("f8"), "BOOL": np.dtype("?"), "U8": np.dtype("u1")},
     **{f"I{8 * n}": np.dtype(f"i{n}") for n in (1, 2, 4, 8)},
 }
-"""NumPy dtypes of what safetensors may hold, by its names."""
+"""NumPy dtypes by safetensors name."""
 
 STORED_NAME = {numpy: stored for stored, numpy in STORED.items()}
 
@@ -36,11 +35,11 @@ EXPONENT = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
 """Bits that are all set in a NaN or an infinity and in no other number."""
 
 PIECE_BYTES = 2**22
-"""Most that is read of a tensor at once: it stays in the cache until it is checked and placed."""
+"""Most bytes read at once: a piece stays in the CPU cache until it is checked and copied."""
 
 
 def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of an array of a dtype that safetensors names ("BF16", "BOOL", …)."""
+    """Return the size in bytes of an array with a safetensors dtype ("BF16", "BOOL", …)."""
     bits = re.search(r"\d+", dtype)
     return int(np.prod(shape)) * (int(bits[0]) // 8 if bits else 1)
 
@@ -57,19 +56,23 @@ class Tensor:
 
     @property
     def bytes(self) -> int:
-        """Bytes of its weights."""
+        """Size of the weights in bytes."""
         return stored_bytes(self.dtype, self.shape)
 
     def rows(self, start: int, stop: int) -> "Tensor":
-        """Some rows of the first axis as a tensor."""
+        """Return a range of the first axis as a tensor, without reading it."""
         offset = self.offset + start * stored_bytes(self.dtype, self.shape[1:])
         array = None if self.array is None else self.array[start:stop]
         return Tensor(self.file, self.dtype, (stop - start, *self.shape[1:]), offset, array)
 
     def read(self) -> np.ndarray:
-        """Its values, in the stored dtype; in a buffer that this thread's next read overwrites.
+        """Read the values, in the stored dtype.
 
-        Raises: CheckpointError if the file cannot be read or has become shorter.
+        The result is in a buffer that the next `read` of the same thread overwrites: copy it to
+        keep it.
+
+        Raises:
+          CheckpointError: the file cannot be read or has become shorter.
         """
         if self.array is not None:
             return self.array
@@ -88,7 +91,7 @@ class Tensor:
         return buffer.view(NUMPY[self.dtype]).reshape(self.shape)
 
     def pieces(self) -> Iterator[tuple[int, "Tensor"]]:
-        """First row and tensor of pieces of at most `PIECE_BYTES`, or of one row."""
+        """Yield (first row, tensor) for pieces of at most `PIECE_BYTES`, or of one row."""
         if not self.shape:
             yield 0, self
             return
@@ -101,8 +104,9 @@ _buffers = threading.local()
 
 
 def scratch(size: int, use: str = "read") -> np.ndarray:
-    """Bytes that this thread's next call for the same use gives out again: fresh memory costs more
-    than its use.
+    """Return a buffer that the same thread's next call with this `use` reuses.
+
+    Allocating memory for each call costs more than using it.
     """
     held = getattr(_buffers, use, None)
     if held is None or len(held) < size:
@@ -112,7 +116,7 @@ def scratch(size: int, use: str = "read") -> np.ndarray:
 
 
 def scratch_array(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that this thread's next call gives out again."""
+    """Return an uninitialised array that the same thread's next call reuses."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     return scratch(size, "array").view(dtype).reshape(shape)
 
@@ -123,9 +127,10 @@ def as_dtype(values: np.ndarray, tensor: Tensor, dtype: str | None) -> np.ndarra
 
 
 def raise_problems(where: Any, problems: list[str]) -> None:
-    """One error for all of them.
+    """Raise one error that lists all problems.
 
-    Raises: CheckpointError if there is any problem.
+    Raises:
+      CheckpointError: `problems` is not empty.
     """
     if len(problems) == 1:
         raise CheckpointError(f"{where}: {problems[0]}")
@@ -134,7 +139,7 @@ def raise_problems(where: Any, problems: list[str]) -> None:
 
 
 def tensors_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The tensors that have NaN or infinite weights; reads them all."""
+    """List tensors with NaN or infinite weights; reads all weights."""
     problems: list[str] = []
     for name, tensor in tensors.items():
         for _, piece in tensor.pieces() if tensor.dtype in EXPONENT else ():
@@ -143,11 +148,11 @@ def tensors_not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 FILE_THREADS = 4
-"""That read and write: more than there may be cores, since most of their time they wait."""
+"""Threads that read and write files; may exceed the cores, since they mostly wait."""
 
 
 def in_threads(work: Callable[..., object], jobs: Iterable[tuple[Any, ...]]) -> None:
-    """Call `work` with every job's arguments, some at a time; the first error ends it."""
+    """Call `work` with each job's arguments in a thread pool; the first error cancels the rest."""
     with ThreadPoolExecutor(FILE_THREADS) as pool:
         running = [pool.submit(work, *job) for job in jobs]
         try:
@@ -158,18 +163,18 @@ def in_threads(work: Callable[..., object], jobs: Iterable[tuple[Any, ...]]) -> 
             raise
 
 
-_CHECKED_AT_ONCE = 2**18  # numbers; what the comparison makes stays in the cache
+_CHECKED_AT_ONCE = 2**18  # elements; temporaries stay in the CPU cache
 
 
 def check_finite(name: str, tensor: Tensor, values: np.ndarray, problems: list[str]) -> None:
-    """Add to `problems` if any of a tensor's weights is NaN or infinite."""
+    """Add a message to `problems` if a weight of a tensor is NaN or infinite."""
     problem = f"tensor {name} in {tensor.file.name} has NaN or infinite weights"
     if tensor.dtype in EXPONENT and not all_finite(values) and problem not in problems:
         problems.append(problem)
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether no weight is NaN or infinite."""
+    """Return whether all weights are finite."""
     mask = EXPONENT[STORED_NAME[values.dtype.name]]
     bits: Any = values.reshape(-1).view(np.uint32 if values.dtype.itemsize == 4 else np.uint16)
     return not any(

@@ -1,4 +1,4 @@
-"""Signs of life of a decoder, for whoever waits for it.
+"""Report the progress of a decoder to the process that waits for it.
 
 Readers call `beat` for every packet and frame. In a process that can be ended (`process`), the
 parent sees the beats and ends a decoder that gives none for too long; elsewhere they do nothing.
@@ -15,11 +15,11 @@ _listener: Callable[[], None] = _nobody
 
 
 def beat() -> None:
-    """Tell whoever waits that decoding goes on."""
+    """Report that decoding makes progress."""
     _listener()
 
 
 def set_listener(listener: Callable[[], None]) -> None:
-    """Call `listener` at every beat, from now on; for the process that decodes."""
+    """Set the function that each `beat` of this process calls."""
     global _listener
     _listener = listener

@@ -1,4 +1,4 @@
-"""Kinds of files, told from their first bytes and never from their names."""
+"""Detect file formats from the first bytes, never from the file name."""
 
 import os
 import re
@@ -59,7 +59,7 @@ def first_bytes(path: str | Path) -> bytes:
 
 
 def format_of(beginning: bytes) -> str | None:
-    """As `image_format`, from the first KB of a file."""
+    """Return the image format as `image_format` does, from the first KB of a file."""
     start = beginning
     if start.startswith(b"\xff\xd8\xff"):
         return "JPEG"
@@ -97,7 +97,7 @@ def _format_of_brands(start: bytes) -> str | None:
 
 
 def describe_format(beginning: bytes) -> tuple[str, str]:
-    """Say what a file that is not an image is and what to do, from its first KB."""
+    """Describe a file that is not an image, and the remedy, from its first KB."""
     if beginning[4:8] == b"ftyp":
         return "it is a video", "give it as a video"
     for pattern, kind, advice in _OTHERS:
@@ -107,10 +107,10 @@ def describe_format(beginning: bytes) -> tuple[str, str]:
 
 
 def ends_early(path: str | Path, form: str) -> bool:
-    """Whether an image file is cut off, as far as its container tells.
+    """Return whether the container shows that an image file is truncated.
 
-    It is asked only about files that cannot be decoded: bytes behind the end of an image are
-    allowed, and then the answer may be False for a file that is cut off.
+    Use it only for files that cannot be decoded. Bytes after the end of an image are allowed, so
+    the result may be False for a truncated file.
     """
     try:
         size = os.path.getsize(path)

@@ -1,4 +1,4 @@
-"""Paths of media: where they may lead, and whether there is a file."""
+"""Resolve and check the paths of media files."""
 
 import os
 import stat
@@ -16,7 +16,7 @@ def resolve_media(root: str | Path, relative: str, allow_outside: bool = False) 
 
     Raises:
       MediaError: `relative` is absolute, holds `..`, leads out of `root` through a link, or is
-        no usable path.
+        not a valid path.
     """
     if not isinstance(relative, str) or not relative.strip() or "\0" in relative:
         raise MediaError(f"{relative!r}: not a file name; give a path relative to {root}")

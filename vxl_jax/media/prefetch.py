@@ -1,4 +1,4 @@
-"""The next chunk is made by a thread while one is used."""
+"""Prefetch items of an iterator in a background thread."""
 
 import queue
 import threading
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def ahead(chunks: Any, depth: int = 1) -> Generator[Any, None, None]:
-    """The same items, made by a thread, up to `depth` of them before they are asked for.
+    """Prefetch up to `depth` items of an iterator in a thread.
 
-    An error of the thread is raised after the items before it. chunks: an iterator with `close`;
-    where it has `stop`, that is called if nobody wants the rest.
+    An exception in the thread is raised after the items before it. chunks: an iterator with
+    `close`. Its `stop`, if it has one, is called when the consumer stops early.
     """
     made: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     left = threading.Event()

@@ -1,4 +1,4 @@
-"""Accelerators: what one device can do at most.
+"""Peak FLOP/s, memory bandwidth and memory size of accelerators.
 
 Figures are the vendors': NVIDIA's data sheets and architecture papers (GA102, Ada), and
 cloud.google.com/tpu/docs. Dense products of bfloat16 with sums in float32; NVIDIA often prints
@@ -22,7 +22,7 @@ SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 @dataclass(frozen=True)
 class Card:
-    """One device.
+    """Peak figures of one device.
 
     name: what to call it on a command line. kinds: its `jax.Device.device_kind`, with or without
     "NVIDIA " in front. flops: of dense bfloat16 products, a second. bandwidth: bytes a second to
@@ -66,7 +66,7 @@ CARDS = (
 
 
 def card_of(name: str) -> Card | None:
-    """The card of a `jax.Device.device_kind` or of a name such as `h100`; None if unknown.
+    """Find the card of a `jax.Device.device_kind` or of a name such as `h100`; None if unknown.
 
     All of the name has to be right, but for upper and lower case: a part of it would take the
     slower "RTX 4090 Laptop GPU", or a slice of an H100, for the whole card.
@@ -79,14 +79,15 @@ def card_of(name: str) -> Card | None:
 
 
 def find_card(name: str) -> Card:
-    """The card that `--card` names.
+    """Find the card that `--card` names.
 
-    Raises: ConfigError for an unknown card.
+    Raises:
+      ConfigError: the card is unknown.
     """
     card = card_of(name)
     if card is None:
         names = ", ".join(card.name for card in CARDS)
-        raise ConfigError(f"--card {name}: there is no such card; there are {names}")
+        raise ConfigError(f"--card {name}: unknown card; choose from {names}")
     return card
 
 
@@ -111,8 +112,9 @@ DEVICE_ERRORS = (RuntimeError, ValueError)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device error says that no memory is left: XLA's, or CUDA's under it. Not for errors
-    of the library, which have said it already.
+    """Return whether a device error of XLA or CUDA means out of memory.
+
+    False for errors of this library, whose messages already say so.
     """
     names = ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY")
     return not isinstance(error, VxlError) and any(name in str(error) for name in names)

@@ -1,4 +1,4 @@
-"""Floating-point operations that the model needs (host, NumPy).
+"""Count the floating-point operations of the model (on the host, with NumPy).
 
 Counted as for "model FLOPs utilisation" (PaLM, arXiv 2204.02311, appendix B): matrix products
 alone, two operations for a multiplication and its addition; no padding, nothing that is made again
@@ -26,7 +26,7 @@ PARTS = ("vision", "projector", "language", "beacon", "lora")
 
 @dataclass(frozen=True)
 class PassSize:
-    """What a pass has to do, padding left out: all that its operations depend on.
+    """Sizes that determine the operations of a forward pass, without padding.
 
     frames: frames or tiles that are encoded. tokens: of the streams, of all kinds; beacons: how
     many of them are beacons. pairs: of a token and a key that it sees, itself included. logits:
@@ -46,7 +46,7 @@ class PassSize:
     def of(
         cls, streams: Stream | StreamBatch, frames: int = 0, *, prefill: bool = False
     ) -> "PassSize":
-        """Exactly what a stream, or a batch of them on the host, asks for.
+        """Return the exact sizes of a stream, or of a batch of streams on the host.
 
         frames: to encode; 0 where visual tokens are given. Predicted are the tokens with a label,
         or with `prefill` one for each sample.
@@ -74,7 +74,7 @@ class PassSize:
     def of_shape(
         cls, config: VideoXLConfig, shape: StreamShape, frames: int, places: int = 1
     ) -> "PassSize":
-        """About what a full batch of a padded shape asks for, where no stream is known yet.
+        """Estimate the sizes of a full batch of a padded shape, before any stream is known.
 
         Each of `places` samples is taken as one video of `frames` frames under the lowest of
         `config.ratios`, and text behind it that fills the shape.
@@ -117,7 +117,7 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """Of all parts."""
+        """Operations of all parts."""
         return sum(astuple(self))
 
 
@@ -130,12 +130,15 @@ class StepFlops:
 
     @property
     def total(self) -> int:
-        """Of both passes."""
+        """Operations of both passes."""
         return self.forward.total + self.backward.total
 
 
 def frame_flops(config: VideoXLConfig) -> Flops:
-    """Of encoding one frame or tile: the tower's layers that are used, and the projector."""
+    """Count the operations of encoding one frame or tile.
+
+    Counts the used layers of the tower, and the projector.
+    """
     c = config.tower
     patches, tokens = c.grid**2, c.grid**2 + 1
     of_token = 2 * c.width * (4 * c.width + 2 * c.mlp_width) + 4 * c.width * tokens
@@ -147,7 +150,7 @@ def frame_flops(config: VideoXLConfig) -> Flops:
 
 
 def stream_flops(config: VideoXLConfig, work: PassSize, lora_parameters: int = 0) -> Flops:
-    """Of the language model's forward pass.
+    """Count the operations of the language model's forward pass.
 
     lora_parameters: numbers in the adapters of all layers; every token passes through each once.
     """
@@ -162,7 +165,7 @@ def stream_flops(config: VideoXLConfig, work: PassSize, lora_parameters: int = 0
 
 
 def forward_flops(config: VideoXLConfig, work: PassSize, lora_parameters: int = 0) -> Flops:
-    """Of a forward pass of the whole model: what prefill and decoding need."""
+    """Count the operations of a forward pass of the whole model, for prefill and decoding."""
     frame, streams = frame_flops(config), stream_flops(config, work, lora_parameters)
     return Flops(work.frames * frame.vision, work.frames * frame.projector, *astuple(streams)[2:])
 
@@ -170,7 +173,7 @@ def forward_flops(config: VideoXLConfig, work: PassSize, lora_parameters: int = 
 def step_flops(
     config: VideoXLConfig, work: PassSize, trained: Collection[str], lora_parameters: int = 0
 ) -> StepFlops:
-    """Of one forward and one backward pass over a batch.
+    """Count the operations of one forward and one backward pass over a batch.
 
     trained: some of `PARTS`. The backward pass takes as much as the forward for the gradient of
     activations, and as much for that of weights; it counts the second where the weights are
@@ -178,10 +181,11 @@ def step_flops(
     both its sides are activations. Parts are told apart, not layers: with adapters alone, the
     gradient of the first layer's input counts though nothing needs it.
 
-    Raises: ValueError for a part there is not.
+    Raises:
+      ValueError: a part is unknown.
     """
     if unknown := set(trained) - set(PARTS):
-        raise ValueError(f"{sorted(unknown)}: no parts of the model; there are {PARTS}")
+        raise ValueError(f"{sorted(unknown)}: unknown parts of the model; choose from {PARTS}")
     c = config.language
     forward = forward_flops(config, work, lora_parameters)
     # What is trained and takes part: a batch of text alone teaches the tower nothing.

@@ -1,4 +1,4 @@
-"""Chat text to token ids and labels, as Video-XL's training code writes them.
+"""Encode chat text as token ids and labels, as Video-XL's training code does.
 
 A conversation is a list of turns {"from": "human" | "gpt", "value": text}, as in LLaVA's data
 files. The text `<image>` in a human turn is a visual mark: one image or one video. In the ids
@@ -31,7 +31,7 @@ Turn = Mapping[str, Any]
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer; it must have <|im_start|> and <|im_end|>."""
+    """Methods needed from a transformers tokenizer; it must have <|im_start|> and <|im_end|>."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -53,7 +53,7 @@ class EncodedText:
 
 
 def count_marks(conversations: Sequence[Turn], first: int = 0) -> int:
-    """Returns how many visual blocks a conversation asks for.
+    """Count the visual blocks of a conversation.
 
     Leading gpt turns do not count: they are dropped.
 
@@ -73,7 +73,7 @@ def encode_conversation(
     system: str = DEFAULT_SYSTEM,
     control_tokens: bool = True,
 ) -> EncodedText:
-    """Returns ids and labels of a training conversation.
+    """Encode a training conversation as token ids and labels.
 
     A system turn, then each turn as `<|im_start|>role`, newline, text, `<|im_end|>`, newline.
     Leading gpt turns are dropped. In human turns
@@ -110,7 +110,7 @@ def encode_prompt(
     system: str = DEFAULT_SYSTEM,
     control_tokens: bool = True,
 ) -> np.ndarray:
-    """Returns the ids of a prompt for generation: the turns, then the start of an answer.
+    """Encode a prompt for generation: the turns, then the start of an answer.
 
     The ids are those of training up to the answer, so that `"<image>\\n" + question` gives two
     newlines after the visual block. The published demonstration has one there: write
@@ -142,8 +142,8 @@ def encode_prompt(
 def encode_follow_up(
     question: str, tokenizer: Tokenizer, control_tokens: bool = True
 ) -> np.ndarray:
-    """Returns the ids between the text of an answer and that of the next: the end of the turn, the
-    next question, and the start of its answer.
+    """Encode a follow-up question: the end of the last answer's turn, the question, and the start
+    of its answer.
 
     The ids are those that `encode_prompt` gives for all turns together. control_tokens: as for
     `encode_conversation`.
@@ -157,9 +157,9 @@ def encode_follow_up(
 
 
 def encode_caption(caption: str, tokenizer: Tokenizer, control_tokens: bool = True) -> EncodedText:
-    """Returns ids and labels of an image-text pair of stage 1: `<image>`, caption, newline.
+    """Encode an image-text pair of stage 1 as ids and labels: `<image>`, caption, newline.
 
-    There is no chat template. Caption and newline, tokenised together, are labelled.
+    No chat template is applied. Caption and newline, tokenised together, are labelled.
     control_tokens: as for `encode_conversation`.
 
     Raises:
@@ -177,7 +177,7 @@ def encode_caption(caption: str, tokenizer: Tokenizer, control_tokens: bool = Tr
 
 
 def _checked(conversations: Sequence[Turn], number: int = 0) -> list[Turn]:
-    """Returns the turns from the first human one on, each of them valid.
+    """Check the turns and return them from the first human turn on.
 
     number: of the first turn, for messages.
     """

@@ -146,7 +146,7 @@ def test_the_plan_is_printed_and_nothing_written(
 def test_an_unknown_card_is_refused_with_the_list(capsys: pytest.CaptureFixture[str]):
     assert main(["--plan", "--card", "h1000"]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: --card h1000: there is no such card; there are b200, ")
+    assert message.startswith("error: --card h1000: unknown card; choose from b200, ")
 
 
 def test_a_checkpoint_that_is_not_here_has_the_sizes_of_the_preset():

@@ -12,9 +12,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests.support.runs import run_on_four_devices
 from train.config import OptimSection, Part, part_of
+from train.errors import TrainingError
 from train.run.optimizer import Optimizer
 from train.run.setup import random_model
-from train.run.step import add_batch, empty_sums, fingerprint, split_parts, update
+from train.run.step import (
+    add_batch,
+    empty_sums,
+    fingerprint,
+    metric_names,
+    split_parts,
+    update,
+)
+from vxl_jax.models.loss import loss_and_metrics
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.presets import tiny
 from vxl_jax.stream.batch import StreamShape, batch_streams
@@ -211,6 +220,7 @@ ON_FOUR_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from train.config import OptimSection
+from train.errors import TrainingError
 from train.run.optimizer import Optimizer
 from train.run.setup import init_opt_state
 from train.run.step import shardings_of as layout_of, update
@@ -374,3 +384,51 @@ def test_trained_parameters_have_their_dtype_whatever_the_model_stores(stored: s
     _, trained, frozen = split_parts(concrete, ("projector",), dtype)
     assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype(dtype)}
     assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype(stored)}
+
+
+# Own losses.
+
+
+def scaled(model: VideoXL, streams: Any, pixels: Any) -> Any:
+    loss, sums = loss_and_metrics(model, streams, pixels)
+    return 3 * loss, {**sums, "cross_entropy": loss}
+
+
+def test_an_own_loss_gives_its_gradients_and_means(model: VideoXL):
+    """Over two batches: thrice the loss has thrice the gradients, and its sums are logged."""
+    graph, trained, frozen = split_parts(model, PARTS)
+    first, second = batch_of([0, 1]), batch_of([2, 3])
+    names = metric_names(scaled, graph, trained, frozen, *first)
+    assert {*names} == {"tokens", "correct", "cross_entropy"}
+    sums = empty_sums(trained, names)
+    for batch in (first, second):
+        sums = add_batch(graph, trained, frozen, sums, *batch, scaled)
+    plain = sums_of(model, [[0, 1], [2, 3]])
+    for ours, theirs in zip(
+        *map(jax.tree.leaves, (sums["gradients"], plain["gradients"])), strict=True
+    ):
+        scale = float(jnp.abs(theirs).max())
+        np.testing.assert_allclose(ours, 3 * theirs, rtol=1e-4, atol=1e-5 * scale)
+    optimizer = Optimizer(OPTIM, 10, seed=0)
+    trained = jax.tree.map(jnp.array, trained)
+    *_, metrics = update(optimizer, trained, jax.jit(optimizer.init)(trained), sums)
+    tokens = float(plain["tokens"])
+    np.testing.assert_allclose(metrics["loss"], 3 * plain["loss"] / tokens, rtol=1e-5)
+    np.testing.assert_allclose(metrics["cross_entropy"], plain["loss"] / tokens, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        lambda loss, sums: (loss, {"tokens": sums["tokens"]}),
+        lambda loss, sums: (loss, {**sums, "gradient_norm_mine": loss}),
+        lambda loss, sums: (loss[None], sums),
+    ],
+)
+def test_a_loss_that_returns_something_else_is_refused(model: VideoXL, result: Any):
+    graph, trained, frozen = split_parts(model, ("projector",))
+    with pytest.raises(TrainingError, match=r"^loss_fn: returns a loss of shape"):
+        add_batch(
+            *(graph, trained, frozen, None, *batch_of([0])),
+            lambda *given: result(*loss_and_metrics(*given)),
+        )

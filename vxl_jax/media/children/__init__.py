@@ -1,4 +1,4 @@
-"""Decoders in a child process that can be ended.
+"""Decode media in a child process that can be killed.
 
 In import order: `process`, `decoding`. `vxl_jax.media` imports neither.
 """

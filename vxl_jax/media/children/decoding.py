@@ -1,6 +1,6 @@
-"""Files decoded in a child process, with a time limit: what inference reads them by.
+"""Decode media files in a child process with a time limit, for inference.
 
-The child keeps the file that it read last open, so that a film is read on where it stopped.
+The child keeps its last file open, so that a video continues where the last request stopped.
 """
 
 import os
@@ -47,7 +47,7 @@ class ImageRequest:
 
 
 class DecodeHandler:
-    """What the child does: opens a file, or reads some of its pixels."""
+    """Request handler of the child: open a file, or decode frames or tiles."""
 
     def __init__(self) -> None:
         self._key: Any = None  # of the video that is open
@@ -77,7 +77,7 @@ class DecodeHandler:
 
 
 def _state(path: str) -> Any:
-    """What changes when a file or folder is replaced or written to."""
+    """Return a value that changes when a file or folder is replaced or written to."""
     if os.path.isdir(path):
         return sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(path))
     with suppress(OSError):
@@ -110,7 +110,7 @@ def _read(video: VideoReader, indices: list[int], out: np.ndarray) -> tuple[int,
 
 
 class Decoder:
-    """A child process for whoever has it; see `borrowed_decoder`."""
+    """A child process that decodes media for one owner; see `borrowed_decoder`."""
 
     def __init__(self) -> None:
         import pickle
@@ -121,15 +121,15 @@ class Decoder:
         self.owner = os.getpid()
 
     def open_video(self, request: VideoRequest) -> Selection:
-        """Opens a video and chooses its frames. Raises: MediaError."""
+        """Open a video and choose its frames. Raises: MediaError."""
         return self._ask(request)
 
     def count_tiles(self, request: ImageRequest) -> int:
-        """The number of tiles of an image. Raises: MediaError."""
+        """Return the number of tiles of an image. Raises: MediaError."""
         return self._ask(request)
 
     def read_tiles(self, request: ImageRequest, count: int) -> np.ndarray:
-        """Tiles of an image, uint8 [count, S, S, 3]. Raises: MediaError."""
+        """Decode the tiles of an image, uint8 [count, S, S, 3]. Raises: MediaError."""
         out = np.empty((count, request.size, request.size, 3), np.uint8)
         self._ask(request, [], out)
         return out
@@ -137,9 +137,9 @@ class Decoder:
     def read_frames(
         self, request: VideoRequest, indices: list[int], size: int, stopped: Callable[[], bool]
     ) -> tuple[np.ndarray, MediaError | None]:
-        """Frames of a video, uint8 [F, size, size, 3], and why there are fewer than asked for.
+        """Decode frames, uint8 [F, size, size, 3], and return why some are missing.
 
-        stopped: polled; if it is true, the child is ended and there are no frames.
+        stopped: polled; if it returns true, the child is killed and no frames are returned.
         """
         out = np.empty((len(indices), size, size, 3), np.uint8)
         try:
@@ -149,11 +149,11 @@ class Decoder:
         return out[:count], None if reason is None else MediaError(reason)
 
     def is_animation(self, path: str) -> bool:
-        """Whether an image moves. Raises: MediaError: its decoder crashed or hung."""
+        """Return whether an image is animated. Raises: MediaError: its decoder crashed or hung."""
         return self._ask(path)
 
     def forget(self) -> None:
-        """Closes the video that is open."""
+        """Close the open video."""
         if self.process.process is not None:
             with suppress(MediaError):
                 self._ask(None)
@@ -219,5 +219,5 @@ def borrowed_decoder() -> Iterator[Decoder]:
 
 
 def absolute(path: str | Path) -> str:
-    """A path that holds wherever the child was started."""
+    """Return an absolute path, which does not depend on the child's working directory."""
     return os.path.abspath(path)

@@ -1,4 +1,4 @@
-"""Still and moving images, and folders of frames.
+"""Read images, animations and folders of frames.
 
 In import order: `loading`, `folder`, `animation`.
 """

@@ -21,7 +21,7 @@ from PIL import Image
 from vxl_jax.errors import MediaError
 from vxl_jax.media.frames import resize_and_crop
 from vxl_jax.media.heartbeat import beat
-from vxl_jax.media.images.folder import check_indices
+from vxl_jax.media.images.folder import frames_array
 from vxl_jax.media.images.loading import (
     check_size,
     clean,
@@ -44,7 +44,7 @@ _SHORTEST, _DEFAULT_DELAY = 0.010, 0.1
 def is_animation(path: str | Path) -> bool:
     """Return whether a file is a GIF, WebP, PNG or AVIF with more than one whole picture.
 
-    A file that cannot be read is not; `load_image` says what is wrong with it.
+    False for a file that cannot be read: `load_image` raises the error.
     """
     try:
         check_file(path)
@@ -61,11 +61,11 @@ class Animation:
 
     Attributes:
       path: the file.
-      frames: number of frames that are there and whole.
+      frames: number of complete frames.
       seconds: time of each frame, float64 [frames]; the first is at 0.
       duration: seconds to the end of the last frame.
-      fps: average frames a second.
-      truncated: what is missing of a file that is cut off, else None.
+      fps: average frames per second.
+      truncated: description of the missing part if the file is truncated, else None.
     """
 
     def __init__(self, path: str | Path, options: MediaOptions = DEFAULT_OPTIONS):
@@ -82,7 +82,7 @@ class Animation:
         check_file(path)
         content = _content(path)
         if content.pictures is None:
-            open_image(path).close()  # says what is wrong with it
+            open_image(path).close()  # raises the error
         elif not content.delays:
             raise MediaError(
                 f"{printable(path)}: image cannot be decoded (cut off before its first frame "
@@ -111,7 +111,7 @@ class Animation:
         Args:
           indices: frame numbers in any order, repeated ones too.
           size: side of the result in pixels.
-          out: where to put the result.
+          out: array for the result; None allocates one.
 
         Returns:
           uint8 [F, size, size, 3].
@@ -119,8 +119,7 @@ class Animation:
         Raises:
           MediaError: a frame cannot be decoded, or an index is past the end.
         """
-        check_indices(self.path, indices, self.frames)
-        result = np.empty((len(indices), size, size, 3), np.uint8) if out is None else out
+        result = frames_array(self.path, indices, self.frames, size, out)
         wanted = np.asarray(indices)
         for index in np.unique(wanted):
             result[wanted == index] = self._frame(int(index), size)
@@ -154,7 +153,7 @@ class Animation:
 
 @dataclass(frozen=True)
 class _Content:
-    """What the container of an animation holds.
+    """Contents of an animation's container.
 
     delays: seconds of each whole frame. pictures: decodes them, from the first one on; None where
     the file is an ordinary image. truncated: what is missing. turn: EXIF orientation. profile: ICC.
@@ -391,7 +390,7 @@ def _by_pillow(
         turn, profile = orientation(image, io.BytesIO(data)), image.info.get("icc_profile")
     except MediaError:
         raise
-    except Exception:  # `open_image` will say what is wrong
+    except Exception:  # `open_image` raises the error
         return _Content()
 
     def pictures() -> Iterator[Image.Image]:

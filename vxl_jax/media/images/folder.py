@@ -1,4 +1,4 @@
-"""A video as a folder of pictures."""
+"""Read a folder of image files as the frames of a video."""
 
 import os
 import re
@@ -22,7 +22,7 @@ PICTURES = (
 
 
 class FrameFolder:
-    """A video as a folder of pictures in the natural order of their names.
+    """A video as a folder of image files, in the natural order of their names.
 
     Numbers in names are ordered by value. A dot between two numbers is a decimal point (0.25, 0.5,
     1.0), unless some name of the folder has a fraction of several digits that ends in 0: then they
@@ -33,7 +33,7 @@ class FrameFolder:
     Attributes:
       path: the folder.
       frames: number of frames.
-      fps: frames a second.
+      fps: frames per second.
       seconds: time of each frame, float64 [frames]; the first is at 0.
       duration: seconds to the end of the last frame.
       truncated: None; a folder does not tell how many frames it should have.
@@ -52,8 +52,8 @@ class FrameFolder:
 
         Args:
           path: the folder.
-          fps: frames a second that the pictures were taken at.
-          follow_links: take links for the files that they lead to; otherwise they are left out.
+          fps: frames per second of the recording.
+          follow_links: read symbolic links; False leaves them out.
           options: how pixels are decoded.
 
         Raises:
@@ -89,7 +89,7 @@ class FrameFolder:
         Args:
           indices: frame numbers in any order, repeated ones too.
           size: side of the result in pixels.
-          out: where to put the result.
+          out: array for the result; None allocates one.
 
         Returns:
           uint8 [F, size, size, 3].
@@ -97,8 +97,7 @@ class FrameFolder:
         Raises:
           MediaError: a picture cannot be read, or an index is past the end.
         """
-        check_indices(self.path, indices, self.frames)
-        result = np.empty((len(indices), size, size, 3), np.uint8) if out is None else out
+        result = frames_array(self.path, indices, self.frames, size, out)
         for i, index in enumerate(indices):
             picture = load_image(self.path / self._names[index], self._options)
             result[i] = resize_and_crop(picture, size)
@@ -106,8 +105,17 @@ class FrameFolder:
         return result
 
 
-def check_indices(path: str | Path, indices: Sequence[int], frames: int) -> None:
-    """Check that frame numbers are from 0 to `frames` - 1. Raises: MediaError."""
+def frames_array(
+    path: str | Path, indices: Sequence[int], frames: int, size: int, out: np.ndarray | None
+) -> np.ndarray:
+    """Check frame numbers and return the array that their pixels go to.
+
+    Returns:
+      `out`, or a new uint8 [F, size, size, 3] if that is None.
+
+    Raises:
+      MediaError: an index is not from 0 to `frames` - 1, or there are no indices.
+    """
     if not len(indices):
         raise MediaError(f"{printable(path)}: no frames asked for; give at least one index")
     low, high = min(indices), max(indices)
@@ -116,13 +124,14 @@ def check_indices(path: str | Path, indices: Sequence[int], frames: int) -> None
             f"{printable(path)}: frames {low}..{high} asked for, but there are {frames} "
             f"(0..{frames - 1})"
         )
+    return np.empty((len(indices), size, size, 3), np.uint8) if out is None else out
 
 
 def _is_picture(name: str) -> bool:
     return not name.startswith(".") and Path(name).suffix.lower() in PICTURES
 
 
-def _check_link(entry: os.DirEntry) -> None:
+def _check_link(entry: os.DirEntry[str]) -> None:
     try:
         entry.stat()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Image files to RGB pixels, as a viewer shows them."""
+"""Decode image files to RGB pixels, as a viewer shows them."""
 
 import io
 import os
@@ -33,14 +33,14 @@ _TRANSPOSED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by EXIF orientation."""
+"""Transpose operation that makes an image upright, by EXIF orientation."""
 
 
 def load_image(path: str | Path, options: MediaOptions = DEFAULT_OPTIONS) -> Image.Image:
     """Read an image file as RGB, the way a viewer shows it; the first picture if it has several.
 
     - EXIF orientation is applied.
-    - Transparent images are composed on white. Opaque ones are converted, no more.
+    - Transparent images are composed on white. Opaque images are converted to RGB only.
     - 16-bit grey is divided by 257. 32-bit integers and floats, which have no agreed white, are
       scaled so that white is 1 (floats only), 255 or 65535, the first that no pixel exceeds; if
       there are larger or negative values, the least becomes black and the greatest white.
@@ -79,7 +79,7 @@ def image_size(path: str | Path) -> Size:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open an image file: its header is read, its pixels are not.
+    """Open an image file and read its header, without decoding pixels.
 
     The size is checked, and a huge JPEG is set to be decoded at a reduced size.
 
@@ -151,7 +151,7 @@ def check_size(image: Image.Image, name: str) -> None:
 
 
 def orientation(image: Image.Image, file: str | Path | BinaryIO) -> int:
-    """EXIF orientation (1 to 8) that is still to be applied to the pixels of an opened image.
+    """Return the EXIF orientation (1 to 8) that an opened image still needs.
 
     The readers of TIFF and HEIC apply it and leave 1. file: path or file of the image.
     """
@@ -172,7 +172,7 @@ def orientation(image: Image.Image, file: str | Path | BinaryIO) -> int:
 
 
 def _png_exif(file: str | Path | BinaryIO) -> bytes | None:
-    """EXIF data of a PNG, which may stand behind its pixels, where Pillow reads it after them."""
+    """Read the EXIF data of a PNG, which may follow its pixels; Pillow decodes those first."""
     if isinstance(file, str | Path):
         with open(file, "rb") as opened:
             return _png_exif(opened)
@@ -216,7 +216,7 @@ def to_rgba(image: Image.Image) -> Image.Image:
 
 
 def _layers(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colours with 8 bits a channel, and alpha (mode L) if some of it is below 255."""
+    """Return 8-bit colours, and alpha (mode L) if any pixel is not opaque."""
     tiles = getattr(image, "tile", None)  # of an image that is not decoded yet
     raw = tiles[0].args if tiles else None
     image.load()
@@ -264,7 +264,7 @@ def _grey(image: Image.Image) -> Image.Image:
 
 
 def _grey_alpha(image: Image.Image, transparent: object) -> Image.Image | None:
-    """Alpha of a 16-bit grey PNG, whose one transparent value is known."""
+    """Return the alpha of a 16-bit grey PNG that declares one value transparent."""
     if not isinstance(transparent, int) or not image.mode.startswith("I;16"):
         return None
     opaque = np.asarray(image) != transparent
@@ -291,7 +291,7 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _fault(path: str | Path, form: str, error: Exception) -> str:
-    """What is wrong with an image file, from its reader's error, and what to do."""
+    """Describe why an image cannot be decoded, and the remedy, from the decoder's error."""
     reason = clean(error)
     if reason in (_EARLY, "cannot load this image") or ends_early(path, form):
         return f"({form}, cut off); fetch it again"
@@ -303,7 +303,7 @@ _EARLY = "its data ends early"
 
 
 def clean(error: Exception) -> str:
-    """One line of a reader's message without names of files and Python objects; it may be empty."""
+    """Return one line of a decoder's message, or "" if it names files or Python objects."""
     reason = " ".join(str(error).split())
     if "truncated" in reason.lower():
         return _EARLY

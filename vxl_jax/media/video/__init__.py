@@ -1,5 +1,5 @@
-"""Video files.
+"""Decode video files.
 
-In import order: `containers` (what files say of themselves), `tone_map`, `index`, `av_input`,
+In import order: `containers` (container formats), `tone_map`, `index`, `av_input`,
 `av_pixels` and `pyav` (files by PyAV), `decord_video`.
 """

@@ -1,4 +1,4 @@
-"""A container opened by PyAV: the video stream that a player shows, its packets and its frames."""
+"""Open a container with PyAV; read packets and frames of the stream that a player shows."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -33,7 +33,8 @@ class AvInput:
     def __init__(self, path: Path, num_threads: int = 1):
         """num_threads: threads that decode.
 
-        Raises: MediaError: it cannot be opened, has no video, or there is no decoder for it.
+        Raises:
+          MediaError: it cannot be opened, has no video stream, or its codec has no decoder.
         """
         import av
         from av.stream import Discard
@@ -58,7 +59,7 @@ class AvInput:
         self.context.thread_type = "AUTO" if num_threads > 1 else "NONE"
 
     def close(self) -> None:
-        """Frees the decoder and the file."""
+        """Free the decoder and close the file."""
         if self.container is not None:
             self.container.close()
             self.container = None
@@ -76,7 +77,7 @@ class AvInput:
         first_key: Any = None,
         counted: bool = False,
     ) -> Iterator[Any]:
-        """Decoded frames from the beginning, or of the packets that `seek` gives.
+        """Yield decoded frames from the beginning, or of the packets from `seek`.
 
         torn: leave out the last packet. wanted: leave out frames that are not wanted and that no
         other frame needs, where the codec allows that. first_key: see `seek`. counted: end where a

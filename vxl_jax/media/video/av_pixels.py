@@ -1,4 +1,4 @@
-"""A decoded frame of PyAV as RGB pixels, upright."""
+"""Convert a decoded PyAV frame to upright RGB pixels."""
 
 import struct
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _FULL_RANGE, _LIMITED_WHITE = 2, 65283
 
 
 class FrameToPixels:
-    """Converts the frames of one stream."""
+    """Convert the frames of one stream to RGB."""
 
     def __init__(self, options: MediaOptions):
         from av.video.reformatter import VideoReformatter
@@ -27,7 +27,7 @@ class FrameToPixels:
         self._matrix: tuple[int, ...] | None = None
 
     def __call__(self, frame: Any, stream: Any) -> np.ndarray:
-        """Returns a frame as uint8 [H, W, 3]."""
+        """Return a frame as uint8 [H, W, 3]."""
         transfer = _TRANSFERS.get(int(frame.color_trc)) if self.options.tone_map else None
         if transfer is None:
             # With more threads than one, swscale is slower by far.

@@ -1,6 +1,6 @@
-"""What the bytes of a video file tell before and after a decoder has seen it.
+"""Detect the container of a video file, why it cannot be read, and whether it is truncated.
 
-Which kind of file it is, why it cannot be read, and whether it was cut off. Layouts are those of
+Layouts are those of
 ISO/IEC 14496-12 (MP4), RFC 9559 (Matroska), ISO/IEC 13818-1 (transport and program streams), the
 RIFF, FLV and ASF specifications, and RFC 3533 (Ogg).
 """
@@ -94,7 +94,7 @@ def _ts_packet(beginning: bytes) -> int | None:
 
 
 def why_unreadable(path: str | Path, error: Exception) -> str:
-    """The reason for which a decoder cannot open or read a file, and what to do."""
+    """Return why a decoder cannot open or read a file, and the remedy."""
     if isinstance(error, MemoryError):
         return f"needs more memory than a decoder may have; {ENCODE_AGAIN}"
     if isinstance(error, OSError) and error.errno in {5, 13, 23, 24}:
@@ -120,7 +120,7 @@ def why_unreadable(path: str | Path, error: Exception) -> str:
 
 
 def cut_off(path: str | Path) -> bool:
-    """Whether a file ends in the middle of its structure."""
+    """Return whether a file is truncated: ends inside its structure."""
     check = _CUT.get(container_of(first_bytes(path)) or "")
     if check is None:
         return False
@@ -167,7 +167,7 @@ def _matroska_cut(data: mmap.mmap) -> bool:
         return False
     if size is not None:
         return begin + size > len(data)
-    # A live recording: clusters, and what is in them, one after the other.
+    # A live recording: clusters and their children, one after the other.
     inside = {0x18538067, 0x1F43B675}
     while begin < len(data):
         kind, first, size = _element(data, begin)

@@ -1,4 +1,4 @@
-"""Video files to frames by decord, the decoder of the published code, on request.
+"""Decode video files with decord, the optional decoder of the published code.
 
 decord 0.6 seeks by frame numbers that are wrong for some kinds of files. Those kinds are refused.
 """
@@ -41,7 +41,7 @@ class DecordVideo:
     truncated: str | None = None
 
     def __init__(self, path: str | Path, num_threads: int = 1):
-        """Reads the container.
+        """Open the file and read its container.
 
         Raises: MediaError: missing, no video, damaged, cut off, or a kind that decord gets wrong.
         """
@@ -102,7 +102,7 @@ class DecordVideo:
         return bool(difference.max() < _MOST_DIFFERENT)
 
     def read(self, indices: Sequence[int], size: int, out: np.ndarray | None = None) -> np.ndarray:
-        """As `VideoFile.read`."""
+        """Decode frames; see `VideoFile.read`."""
         check_frames(self, indices)
         result = np.empty((len(indices), size, size, 3), np.uint8) if out is None else out
 
@@ -118,7 +118,7 @@ class DecordVideo:
         return result
 
     def decode(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """As `VideoFile.decode`."""
+        """Yield frames; see `VideoFile.decode`."""
         for index in indices:
             yield index, self._read_some([index])[0]
 

@@ -1,6 +1,7 @@
-"""Which frames a video file shows, in which order and when: read from its packets.
+"""Index the frames of a video file, in presentation order, from its packets.
 
-No frame is decoded unless the packets cannot tell. Times are integers in the stream's time base.
+Frames are decoded only if the packets do not give their order.
+Times are integers in the stream's time base.
 """
 
 import re
@@ -55,7 +56,7 @@ class VideoIndex:
     torn: bool = False
 
     def has_key(self, pts: int | None, size: int) -> bool:
-        """Whether a packet is that of a key frame."""
+        """Return whether a packet holds a key frame."""
         place = -1 if pts is None else self.key_before(pts)
         return place >= 0 and (self.keys[place].pts, self.keys[place].size) == (pts, size)
 
@@ -75,7 +76,7 @@ class _Packet(NamedTuple):
 def read_index(
     container: Any, stream: Any, is_cut: bool, decode: Callable[[bool], Iterator[Any]]
 ) -> VideoIndex:
-    """The index of a stream.
+    """Build the frame index of a stream.
 
     container, stream: of PyAV, at the beginning. is_cut: whether the file ends in the middle of its
         structure. decode: opens the file again and gives its decoded frames, without its last
@@ -191,7 +192,7 @@ def _without_undecodable_start(
 
 
 def _decoded(frames: Iterator[Any], torn: bool, timed: bool = True) -> VideoIndex:
-    """The index that decoding all frames gives."""
+    """Build the index by decoding all frames."""
     times = [frame.pts for frame in frames]
     if not timed or None in times:
         return VideoIndex(np.arange(len(times)), seekable=False, timed=False, torn=torn)

@@ -1,4 +1,4 @@
-"""Video files to frames, by PyAV: the frames that a player shows, found by presentation time."""
+"""Decode video files with PyAV: the frames that a player shows, by presentation time."""
 
 import os
 from collections import deque
@@ -33,13 +33,13 @@ class VideoFile:
       seconds: presentation time of each promised frame, float64 [promised].
       duration: second at which the last promised frame ends.
       fps: frames per second on average.
-      truncated: how far a file goes that was cut off, for a message; None if it is whole.
+      truncated: where a truncated file ends, for a message; None if it is complete.
     """
 
     def __init__(
         self, path: str | Path, num_threads: int = 1, options: MediaOptions = DEFAULT_OPTIONS
     ):
-        """Reads the container; decodes only where that cannot tell which frames are shown.
+        """Read the container; frames are decoded only if it does not list those shown.
 
         num_threads: threads that decode, and threads that resize.
 
@@ -77,7 +77,7 @@ class VideoFile:
             self._open()
 
     def _open(self) -> AvInput:
-        """Opens the file again, at its beginning."""
+        """Open the file again, at its beginning."""
         self._decoding = None
         if self._input is not None:
             self._input.close()
@@ -133,7 +133,7 @@ class VideoFile:
             self.duration = float(seconds.max()) + 1 / rate
 
     def _how_far(self) -> str | None:
-        """How far a file goes that was cut off, for a message; None if it is whole."""
+        """Describe where a truncated file ends, for a message; None if it is complete."""
         if not self._is_cut:
             return None
         if self.promised > self.frames:
@@ -146,12 +146,12 @@ class VideoFile:
         return f"ends early, at {self.duration:.2f} s{whole}"
 
     def read(self, indices: Sequence[int], size: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Decodes frames, each through `resize_and_crop`.
+        """Decode frames, each through `resize_and_crop`.
 
         Args:
           indices: frame numbers, in any order; one may occur several times.
           size: side of the result in pixels.
-          out: where the result goes; a new array if None.
+          out: array for the result; None allocates one.
 
         Returns:
           uint8 [F, size, size, 3].
@@ -186,7 +186,7 @@ class VideoFile:
         return result
 
     def decode(self, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields frames of rising indices as (index, uint8 [H, W, 3]), upright and at full size.
+        """Yield frames of rising indices as (index, uint8 [H, W, 3]), upright and at full size.
 
         Raises:
           MediaError: a frame cannot be decoded.
@@ -235,14 +235,14 @@ class VideoFile:
         )
 
     def _is_far(self, key: int) -> bool:
-        """Whether a key frame is so far ahead that seeking is faster than decoding on."""
+        """Return whether seeking to a key frame is faster than decoding on."""
         if key < 0 or not self._can_seek:
             return False
         ahead = int(np.searchsorted(self._index.pts, self._index.keys[key].pts))
         return ahead > self._at + _NEAR * self.num_threads
 
     def _begin(self, key: int) -> None:
-        """Begin to decode at a key frame; -1: at the beginning of the file."""
+        """Start decoding at a key frame, or at the start of the file for -1."""
         self._first, self._at = None, -1
         begun = None
         if key >= 0 and self._can_seek:
@@ -255,7 +255,7 @@ class VideoFile:
         self._decoding = opened.frames(self._index.torn, wanted, packets, first_key, counted)
 
     def _next(self, index: int, pts: int) -> Any:
-        """The frame of an index, by its time or, in streams without times, by counting."""
+        """Return the frame of an index, by its time or, in streams without times, by counting."""
         assert self._decoding is not None
         for frame in self._decoding:
             if not self._index.seekable:
@@ -273,14 +273,14 @@ class VideoFile:
 
 
 def ffmpeg_errors() -> tuple[type[Exception], ...]:
-    """What PyAV raises where FFmpeg fails."""
+    """Exceptions that PyAV raises when FFmpeg fails."""
     import av
 
     return (av.error.FFmpegError,)
 
 
 def check_frames(video: Any, indices: Sequence[int]) -> None:
-    """Refuses frame numbers that a video does not have.
+    """Check that a video has the frames asked for.
 
     Raises: MediaError.
     """

@@ -1,4 +1,4 @@
-"""HDR video (PQ and HLG) to ordinary SDR pixels.
+"""Tone-map HDR video (PQ and HLG) to SDR pixels.
 
 Sources:
 - PQ: SMPTE ST 2084, equations of ITU-R BT.2100, Table 4.
@@ -38,11 +38,11 @@ _LAST_CODE = 65535
 
 
 def tone_map(rgb: np.ndarray, transfer: Transfer) -> np.ndarray:
-    """Converts an HDR picture to SDR.
+    """Convert an HDR picture to SDR.
 
     Light up to `KNEE` does not change, so SDR graphics in an HDR video get their original values.
     Brighter pixels are compressed and keep their hue: reference white becomes 244, and white of
-    1000 cd/m² becomes 254. Colors outside BT.709 are clipped.
+    1000 cd/m² becomes 254. Colours outside BT.709 are clipped.
 
     Args:
       rgb: float32 [H, W, 3], non-linear BT.2020 RGB on the scale 0..1 (full range). Values outside

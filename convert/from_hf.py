@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from convert.adapter import Adapter, read_adapter
+from convert.adapter import MODEL_FIELDS, Adapter, read_adapter
 from convert.command import add_destination, run_command
 from convert.writing import (
     byte_bar,
@@ -26,9 +26,11 @@ from convert.writing import (
     copy_files,
     new_directory,
     set_dtype,
+    with_run_fields,
 )
 from vxl_jax.checkpoints.arrays import Index, check_tensors, read_part, stored_dtype, unused_tensors
 from vxl_jax.checkpoints.hf_config import PARAMS, UNUSED, read_config, refuse_adapter
+from vxl_jax.checkpoints.json_files import Fields
 from vxl_jax.checkpoints.load import abstract_params
 from vxl_jax.checkpoints.names import NameRow
 from vxl_jax.checkpoints.orbax_tree import save_params
@@ -84,6 +86,8 @@ def convert_from_hf(
     )
     if merged is not None:
         merged.check(config)
+        if merged.fields:
+            with_run_fields(config, Fields(merged.fields, merged.directory / MODEL_FIELDS))
     _, shapes = abstract_params(config)
     problems += check_tensors(tensors, config, shapes, dtype)
     if problems:
@@ -97,7 +101,6 @@ def convert_from_hf(
         copy_files(source, config, part, vision)
         if merged is not None and merged.fields:
             change_fields(part / "config.json", merged.fields)
-            read_config(part, vision=vision)  # they may have been edited
         if dtype:
             set_dtype(part, dtype)
 

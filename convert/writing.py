@@ -17,12 +17,12 @@ from vxl_jax.checkpoints.hf_config import (
     REQUIRED_LANGUAGE,
     REQUIRED_VISION,
 )
-from vxl_jax.checkpoints.hf_preprocessing import preprocessing_fields
+from vxl_jax.checkpoints.hf_preprocessing import preprocessing_fields, read_preprocessing
 from vxl_jax.checkpoints.hf_tower import KNOWN_TOWERS, TOWER_FOLDER, find_tower
-from vxl_jax.checkpoints.json_files import Required, read_json, write_json
+from vxl_jax.checkpoints.json_files import Fields, Required, read_json, write_json
 from vxl_jax.checkpoints.safetensors_read import INDEX_FILE
-from vxl_jax.config import Compression, VideoXLConfig, VisionConfig
-from vxl_jax.errors import CheckpointError
+from vxl_jax.config import Compression, VideoXLConfig, VisionConfig, with_changes
+from vxl_jax.errors import CheckpointError, ConfigError
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """Tokenizer, image-processor and generation files, which every direction carries along."""
@@ -156,7 +156,8 @@ def copy_files(
     values = read_json(source / "config.json")
     if values.get("tie_word_embeddings") and not config.language.tie_embeddings:
         write_json(part / "config.json", {**values, "tie_word_embeddings": False})
-    write_tower(find_tower(source, values["mm_vision_tower"], vision), part)
+    if config.vision is not None:
+        write_tower(find_tower(source, values["mm_vision_tower"], vision), part)
 
 
 def set_dtype(part: Path, dtype: str) -> None:
@@ -244,6 +245,26 @@ def run_fields(config: VideoXLConfig) -> dict[str, Any]:
     if config.compression is not None:
         fields["beacon_ratio"] = list(config.ratios)
     return fields
+
+
+def with_run_fields(config: VideoXLConfig, fields: Fields) -> VideoXLConfig:
+    """Change a configuration by `run_fields` that were read from a file.
+
+    Raises: CheckpointError naming the file and a field that is not one of them, or has a bad value.
+    """
+    if unknown := sorted(fields.values.keys() - run_fields(config)):
+        raise CheckpointError(
+            f"{fields.path}: has {', '.join(unknown)}, which a run does not change; remove it"
+        )
+    changes: dict[str, Any] = {"preprocessing": read_preprocessing(fields, config.tower.image_size)}
+    if "mm_spatial_pool_stride" in fields.values:
+        changes["pool_stride"] = fields.integer("mm_spatial_pool_stride")
+    if "beacon_ratio" in fields.values:
+        changes["ratios"] = fields.items("beacon_ratio", int)
+    try:
+        return with_changes(config, **changes)
+    except ConfigError as error:
+        raise CheckpointError(f"{fields.path}: {error}") from error
 
 
 def _vision_fields(config: VideoXLConfig, tower: VisionConfig) -> dict[str, Any]:

@@ -82,13 +82,11 @@ def exact_products():
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Data and configuration of runs (`tests.support.runs`) that no test changes; programs."""
-    from tests.support.runs import compiled_once, make_folder
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data and configuration of runs (`tests.support.runs`) that no test changes."""
+    from tests.support.runs import make_folder
 
-    folder = make_folder(tmp_path_factory.mktemp("runs"))
-    with compiled_once(folder / "compiled"):
-        yield folder
+    return make_folder(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="session")

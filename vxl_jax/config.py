@@ -1,7 +1,7 @@
 """Model configuration: frozen dataclasses and named presets.
 
-Every field is read by the network or its stream plan. Combinations that cannot work are refused
-when the dataclass is made, with the name of the field.
+Every field is read by the network, its stream plan, or what makes its pixels. Combinations that
+cannot work are refused when the dataclass is made, with the name of the field.
 """
 
 import dataclasses
@@ -220,7 +220,7 @@ def with_changes(config: VideoXLConfig, **changes: Any) -> VideoXLConfig:
         return config
     if config.compression is None:
         raise ConfigError(
-            f"{', '.join(inner)}: the model has no compression; give compression=Compression(...)"
+            f"{', '.join(inner)}: the model has no compression, and so no beacons; leave it out"
         )
     return dataclasses.replace(config, compression=dataclasses.replace(config.compression, **inner))
 

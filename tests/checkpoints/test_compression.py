@@ -15,7 +15,7 @@ from tests.support.checkpoints import MICRO, assert_same, tensors_in
 from vxl_jax.checkpoints.hf_config import read_config
 from vxl_jax.checkpoints.load import abstract_params
 from vxl_jax.config import Compression, with_changes
-from vxl_jax.presets import tiny
+from vxl_jax.presets import demo, tiny
 from vxl_jax.stream.batch import batch_streams
 from vxl_jax.stream.plan import plan_stream
 from vxl_jax.text.chat import IMAGE_TOKEN
@@ -73,6 +73,47 @@ def test_checkpoint_without_beacons_converts_back_bit_for_bit(without, tmp_path)
     convert_to_hf(tmp_path / "ours", tmp_path / "back")
     assert_same(tensors_in(tmp_path / "back"), tensors_in(without))
     assert read_config(tmp_path / "back") == read_config(without)
+
+
+def test_beacons_of_a_converted_checkpoint_can_be_left_out(without, tmp_path):
+    convert_from_hf(MICRO, tmp_path / "ours", vision=MICRO.parent / "clip-vision")
+    model = vxl_jax.load_network(tmp_path / "ours", compression=None)
+    expected = vxl_jax.load_network(without)
+    np.testing.assert_array_equal(uncompressed_logits(model), uncompressed_logits(expected))
+
+
+@pytest.mark.parametrize("fields", [{}, {"enable_beacon": None}])
+def test_beacons_that_the_configuration_forgot_are_an_error(without, tmp_path, fields):
+    directory = tmp_path / "hf"
+    shutil.copytree(without, directory)
+    shutil.copy(MICRO / "model.safetensors", directory / "model.safetensors")
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(values | fields))
+    with pytest.raises(vxl_jax.CheckpointError, match=r"has no beacon_window, .* beacon tensors"):
+        vxl_jax.load_network(directory)
+    (directory / "config.json").write_text(json.dumps(values | {"enable_beacon": False}))
+    assert vxl_jax.load_network(directory).config.compression is None
+
+
+def test_a_ratio_without_beacons_is_refused(demo_tokenizer):
+    network = vxl_jax.VideoXL(demo(compression=None), rngs=nnx.Rngs(0))
+    model = vxl_jax.Model(network, demo_tokenizer)
+    pixels = np.zeros((5, 56, 56, 3), np.uint8)
+    with pytest.raises(vxl_jax.ArgumentError, match="ratio 4: the model has no beacons"):
+        model.watch(pixels, ratio=4)
+    memory = model.watch(pixels)
+    assert memory.length == len(model.head_ids()) + 5 * 4
+    assert isinstance(model.ask(memory, "what is the colour", max_new_tokens=2), str)
+
+
+def test_a_model_of_text_alone_chats_and_refuses_media(demo_tokenizer):
+    network = vxl_jax.VideoXL(demo(compression=None, vision=None), rngs=nnx.Rngs(0))
+    model = vxl_jax.Model(network, demo_tokenizer)
+    chat = model.chat()
+    for _ in range(2):
+        assert isinstance(chat.ask("what is the colour", max_new_tokens=2), str)
+    with pytest.raises(vxl_jax.ConfigError, match="reads text alone"):
+        model.watch(np.zeros((5, 56, 56, 3), np.uint8))
 
 
 def test_missing_beacons_are_named(without, tmp_path):

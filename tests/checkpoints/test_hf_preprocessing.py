@@ -65,10 +65,13 @@ def test_pinpoints_are_read_in_their_order(pinpoints: Any):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"image_aspect_ratio": "pad"}, "image_aspect_ratio is 'pad'; only 'anyres'"),
+        ({"image_aspect_ratio": "pad"}, "image_aspect_ratio is 'pad'; only 'anyres' or 'square'"),
         ({"image_grid_pinpoints": [[56, 100]]}, "has 56 x 100, which is not a multiple of .* 56"),
         ({"image_grid_pinpoints": [[0, 56]]}, "has 0 x 56"),
-        ({"image_grid_pinpoints": []}, "at least one grid"),
+        ({"image_grid_pinpoints": []}, "image_grid_pinpoints is empty"),
+        ({"image_grid_pinpoints": [[56.5, 56]]}, "must be a list of"),
+        ({"vxl_preprocessing": {"max_frames": 12.5}}, "max_frames is 12.5"),
+        ({"vxl_preprocessing": {"options": {"tone_map": "yes"}}}, "tone_map is 'yes'"),
         ({"image_grid_pinpoints": "(1x1),...,(6x6"}, "must be a list of"),
         ({"image_grid_pinpoints": [56]}, "must be a list of"),
         ({"image_grid_pinpoints": 3}, "must be a list of"),

@@ -271,6 +271,16 @@ def test_a_run_is_written_as_an_adapter_that_peft_can_read(dtype: str, tmp_path:
     assert merged == read_config(tmp_path / "whole")
     assert merged.preprocessing.grids == tile_grids(2, 5)
     assert merged.preprocessing.time_prompt
+    fields = json.loads((tmp_path / "adapter/vxl_model.json").read_text())
+    for change, message in (
+        ({"num_hidden_layers": 1}, "has num_hidden_layers, which a run does not change"),
+        ({"beacon_ratio": [1000]}, r"vxl_model.json: Compression.ratios \[1000\]"),
+        ({"image_aspect_ratio": "pad"}, "only 'anyres' or 'square' is implemented"),
+    ):
+        (tmp_path / "adapter/vxl_model.json").write_text(json.dumps(fields | change))
+        with pytest.raises(CheckpointError, match=message):
+            convert_from_hf(MICRO, tmp_path / "none", adapter=tmp_path / "adapter")
+    assert not (tmp_path / "none").exists()
     ours, expected = tensors_in(tmp_path / "back"), tensors_in(tmp_path / "whole")
     tolerance = 1e-5 if dtype == "float32" else 1e-2  # beacon_v, trained and with an update
     for name, value in expected.items():

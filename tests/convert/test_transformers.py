@@ -7,7 +7,8 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
 
 import vxl_jax
-from convert import convert_to_hf, init_checkpoint
+from convert import convert_from_hf, convert_to_hf, init_checkpoint
+from tests.support.checkpoints import assert_same, tensors_in
 from vxl_jax.checkpoints.safetensors_read import find_tensors
 from vxl_jax.stream.batch import batch_streams
 from vxl_jax.stream.plan import plan_stream
@@ -65,7 +66,7 @@ def test_text_logits_are_those_of_qwen2(models):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * abs(theirs).max())
 
 
-def test_plain_qwen2_loads_and_has_the_same_logits(models):
+def test_plain_qwen2_loads_and_has_the_same_logits(models, tmp_path):
     qwen, _, directory = models
     model = vxl_jax.load_network(directory.parent / "qwen")
     assert model.config.vision is None
@@ -77,6 +78,10 @@ def test_plain_qwen2_loads_and_has_the_same_logits(models):
     with torch.no_grad():
         theirs = qwen(torch.tensor(ids)[None]).logits[0].numpy()
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * abs(theirs).max())
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    convert_from_hf(directory.parent / "qwen", ours)
+    convert_to_hf(ours, back)
+    assert_same(tensors_in(back), tensors_in(directory.parent / "qwen"))
     with pytest.raises(vxl_jax.ConfigError, match="reads text alone"):
         model.encode(np.zeros((1, 2, 28, 28, 3), np.uint8))
 

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import vxl_jax
+import vxl_jax.inference.chat as chat_module
 from tests.support.data import section, turns, write_media, write_video
 from train.data.records.media import Preparer
 from train.data.records.reader import Reader
@@ -20,6 +21,7 @@ from vxl_jax.models.functions import prefill
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.presets import demo
 from vxl_jax.stream.batch import StreamShape, batch_streams
+from vxl_jax.text.chat import IMAGE_TOKEN, encode_follow_up
 
 QUESTION = "what is the colour"
 RATIO = 4
@@ -154,6 +156,34 @@ def test_a_memory_without_times_is_saved_as_before(
     assert vxl_jax.load_memory(tmp_path / "memory").watched == memory.watched
 
 
+def test_a_video_of_a_later_turn_has_its_times_in_that_turn(
+    network: VideoXL, demo_tokenizer: Any, root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    options = section(root, time_prompt=True)
+    config = with_changes(demo(), preprocessing=options.preprocessing)
+    record = {"video": "long.mp4", "conversations": turns("how many", "one", "<image>what", "red")}
+    preparer = Preparer(options, config)
+    source = Source(Path("x.json"), root, allow_outside=False)
+    reader = Reader([source], [[record]], preparer, FastTokenizer(demo_tokenizer), prompts=True)
+    trained = reader.open(0, 0)[0].ids.tolist()
+
+    model = asked(network, demo_tokenizer, config)
+    monkeypatch.setattr(Model, "stop_ids", [])
+    chat = model.chat()
+    chat.ask("how many", max_new_tokens=1)
+    read: list[int] = []
+    monkeypatch.setattr(
+        *(chat_module, "encode_follow_up"),
+        lambda *args, **options: read.extend(ids := encode_follow_up(*args, **options)) or ids,
+    )
+    chat.ask("<image>what", [root / "long.mp4"], max_new_tokens=1)
+    question = read[read.index(IMAGE_TOKEN) :]
+    assert trained[-len(question) :] == question
+    read.clear()
+    chat.ask("what", max_new_tokens=1)
+    assert len(read) < len(question)  # told once
+
+
 def test_a_live_source_cannot_be_told_in_a_chat(network: VideoXL, demo_tokenizer: Any, root: Path):
     options = section(root, time_prompt=True)
     config = with_changes(demo(), preprocessing=options.preprocessing)
@@ -161,6 +191,8 @@ def test_a_live_source_cannot_be_told_in_a_chat(network: VideoXL, demo_tokenizer
     frames = iter(np.zeros((3, 56, 56, 3), np.uint8))
     with pytest.raises(vxl_jax.ArgumentError, match="watch it into a memory first"):
         model.chat().ask(QUESTION, frames)
+    about_two = model.chat(model.watch(root / "frames"))  # then nothing would be told
+    about_two.ask(QUESTION, iter(np.zeros((3, 56, 56, 3), np.uint8)), max_new_tokens=1)
     memory = model.watch(iter(np.zeros((3, 56, 56, 3), np.uint8)))
     times = memory.snapshot().video_times()
     assert times is not None

@@ -238,7 +238,12 @@ def test_pixels_are_decoded_as_asked(folder: Path):
         (["--square-pixels", "--tone-map"], MediaOptions("pyav", True, True, False)),
     ):
         options = read_generate_options(["--model", "hf", *media, *given])
-        assert read_media_options(options) == expected
+        assert read_media_options(options, MediaOptions()) == expected
+    trained = MediaOptions("decord", color_profile=True)
+    options = read_generate_options(["--model", "hf", *media])
+    assert read_media_options(options, trained) == trained
+    options = read_generate_options(["--model", "hf", *media, "--decoder", "pyav", "--tone-map"])
+    assert read_media_options(options, trained) == MediaOptions("pyav", False, True, True)
 
 
 def test_a_plan(folder: Path, capsys: pytest.CaptureFixture):

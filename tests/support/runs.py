@@ -8,14 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from train.demo.data import demo_words
 from train.demo.drawing import COLOURS, SHAPES, Thing, draw_tile, write_mp4, write_png
@@ -153,18 +151,6 @@ def write_records(path: Path, records: Sequence[Any]) -> None:
 
 
 # Runs.
-
-
-@contextlib.contextmanager
-def compiled_once(folder: Path) -> Iterator[None]:
-    """Programs are compiled once for this process and all that it starts."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        compilation_cache.reset_cache()
-        yield
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()
 
 
 def arguments(folder: Path, path: Path, *options: str) -> list[str]:

@@ -117,13 +117,18 @@ def read_model_config(config: TrainConfig) -> VideoXLConfig:
             f"model.checkpoint {directory}: has no beacons; leave 'beacon' out of optim.train and "
             "beacon_q, beacon_k and beacon_v out of lora.targets"
         )
+    if model_config.compression is None and config.run.eval_ratio is not None:
+        raise ConfigError(
+            f"run.eval_ratio is {config.run.eval_ratio}, but model.checkpoint {directory} has no "
+            "beacons to compress with; leave it out"
+        )
     before = model_config.preprocessing
     if is_first() and before != preprocessing:
         names = (each.name for each in dataclasses.fields(before))
         changed = [name for name in names if getattr(before, name) != getattr(preprocessing, name)]
         print(
-            f"{directory} was trained with other preprocessing ({', '.join(changed)}); this run, "
-            "and what it becomes, uses that of its data section"
+            f"{directory} is asked with other preprocessing than the data section has "
+            f"({', '.join(changed)}); checkpoints of this run are asked with that of the section"
         )
     return with_changes(model_config, preprocessing=preprocessing)
 

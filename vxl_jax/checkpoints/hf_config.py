@@ -10,7 +10,7 @@ import numpy as np
 from vxl_jax.checkpoints.hf_preprocessing import read_preprocessing
 from vxl_jax.checkpoints.hf_tower import find_tower, read_vision
 from vxl_jax.checkpoints.json_files import Fields, Required, read_json
-from vxl_jax.checkpoints.names import EMBEDDING_NAME, HEAD_NAME
+from vxl_jax.checkpoints.names import EMBEDDING_NAME, HEAD_NAME, is_beacon
 from vxl_jax.checkpoints.safetensors_read import find_tensors
 from vxl_jax.checkpoints.tensors import STORED, Tensor
 from vxl_jax.config import (
@@ -117,6 +117,8 @@ def read_config(
             pool_stride=values.integer("mm_spatial_pool_stride"),
             preprocessing=read_preprocessing(values, tower.image_size),
         )
+    if config.compression is None and "compression" not in changes:
+        _refuse_beacons(values, tensors)
     return with_changes(config, **changes)
 
 
@@ -152,6 +154,19 @@ def _read_compression(values: Fields) -> Compression | None:
     if window != values.get("beacon_stride", window):
         raise CheckpointError(f"{values.path}: beacon_stride must equal beacon_window")
     return Compression(window, values.items("beacon_ratio", int))
+
+
+def _refuse_beacons(values: Fields, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors of beacons that config.json does not mention.
+
+    Raises: CheckpointError.
+    """
+    beacons = [name for name in tensors if is_beacon(name)]
+    if beacons and values.get("enable_beacon", None) is not False:
+        raise CheckpointError(
+            f"{values.path}: has no beacon_window, but the checkpoint has {len(beacons)} beacon "
+            "tensors; restore the beacon_* fields, or set enable_beacon to false to leave them out"
+        )
 
 
 def refuse_adapter(directory: Path) -> None:

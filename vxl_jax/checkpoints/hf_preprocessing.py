@@ -6,6 +6,7 @@ and `add_time_instruction`. The rest is an object `vxl_preprocessing`, which tha
 
 import ast
 from dataclasses import asdict
+from operator import index
 from typing import Any
 
 from vxl_jax.checkpoints.json_files import Fields
@@ -39,17 +40,13 @@ def read_preprocessing(values: Fields, side: int) -> Preprocessing:
             f"{values.path}: {OWN} has {', '.join(sorted(unknown))}, which this version does not "
             "read; use the version that wrote it"
         )
-    time_prompt = values.get("add_time_instruction", False)
-    if not isinstance(time_prompt, bool):
-        raise CheckpointError(
-            f"{values.path}: add_time_instruction is {time_prompt!r}; it must be true or false"
-        )
+    values.require({"add_time_instruction": (False, True, None)})
     grids = _read_grids(values, side)
     try:
         return Preprocessing(
             image_mode=values.get("image_aspect_ratio", None) or DEFAULT_PREPROCESSING.image_mode,
             grids=grids,
-            time_prompt=time_prompt,
+            time_prompt=bool(values.get("add_time_instruction", False)),
             options=MediaOptions(**options.values),
             **{name: value for name, value in own.values.items() if name in OWN_FIELDS},
         )
@@ -93,12 +90,14 @@ def _read_grids(values: Fields, side: int) -> tuple[Size, ...]:
         except (ValueError, SyntaxError):
             pinpoints = None
     try:
-        sizes = [(int(width), int(height)) for width, height in pinpoints]
+        sizes = [(index(width), index(height)) for width, height in pinpoints]
     except (TypeError, ValueError):
         raise CheckpointError(
             f"{values.path}: image_grid_pinpoints is {values['image_grid_pinpoints']!r:.80}; it "
             "must be a list of [width, height] in pixels"
         ) from None
+    if not sizes:
+        raise CheckpointError(f"{values.path}: image_grid_pinpoints is empty; give at least one")
     for width, height in sizes:
         if width < 1 or height < 1 or width % side or height % side:
             raise CheckpointError(

@@ -86,8 +86,10 @@ class Fields:
         """
         for name, allowed in required.items():
             if self.get(name, allowed[0]) not in allowed:
+                known = [repr(value) for value in allowed if value is not None] or ["null"]
                 raise CheckpointError(
-                    f"{self.path}: {name} is {self[name]!r}; only {allowed[0]!r} is implemented"
+                    f"{self.path}: {name} is {self[name]!r}; only {' or '.join(known)} is "
+                    "implemented"
                 )
 
 

@@ -150,7 +150,7 @@ def is_unused(name: str, config: VideoXLConfig) -> bool:
         return True
     if name == HEAD_NAME:
         return config.language.tie_embeddings
-    if name == BEACON_EMBEDDING_NAME or ".self_attn.beacon_" in name:
+    if is_beacon(name):
         return config.compression is None
     if config.vision is None:
         return False
@@ -158,6 +158,11 @@ def is_unused(name: str, config: VideoXLConfig) -> bool:
     if layer is None:
         return False
     return config.tower.layers_used <= int(layer[1]) < config.tower.layers
+
+
+def is_beacon(name: str) -> bool:
+    """Whether a published tensor is of the beacons."""
+    return name == BEACON_EMBEDDING_NAME or ".self_attn.beacon_" in name
 
 
 def first_layer(name: str) -> str:

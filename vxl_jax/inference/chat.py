@@ -18,6 +18,7 @@ from vxl_jax.media.open import Film, FrameLimit, MediaLike
 from vxl_jax.media.sampling import FrameTimes
 from vxl_jax.planning.inference_bytes import OWN_SLOTS
 from vxl_jax.text.chat import IMAGE_MARK, IMAGE_TOKEN, encode_follow_up
+from vxl_jax.text.time_prompt import with_time_prompt
 
 NEW_TOKENS = 256
 """Most tokens of an answer, unless told."""
@@ -124,11 +125,13 @@ class Chat:
         sampling: Sampling,
     ) -> Generator[str, None, None]:
         model = self.model
+        times = self._video_times(films)
         if self.turns:
-            follow_up = encode_follow_up(question, model.tokenizer, control_tokens=False)
+            said = with_time_prompt(question, times) if times else question
+            follow_up = encode_follow_up(said, model.tokenizer, control_tokens=False)
             ids = np.append(self._rest, follow_up)
         else:
-            ids = model.first_turn(self._blocks, question, self._video_times(films))
+            ids = model.first_turn(self._blocks, question, times)
         self._entries.reserve(OWN_SLOTS)
         length, text_ids = self._watch(ids, films, ratios)
         slots = len(text_ids) + max_new_tokens
@@ -148,21 +151,24 @@ class Chat:
                     yield text[len(shown) :]
                     shown = text
         except (GeneratorExit, KeyboardInterrupt):  # what was answered until then stands
-            self._keep(question, turn, answer, length)
+            self._keep(question, turn, answer, length, len(films))
             raise
-        self._keep(question, turn, answer, length)
+        self._keep(question, turn, answer, length, len(films))
         text = model.text_of(answer)
         if text != shown:
             yield text[len(shown) :]
 
     def _video_times(self, films: Sequence[Film]) -> FrameTimes | None:
-        """When the frames of the one video of the first turn are shown; None of other turns.
+        """When the frames are shown of the conversation's one video, in the turn that brings it:
+        the first turn for that of the memory. None in other turns.
 
         Raises: ArgumentError if the model is to be told, and a live source does not know.
         """
+        if not self.model.config.preprocessing.time_prompt or (self.turns and not films):
+            return None
         times = video_times(self._blocks, self._times, films)
-        is_live = any(film.is_video and film.seconds is None for film in films)
-        if times is None and is_live and self.model.config.preprocessing.time_prompt:
+        is_only = self._blocks + len(films) == 1
+        if is_only and any(film.is_video and film.seconds is None for film in films):
             raise ArgumentError(
                 "the model is told when frames are shown, which a live source does not know; watch "
                 "it into a memory first"
@@ -187,8 +193,12 @@ class Chat:
             length = watcher.length
         return length, pieces[-1]
 
-    def _keep(self, question: str, turn: Continuation, answer: list[int], length: int) -> None:
+    def _keep(
+        self, question: str, turn: Continuation, answer: list[int], length: int, blocks: int
+    ) -> None:
         """Append a turn, as far as it was answered, after `length` entries.
+
+        blocks: visual blocks of the turn.
 
         Raises: VisualMemoryError if a step has failed; the conversation is as it was before.
         """
@@ -198,6 +208,7 @@ class Chat:
         with held_interrupts():
             self._entries.append(length, turn.memory, 0, kept)
             self._length = length + kept
+            self._blocks += blocks
             self._rest = np.array(answer[held:], np.int32)
             self.turns += [{"from": "human", "value": question}, {"from": "gpt", "value": said}]
 

@@ -13,11 +13,12 @@ Ctrl-C; 1, with a traceback, after a fault of the program.
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vxl_jax.errors import ConfigError, MediaError, VxlError
-from vxl_jax.media import DEFAULT_OPTIONS, MediaOptions
+from vxl_jax.media import MediaOptions
 from vxl_jax.planning.cards import DEVICE_ERRORS, claim_memory, find_card, is_out_of_memory
 from vxl_jax.presets import PRESETS
 
@@ -76,7 +77,9 @@ def read_generate_options(arguments: list[str]) -> argparse.Namespace:
             help=f"{name} file; may be given several times"
             + (", also a folder of pictures" if name == "video" else ""),
         )
-    media.add_argument("--frames", type=int, metavar="N", help="of each video (default: 128)")
+    media.add_argument(
+        "--frames", type=int, metavar="N", help="of each video (default: as trained)"
+    )
     media.add_argument(
         "--ratio",
         type=read_ratios,
@@ -88,9 +91,11 @@ def read_generate_options(arguments: list[str]) -> argparse.Namespace:
     media.add_argument("--start", type=float, metavar="S", help="second where frames begin")
     media.add_argument("--end", type=float, metavar="S", help="second where frames end")
     decoders = ("pyav", "decord")
-    media.add_argument("--decoder", choices=decoders, default="pyav", help="of video files")
+    media.add_argument("--decoder", choices=decoders, help="of video files (default: as trained)")
     for name, what in PIXELS.items():
-        media.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=what)
+        media.add_argument(
+            f"--{name.replace('_', '-')}", action="store_true", default=None, help=what
+        )
     media.add_argument("--memory", type=Path, metavar="F", help="go on with a saved memory")
     media.add_argument("--save-memory", type=Path, metavar="F", help="keep the memory in a file")
     media.add_argument("--overwrite", action="store_true", help="replace the file of --save-memory")
@@ -153,9 +158,10 @@ def read_ratios(text: str) -> int | str | dict[float, int | None] | None:
     return {float(second): one(ratio) for second, ratio in pairs}
 
 
-def read_media_options(options: argparse.Namespace) -> MediaOptions:
-    """How pixels are decoded."""
-    return MediaOptions(options.decoder, **{name: getattr(options, name) for name in PIXELS})
+def read_media_options(options: argparse.Namespace, trained: MediaOptions) -> MediaOptions:
+    """How pixels are decoded: as in training, but for what the options say."""
+    given = {name: getattr(options, name) for name in ("decoder", *PIXELS)}
+    return replace(trained, **{name: x for name, x in given.items() if x is not None})
 
 
 def answer_all(options: argparse.Namespace) -> int:
@@ -219,11 +225,10 @@ def open_films(options: argparse.Namespace) -> list[Any]:
 
     config = read_config(Path(options.model), vision=options.vision)
     if options.ratio != "model":
-        check_ratios(options.ratio, config.window)
+        check_ratios(options.ratio, config)
     size = config.tower.image_size
     frames: FrameLimit = "model" if options.frames is None else options.frames
-    given = read_media_options(options)
-    pixels = None if given == DEFAULT_OPTIONS else given
+    pixels = read_media_options(options, config.preprocessing.options)
     films = []
     for kind, path in options.media:
         media: Any = Picture(path, pixels)
@@ -321,7 +326,7 @@ def print_inference_plan(options: argparse.Namespace) -> None:
     if options.ratio == "model":
         ratios = tuple(sorted(config.ratios)) or (None,)
     else:
-        check_ratios(options.ratio, config.window)
+        check_ratios(options.ratio, config)
     estimator = Estimator(config, weights)
     estimates = []
     with progress_bar(total=len(ratios), desc="compiling", unit="ratio") as progress:

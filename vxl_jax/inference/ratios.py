@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 
+from vxl_jax.config import VideoXLConfig
 from vxl_jax.errors import ArgumentError
 
 Ratios = int | None | Mapping[float, int | None]
@@ -28,11 +29,12 @@ def ratio_at(ratios: Ratios, second: float) -> int | None:
     return None if ratios is None else int(ratios)
 
 
-def check_ratios(ratios: Ratios, window: int) -> None:
-    """Refuse ratios that no window can have.
+def check_ratios(ratios: Ratios, config: VideoXLConfig) -> None:
+    """Refuse ratios that no window of a model can have.
 
     Raises: ArgumentError.
     """
+    window = config.window
     pairs = ratios if isinstance(ratios, Mapping) else {0: ratios}
     if not pairs or min(pairs) > 0:
         raise ArgumentError(f"ratio {ratios!r}: say which one holds from second 0 on")
@@ -42,4 +44,9 @@ def check_ratios(ratios: Ratios, window: int) -> None:
             raise ArgumentError(
                 f"ratio {ratio!r}: it must be a whole number from 1 to {window}, the visual tokens "
                 "of a window, or None for no compression"
+            )
+        if ratio is not None and config.compression is None:
+            raise ArgumentError(
+                f"ratio {ratio!r}: the model has no beacons to compress with; leave it out, or use "
+                "None"
             )

@@ -64,7 +64,7 @@ class Runtime:
         Raises: ArgumentError if a window cannot have it.
         """
         ratios: Any = self.default_ratio if isinstance(ratio, str) and ratio == "model" else ratio
-        check_ratios(ratios, self.config.window)
+        check_ratios(ratios, self.config)
         return ratios
 
     def check_context(self, positions: int, name: str) -> None:
@@ -100,6 +100,8 @@ class Runtime:
         Raises:
           MediaError: a file cannot be opened; ConfigError: the model reads text alone.
         """
+        if not media:
+            return []
         size, preprocessing = self.config.tower.image_size, self.config.preprocessing
         return [open_film(as_media(item, **fields), size, preprocessing) for item in media]
 

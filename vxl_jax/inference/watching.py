@@ -29,7 +29,7 @@ class Block:
     """A visual block whose last window may not be full.
 
     A partial window is in the entries as well, as far as it goes. It is read again when more frames
-    arrive, and its entries stay, since nothing in them sees what is later.
+    arrive. Its entries stay, since nothing in them sees what is later, unless it `is_provisional`.
 
     Attributes:
       start: entries before that window.
@@ -166,13 +166,13 @@ class Watcher:
         config, block = self.runtime.config, self.block
         window, full = config.window, count // config.window
         ratios = block.ratios[: -(-count // window)]
+        finest = min((ratio for ratio in ratios if ratio is not None), default=0)
         if count % window:
             ratios = (*ratios[:-1], ratio_within(ratios[-1], count % window))
         before = self.before + block.start
         stream = plan_stream([IMAGE_TOKEN], [count], window=window, ratio=ratios, before=before)
         # Padded, so that one program serves one window and another serves several.
         windows = 1 if count <= window else self.runtime.windows_at_once
-        finest = min((ratio for ratio in ratios if ratio is not None), default=0)
         beacons = window // finest if finest else 0
         kept = window if None in ratios else beacons
         with device_memory("reading frames"):

@@ -164,7 +164,9 @@ class Film:
     def times_of(self, seconds: Sequence[float]) -> FrameTimes:
         """When frames at these seconds are shown."""
         after = (seconds[-1] if seconds else 0.0) + (self.step or 0.0)
-        return FrameTimes(tuple(seconds), self.begin, after if self.end is None else self.end)
+        is_whole = self.seconds is None or len(seconds) == len(self.seconds)
+        end = self.end if self.end is not None and is_whole else after
+        return FrameTimes(tuple(seconds), self.begin, end)
 
 
 def open_film(

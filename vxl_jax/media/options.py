@@ -29,6 +29,9 @@ class MediaOptions:
     def __post_init__(self) -> None:
         if self.decoder not in ("pyav", "decord"):
             raise ArgumentError(f"decoder is {self.decoder!r}; it must be pyav or decord")
+        for name in ("square_pixels", "tone_map", "color_profile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         if self.decoder == "decord" and (self.square_pixels or self.tone_map):
             raise ArgumentError("square_pixels and tone_map need the decoder pyav")
 

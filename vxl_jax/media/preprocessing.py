@@ -47,7 +47,7 @@ class Preprocessing:
     video_fps: float = 1.0
     """Frames taken from one second of video, where `frame_sampling` is capped or fps."""
     time_prompt: bool = False
-    """Whether the first question about a single video says when its frames are shown."""
+    """Whether the turn with the only video of a conversation says when its frames are shown."""
     options: MediaOptions = DEFAULT_OPTIONS
     """How the pixels of files are decoded."""
 
@@ -62,6 +62,11 @@ class Preprocessing:
             raise ConfigError(
                 f"Preprocessing.grids is {self.grids}; it must have at least one grid of at least "
                 "one column and one row"
+            )
+        if type(self.max_frames) is not int or not isinstance(self.video_fps, int | float):
+            raise ConfigError(
+                f"Preprocessing.max_frames is {self.max_frames!r}, video_fps {self.video_fps!r}; "
+                "the first must be a whole number and the second a number"
             )
         if self.max_frames < 1 or not self.video_fps > 0:
             raise ConfigError(

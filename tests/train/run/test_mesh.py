@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.on_meshes import FRAMES, watched
-from tests.support.runs import Processes, Run, add_kinds, arguments, compiled_once, make_folder, run
+from tests.support.runs import Processes, Run, add_kinds, arguments, make_folder, run
 from vxl_jax.presets import PRESETS
 
 MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x1x8")
@@ -29,10 +29,8 @@ MICRO = Path(__file__).parents[2] / "golden/micro/hf"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = add_kinds(make_folder(tmp_path_factory.mktemp("mesh")))
-    with compiled_once(folder / "compiled"):
-        yield folder
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_kinds(make_folder(tmp_path_factory.mktemp("mesh")))
 
 
 def options(folder: Path, mesh: str = "1x1x1", evaluated: bool = False) -> list[str]:

@@ -404,11 +404,11 @@ def test_an_own_loss_gives_its_gradients_and_means(model: VideoXL):
     for batch in (first, second):
         sums = add_batch(graph, trained, frozen, sums, *batch, scaled)
     plain = sums_of(model, [[0, 1], [2, 3]])
-    for ours, theirs in zip(
-        *map(jax.tree.leaves, (sums["gradients"], plain["gradients"])), strict=True
-    ):
-        scale = float(jnp.abs(theirs).max())
-        np.testing.assert_allclose(ours, 3 * theirs, rtol=1e-4, atol=1e-5 * scale)
+    ours, theirs = (jax.tree.leaves(some["gradients"]) for some in (sums, plain))
+    # Some gradients, such as those of a key's bias, are zero but for rounding.
+    largest = max(float(jnp.abs(x).max()) for x in theirs)
+    for own, x in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(own, 3 * x, rtol=1e-4, atol=1e-6 * largest)
     optimizer = Optimizer(OPTIM, 10, seed=0)
     trained = jax.tree.map(jnp.array, trained)
     *_, metrics = update(optimizer, trained, jax.jit(optimizer.init)(trained), sums)

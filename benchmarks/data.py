@@ -39,6 +39,7 @@ from benchmarks.data_files import (
     MODEL,
     QUICK,
     WORDS,
+    Sizes,
     make_epochs,
     make_images,
     make_videos,
@@ -313,6 +314,51 @@ def show_padding(results: dict[str, Any]) -> None:
         )
 
 
+def measure(
+    options: argparse.Namespace, sizes: Sizes, wanted: Sequence[str], folder: Path
+) -> dict[str, Any]:
+    """Measure the parts that are wanted, with files in a folder."""
+    results: dict[str, Any] = {"throughput": {}, "first_batch": {}, "memory": [], "padding": []}
+    results["films"] = {}
+    tokenizer = words_tokenizer(folder / "tokenizer")
+    media = folder / "media"
+    media.mkdir()
+    videos = []
+    if options.videos is None and {"throughput", "films"} & {*wanted}:
+        videos = make_videos(media, sizes)
+    for path in sorted(options.videos.glob("*.mp4")) if options.videos else ():
+        videos.append(media / path.name)
+        videos[-1].symlink_to(path.resolve())
+    if "films" in wanted:
+        clips = videos[: len(sizes.seconds)]
+        results["films"] = films(folder, clips, sizes.minutes, sizes.rounds)
+    if "throughput" in wanted:
+        data = DataSection(
+            train_json=("x",),
+            media_root=str(media),
+            allow_outside_root=True,
+            cache_dir=str(folder / "cache"),
+            workers=options.workers,
+            batch_size=4,
+        )
+        images = make_images(media, sizes.images)
+        tasks = video_tasks(videos, data)
+        plain = {"decord": (decode_plainly, tasks), "ours": (decode_ours, tasks)}
+        tiles = {"pillow": (tile_plainly, [str(path) for path in images])}
+        for name, files, references in (("videos", videos, plain), ("images", images, tiles)):
+            some = replace(data, batch_size=4 if name == "videos" else 16)
+            row = throughput(folder, files, some, tokenizer, references, sizes.rounds)
+            results["throughput"][name] = row
+            path = folder / f"{files[0].suffix[1:]}.json"
+            cache = folder / f"first-{name}"
+            results["first_batch"][name] = first_batch(path, some, tokenizer, cache)
+    if "memory" in wanted:
+        results["memory"] = memory(folder, sizes.records, folder / "tokenizer")
+    if "padding" in wanted:
+        results["padding"] = padding(sizes.samples)
+    return results
+
+
 def main() -> None:
     """Run all, print tables, write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -339,45 +385,8 @@ def main() -> None:
     if options.records is not None:
         sizes = replace(sizes, records=tuple(options.records))
     wanted = options.only or PARTS
-    results: dict[str, Any] = {"throughput": {}, "first_batch": {}, "memory": [], "padding": []}
-    results["films"] = {}
     with work_folder(options.directory) as folder:
-        tokenizer = words_tokenizer(folder / "tokenizer")
-        media = folder / "media"
-        media.mkdir()
-        videos = []
-        if options.videos is None and {"throughput", "films"} & {*wanted}:
-            videos = make_videos(media, sizes)
-        for path in sorted(options.videos.glob("*.mp4")) if options.videos else ():
-            videos.append(media / path.name)
-            videos[-1].symlink_to(path.resolve())
-        if "films" in wanted:
-            clips = videos[: len(sizes.seconds)]
-            results["films"] = films(folder, clips, sizes.minutes, sizes.rounds)
-        if "throughput" in wanted:
-            data = DataSection(
-                train_json=("x",),
-                media_root=str(media),
-                allow_outside_root=True,
-                cache_dir=str(folder / "cache"),
-                workers=options.workers,
-                batch_size=4,
-            )
-            images = make_images(media, sizes.images)
-            tasks = video_tasks(videos, data)
-            plain = {"decord": (decode_plainly, tasks), "ours": (decode_ours, tasks)}
-            tiles = {"pillow": (tile_plainly, [str(path) for path in images])}
-            for name, files, references in (("videos", videos, plain), ("images", images, tiles)):
-                some = replace(data, batch_size=4 if name == "videos" else 16)
-                row = throughput(folder, files, some, tokenizer, references, sizes.rounds)
-                results["throughput"][name] = row
-                path = folder / f"{files[0].suffix[1:]}.json"
-                cache = folder / f"first-{name}"
-                results["first_batch"][name] = first_batch(path, some, tokenizer, cache)
-        if "memory" in wanted:
-            results["memory"] = memory(folder, sizes.records, folder / "tokenizer")
-        if "padding" in wanted:
-            results["padding"] = padding(sizes.samples)
+        results = measure(options, sizes, wanted, folder)
     tables = {"throughput": show_throughput, "films": show_films}
     tables |= {"memory": show_memory, "padding": show_padding}
     for name in wanted:

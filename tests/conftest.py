@@ -27,7 +27,7 @@ OPTIMIZED = (
         "tests/inference/test_decode.py",
     ),
     *("tests/inference/test_as_trained.py", "tests/inference/test_small_windows.py"),
-    "tests/inference/test_inference.py",
+    *("tests/inference/test_inference.py", "tests/inference/test_chat.py"),
 )
 """Folders and files whose tests run a second time with all of XLA's optimizations."""
 

@@ -13,20 +13,16 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 import vxl_jax
 from configs.demo import CONFIG as DEMO
 from convert import command, convert_from_hf, parity
 from train import errors as train_errors, finetune, inspect_data
-from train.demo.tokenizer import save_tokenizer
 from train.run.setup import prepare_data
 from vxl_jax import errors
 from vxl_jax.checkpoints import orbax_tree
 from vxl_jax.errors import ArgumentError, CheckpointError, ConfigError, VxlError, is_file_fault
 from vxl_jax.inference import cli as generate
-from vxl_jax.presets import demo
-from vxl_jax.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 MICRO = ROOT / "tests" / "golden" / "micro"
@@ -370,48 +366,6 @@ def raised_in(module: str, error: Exception) -> Exception:
 )
 def test_what_damaged_files_raise(module: str, error: Exception, expected: bool):
     assert is_file_fault(raised_in(module, error)) is expected
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> Path:
-    save_tokenizer(tmp_path / "tokenizer", ["a"])
-    return tmp_path / "tokenizer"
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "cause"),
-    [
-        ("tokenizer.json", "{", ValueError),
-        ("tokenizer.json", "[]", TypeError),
-        ("tokenizer.json", '{"added_tokens": []}', Exception),
-        ("tokenizer.json", "{}", KeyError),
-        ("tokenizer_config.json", "3", TypeError),
-    ],
-)
-def test_a_damaged_tokenizer_is_the_cause_of_the_error(
-    name: str, text: str, cause: type[Exception], tokenizer: Path
-):
-    (tokenizer / name).write_text(text)
-    with pytest.raises(ConfigError, match=r"tokenizer: cannot be loaded \(") as caught:
-        load_tokenizer(tokenizer, demo().language)
-    assert isinstance(caught.value.__cause__, cause)
-
-
-@pytest.mark.parametrize("fault", [NameError, ImportError, RuntimeError])
-def test_a_fault_in_loading_a_tokenizer_is_not_hidden(
-    fault: type[Exception], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", raising(fault("x")))
-    with pytest.raises(fault):
-        load_tokenizer(tokenizer, demo().language)
-
-
-def test_a_wrong_call_of_transformers_is_not_hidden(
-    tokenizer: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", lambda directory: None)
-    with pytest.raises(TypeError, match="local_files_only"):
-        load_tokenizer(tokenizer, demo().language)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
-"""Small networks for tests, and what is computed with them."""
+"""Small networks and models for tests, and what is computed with them."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -7,12 +8,15 @@ import numpy as np
 from flax import nnx
 
 from vxl_jax.config import VideoXLConfig
+from vxl_jax.inference.decode import generate
+from vxl_jax.inference.memory import VisualMemory
+from vxl_jax.inference.model import Model
 from vxl_jax.models.loss import loss_and_metrics
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.presets import tiny
-from vxl_jax.stream.batch import StreamBatch
+from vxl_jax.stream.batch import StreamBatch, batch_streams
 from vxl_jax.stream.plan import Stream, plan_stream
-from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN
+from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN, encode_prompt
 
 
 def noisy_model(config: VideoXLConfig | None = None) -> VideoXL:
@@ -64,3 +68,43 @@ def relative_error(ours: Any, expected: Any) -> float:
     ours, expected = np.asarray(ours, np.float64), np.asarray(expected, np.float64)
     assert ours.shape == expected.shape
     return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
+
+
+# Watching and asking.
+
+WINDOW = 4  # frames
+MICRO = Path(__file__).parents[1] / "golden" / "micro"
+
+
+def frames(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 56, 56, 3), np.uint8)
+
+
+def entries(memory: VisualMemory) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values in use."""
+    return memory.arrays()
+
+
+def assert_same(one: VisualMemory, other: VisualMemory) -> None:
+    assert one.length == other.length
+    assert one.ids.tolist() == other.ids.tolist()
+    for ours, theirs in zip(entries(one), entries(other), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-6)
+
+
+def fresh(
+    model: Model, blocks: list[np.ndarray], question: str, ratio: Any, new: int = 8
+) -> list[int]:
+    """The answer's ids when all is read again, in one go, by the functions below this interface."""
+    ids = encode_prompt("<image>" * len(blocks) + question, model.tokenizer)
+    tokens = [model.config.layout.count(len(block)) for block in blocks]
+    stream = plan_stream(ids, tokens, window=model.config.window, ratio=ratio)
+    pixels = np.concatenate(blocks)[None]
+    (answer,) = generate(
+        model.network,
+        batch_streams([stream]),
+        pixels,
+        max_new_tokens=new,
+        stop_ids=tuple(model.stop_ids),
+    )
+    return answer

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from train.demo.tokenizer import save_tokenizer
 from vxl_jax.config import LanguageConfig
 from vxl_jax.errors import ConfigError
 from vxl_jax.presets import demo
@@ -86,3 +88,55 @@ def test_loading_one_does_not_import_pytorch(demo_data: Path):
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+# Damage and faults.
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def work(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return work
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    save_tokenizer(tmp_path / "tokenizer", ["a"])
+    return tmp_path / "tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "cause"),
+    [
+        ("tokenizer.json", "{", ValueError),
+        ("tokenizer.json", "[]", TypeError),
+        ("tokenizer.json", '{"added_tokens": []}', Exception),
+        ("tokenizer.json", "{}", KeyError),
+        ("tokenizer_config.json", "3", TypeError),
+    ],
+)
+def test_a_damaged_tokenizer_is_the_cause_of_the_error(
+    name: str, text: str, cause: type[Exception], tokenizer: Path
+):
+    (tokenizer / name).write_text(text)
+    with pytest.raises(ConfigError, match=r"tokenizer: cannot be loaded \(") as caught:
+        load_tokenizer(tokenizer, demo().language)
+    assert isinstance(caught.value.__cause__, cause)
+
+
+@pytest.mark.parametrize("fault", [NameError, ImportError, RuntimeError])
+def test_a_fault_in_loading_a_tokenizer_is_not_hidden(
+    fault: type[Exception], tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", raising(fault("x")))
+    with pytest.raises(fault):
+        load_tokenizer(tokenizer, demo().language)
+
+
+def test_a_wrong_call_of_transformers_is_not_hidden(
+    tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", lambda directory: None)
+    with pytest.raises(TypeError, match="local_files_only"):
+        load_tokenizer(tokenizer, demo().language)

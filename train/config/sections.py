@@ -81,7 +81,8 @@ class ModelSection:
         try:
             PRESETS[self.preset](**self.changes())
         except ConfigError as error:
-            raise ConfigError(str(error).replace("VideoXLConfig.", "model.")) from None
+            text = str(error).replace("VideoXLConfig.", "model.")
+            raise ConfigError(text.replace("Compression.", "model.")) from None
 
     def changes(self) -> dict[str, Any]:
         """Fields of `VideoXLConfig` that differ from the preset or the checkpoint, by name."""

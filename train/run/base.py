@@ -21,6 +21,7 @@ from vxl_jax.checkpoints.hf_config import PARAMS, read_config
 from vxl_jax.checkpoints.json_files import read_json
 from vxl_jax.errors import ConfigError
 from vxl_jax.progress import progress_bar
+from vxl_jax.version import __version__
 
 PACKAGES = ("vxl-jax", "jax", "flax", "optax", "orbax-checkpoint")
 
@@ -197,6 +198,7 @@ def versions() -> dict[str, str | None]:
 
 def _project_version(root: Path) -> str | None:
     try:
-        return tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+        project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+        return __version__ if project["name"] == name else None
     except (OSError, ValueError, KeyError):
         return None

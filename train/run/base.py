@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import tomllib
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -188,17 +187,9 @@ def versions() -> dict[str, str | None]:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            found[name] = _project_version(root) if name == PACKAGES[0] else None
+            found[name] = __version__ if name == PACKAGES[0] else None
     if not (root / ".git").exists() or shutil.which("git") is None:
         return found | {"commit": None}
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     git = subprocess.run(command, capture_output=True, text=True, check=False)
     return found | {"commit": git.stdout.strip() or None}
-
-
-def _project_version(root: Path) -> str | None:
-    try:
-        project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-        return __version__ if project["name"] == name else None
-    except (OSError, ValueError, KeyError):
-        return None

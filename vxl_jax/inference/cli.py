@@ -196,7 +196,7 @@ def answer_all(options: argparse.Namespace) -> int:
     memory = model.remember() if options.memory is None else load_memory(options.memory, model)
     ratios = model.checked_ratios(options.ratio)
     blocks = len(memory.watched) + len(films)
-    times = video_times(len(memory.watched), memory.snapshot().video_times(), films)
+    times = video_times(len(memory.watched), memory.video_times(), films)
     turns = (model.first_turn(blocks, text, times) for text in options.prompt)
     longest = max(map(len, turns), default=0)
     memory.check_room(films, ratios, longest + options.max_new_tokens)

@@ -125,6 +125,10 @@ class VisualMemory:
         """The visual blocks, in order."""
         return list(self._snapshot.watched)
 
+    def video_times(self) -> FrameTimes | None:
+        """When the frames are shown, if the memory is of one video and its model is told so."""
+        return self._snapshot.video_times()
+
     @property
     def ids(self) -> np.ndarray:
         """All text and blocks, int32, `IMAGE_TOKEN` for each block."""

@@ -31,8 +31,61 @@ OPTIMIZED = (
 )
 """Folders and files whose tests run a second time with all of XLA's optimizations."""
 
-SLOW: tuple[str, ...] = ()
-"""Files that `make quick` leaves out."""
+SLOW = {
+    "tests/checkpoints/test_compression.py",
+    "tests/checkpoints/test_damage.py",
+    "tests/convert/test_adapter.py",
+    "tests/convert/test_convert.py",
+    "tests/convert/test_parity.py",
+    "tests/convert/test_refused.py",
+    "tests/convert/test_runs.py",
+    "tests/inference/test_as_trained.py",
+    "tests/inference/test_chat.py",
+    "tests/inference/test_cli.py",
+    "tests/inference/test_decode.py",
+    "tests/inference/test_inference.py",
+    "tests/inference/test_memory_threads.py",
+    "tests/inference/test_refusals.py",
+    "tests/inference/test_small_windows.py",
+    "tests/inference/test_starved.py",
+    "tests/media/children/test_decoding.py",
+    "tests/media/children/test_process.py",
+    "tests/media/children/test_process_end.py",
+    "tests/media/test_film.py",
+    "tests/media/video/test_fuzz.py",
+    "tests/media/video/test_truncated.py",
+    "tests/media/video/test_video.py",
+    "tests/models/test_int8.py",
+    "tests/models/test_lora.py",
+    "tests/models/test_plug_ins.py",
+    "tests/models/test_video_xl.py",
+    "tests/nn/test_attention.py",
+    "tests/nn/test_network.py",
+    "tests/nn/test_precision.py",
+    "tests/planning/test_flops.py",
+    "tests/planning/test_inference_bytes.py",
+    "tests/test_public.py",
+    "tests/test_quickstart.py",
+    "tests/text/test_user_text.py",
+    "tests/train/data/test_loader.py",
+    "tests/train/data/test_workers.py",
+    "tests/train/data/test_workers_end.py",
+    "tests/train/run/test_base.py",
+    "tests/train/run/test_checkpoints.py",
+    "tests/train/run/test_fit.py",
+    "tests/train/run/test_mesh.py",
+    "tests/train/run/test_optimizer.py",
+    "tests/train/run/test_processes.py",
+    "tests/train/run/test_step.py",
+    "tests/train/test_failures.py",
+    "tests/train/test_finetune.py",
+    "tests/train/test_heldout.py",
+    "tests/train/test_inspect.py",
+    "tests/train/test_lora_run.py",
+    "tests/train/test_resume.py",
+    "tests/train/test_run_is_asked.py",
+}
+"""Files that `make quick` leaves out: those that took ten seconds or more of a whole run."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

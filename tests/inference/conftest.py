@@ -5,9 +5,7 @@ from typing import Any
 import pytest
 from flax import nnx
 
-from vxl_jax import (
-    Model,
-)
+from vxl_jax import Model
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.presets import demo
 

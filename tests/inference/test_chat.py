@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 
 from tests.support.networks import entries, frames, fresh
-from vxl_jax import (
-    Model,
-    Picture,
-)
+from vxl_jax import Model, Picture
 from vxl_jax.inference.decode import generate
 from vxl_jax.inference.sampling import Sampling
 from vxl_jax.media.open import open_film

@@ -8,13 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.support.networks import MICRO, assert_same, entries, frames, fresh
-from vxl_jax import (
-    Model,
-    Picture,
-    Video,
-    VisualMemory,
-    load_network,
-)
+from vxl_jax import Model, Picture, Video, VisualMemory, load_network
 from vxl_jax.media.open import open_film
 from vxl_jax.text.chat import IMAGE_TOKEN
 

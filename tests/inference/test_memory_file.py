@@ -8,11 +8,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from tests.support.networks import assert_same, frames
-from vxl_jax import (
-    Model,
-    VisualMemoryError,
-    load_memory,
-)
+from vxl_jax import Model, VisualMemoryError, load_memory
 from vxl_jax.errors import CheckpointError
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.presets import demo

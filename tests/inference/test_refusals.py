@@ -10,12 +10,7 @@ import pytest
 
 from tests.support.data import write_video
 from tests.support.networks import assert_same, frames
-from vxl_jax import (
-    Model,
-    PartlyWatched,
-    Video,
-    VisualMemoryError,
-)
+from vxl_jax import Model, PartlyWatched, Video, VisualMemoryError
 from vxl_jax.errors import MediaError
 from vxl_jax.inference import entries as entries_module
 from vxl_jax.inference.memory import Watched
@@ -197,7 +192,11 @@ def test_the_next_question_ends_an_answer(model: Model):
 def test_questions_of_other_lengths_compile_nothing(model: Model):
     memory = model.watch(frames(5), ratio=4)
     chat = model.chat(memory)
-    chat.ask("What?", max_new_tokens=2)
+    for answer in (
+        model.ask(memory, "What?", max_new_tokens=2),
+        chat.ask("What?", max_new_tokens=2),
+    ):
+        assert isinstance(answer, str)  # both programs of a question are compiled now
     programs = [step._cache_size() for step in (functions.read, functions.decode_step)]
     for words in (2, 9, 16):
         model.ask(memory, "what is red " * words, max_new_tokens=words)

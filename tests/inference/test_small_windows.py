@@ -1,29 +1,17 @@
 """Windows with fewer tokens than their ratio keep one entry, written again if they grow."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from flax import nnx
 
 import vxl_jax
+from tests.support.networks import frames
 from vxl_jax.inference.model import Model
-from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.planning.inference_bytes import video_entries
-from vxl_jax.presets import demo
 
 RATIO = 8  # a frame has 4 tokens
 QUESTION = "what is the colour"
-
-
-@pytest.fixture(scope="module")
-def model(demo_tokenizer: Any) -> Model:
-    return Model(VideoXL(demo(), rngs=nnx.Rngs(3)), demo_tokenizer)
-
-
-def frames(count: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, 56, 56, 3), np.uint8)
 
 
 def head(model: Model) -> int:

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import vxl_jax
+from tests.support.networks import frames
 from vxl_jax.inference.decode import generate
 from vxl_jax.inference.model import Model
 from vxl_jax.models.video_xl import VideoXL
@@ -23,10 +24,6 @@ QUESTION = "what is the colour"
 @pytest.fixture(scope="module")
 def model(demo_tokenizer: Any) -> Model:
     return Model(VideoXL(demo(), rngs=nnx.Rngs(3)), demo_tokenizer)
-
-
-def frames(count: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, 56, 56, 3), np.uint8)
 
 
 def test_logprobs_behind_a_memory_are_those_of_the_whole_stream(model: Model):

@@ -187,7 +187,7 @@ def mixture(count: int, model: VideoXLConfig) -> Lengths:
             blocks.append(np.zeros(0, np.int64))
     of_sample = np.repeat(np.arange(count), [len(b) for b in blocks])
     frames = np.concatenate(blocks)
-    tokens = model.layout.counts(frames)
+    tokens = frames * model.layout.count(1)
 
     def total(of_block: np.ndarray) -> np.ndarray:
         return np.bincount(of_sample, of_block, count).astype(np.int32)

@@ -112,7 +112,7 @@ def prefill(size: str, weights: str | None) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from vxl_jax.inference.watching import Watcher, begin_block
+    from vxl_jax.inference.watching import Block, Watcher, no_features
     from vxl_jax.planning.flops import PassSize, forward_flops
     from vxl_jax.stream.plan import plan_stream
     from vxl_jax.text.chat import IMAGE_TOKEN
@@ -126,7 +126,7 @@ def prefill(size: str, weights: str | None) -> dict[str, Any]:
     at_once = config.layout.frames_of(model.windows_at_once * config.window)
     tokens = config.layout.count(at_once)
     features = jnp.ones((tokens, config.language.width), config.dtype)
-    watcher = Watcher([(entries, start)], begin_block(config, start))
+    watcher = Watcher([(entries, start)], Block(start, no_features(config), config.layout))
 
     def step() -> None:
         watcher.take(features, np.zeros(at_once), RATIO)

@@ -1,9 +1,11 @@
-"""Check the Flax model against golden numbers of the published PyTorch implementation.
+"""Check the Flax model against golden numbers of the published PyTorch implementations.
 
     python -m convert.parity HF_DIR GOLDEN_DIR
+    python -m convert.parity GOLDEN_DIRS
 
 HF_DIR is a checkpoint, in the published layout or converted. GOLDEN_DIR holds `golden.json` (the
 cases) and `golden.safetensors` (their inputs and outputs); `docs/parity.md` describes the format.
+With one directory, all golden sets in it are checked, each on the checkpoint that comes with it.
 Prints a row a tensor, and exits 1 if a relative error ‖ours − golden‖ / ‖golden‖ is over 1e-4 or
 ids differ.
 """
@@ -11,307 +13,70 @@ ids differ.
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.typing import ArrayLike
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from vxl_jax.checkpoints.json_files import read_json
+from convert.golden.compare import Comparison, GoldenSet
+from convert.golden.llava import check_llava, check_slowfast
+from convert.golden.video_xl import Golden, check
 from vxl_jax.checkpoints.load import load_network
-from vxl_jax.checkpoints.names import to_published
-from vxl_jax.config import VideoXLConfig
 from vxl_jax.errors import CheckpointError, VxlError
-from vxl_jax.inference.decode import generate
-from vxl_jax.models.functions import prefill
-from vxl_jax.models.loss import loss_and_metrics
-from vxl_jax.models.video_xl import VideoXL
-from vxl_jax.nn.rope import rope_angles, rotate
-from vxl_jax.stream.batch import batch_streams
-from vxl_jax.stream.plan import BEACON, Stream, plan_stream
-from vxl_jax.text.chat import IMAGE_TOKEN
-
-TOLERANCE = 1e-4
-
-ZERO_GRADIENT = 1e-8
-"""Part of the norm of all gradients under which one is rounding: the bias of CLIP's keys shifts all
-scores of a softmax alike, so its gradient is zero, and what is published is 1e-11 of the rest."""
-
-GOLDEN_AXES = {
-    "visual_features": 2,
-    "logits": 2,
-    "memory_len": 1,
-    "beacon_keys_layer0": 3,
-    "beacon_values_last": 3,
-    "generated": 1,
-}
-"""Axes of the tensors of a case."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One compared tensor: its relative error, and a note such as the agreement of argmax."""
+def golden_sets(directory: Path) -> list[Path]:
+    """Directories of golden sets: this one, or those in it.
 
-    name: str
-    error: float
-    note: str = ""
-    agrees: bool = True
-
-    @property
-    def passed(self) -> bool:
-        """Within tolerance (a NaN is not) and agreeing where agreement is asked for."""
-        return self.error <= TOLERANCE and self.agrees
-
-
-def compare_tensor(name: str, ours: ArrayLike, golden: ArrayLike, note: str = "") -> Comparison:
-    """Relative error in the 2-norm, infinite where the shapes differ."""
-    ours, golden = np.asarray(ours, np.float64), np.asarray(golden, np.float64)
-    if ours.shape != golden.shape:
-        return Comparison(name, np.inf, f"shape {ours.shape}, golden {golden.shape}")
-    scale = float(np.linalg.norm(golden)) or 1.0
-    return Comparison(name, float(np.linalg.norm(ours - golden)) / scale, note)
-
-
-def compare_thinned(name: str, ours: ArrayLike, golden: np.ndarray, axis: int) -> Comparison:
-    """Compare where the set may have kept only every n-th row along an axis.
-
-    Of the steps that keep that many rows, the one with the least error counts; a wrong step pairs
-    rows of different tokens, which are far apart.
+    Raises: CheckpointError if there are none.
     """
-    ours = np.moveaxis(np.asarray(ours), axis, 0)
-    golden = np.moveaxis(golden, axis, 0)
-    steps = [n for n in range(1, len(ours) + 1) if -(-len(ours) // n) == len(golden)]
-    rows = [compare_tensor(name, ours[::n], golden) for n in steps] or [
-        compare_tensor(name, ours, golden)
-    ]
-    return min(rows, key=lambda row: row.error)
+    if (directory / "golden.json").is_file():
+        return [directory]
+    found = sorted(path.parent for path in directory.glob("*/golden.json"))
+    if not found:
+        raise CheckpointError(f"{directory}: neither it nor a folder in it has a golden.json")
+    return found
 
 
-class Golden:
-    """A golden directory: cases, inputs and expected tensors."""
+def check_set(directory: Path, checkpoint: Path | None = None) -> Iterator[Comparison]:
+    """Compare a golden set, a row at a time.
 
-    def __init__(self, directory: Path):
-        self.directory, self.path = directory, directory / "golden.json"
-        self.meta = read_json(self.path)
-        self.compared: set[str] = set()
-        path = directory / "golden.safetensors"
-        try:
-            self.tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
-        self.cases = self.field(self.meta, "cases", list)
-        for case in self.cases:
-            if not isinstance(case, dict) or not isinstance(case.get("name"), str):
-                raise CheckpointError(f"{self.path}: a case is {case!r}; it must have a name")
-
-    def field(self, values: dict[str, Any], name: str, kind: type) -> Any:
-        """A field of golden.json, or of an object in it.
-
-        Raises: CheckpointError if it is missing or of another type.
-        """
-        where = f"{self.path}: case {values['name']!r}" if "name" in values else f"{self.path}:"
-        if name not in values:
-            raise CheckpointError(f"{where} has no field {name!r}")
-        if not isinstance(values[name], kind):
-            raise CheckpointError(f"{where} {name} is {values[name]!r}, not {kind.__name__}")
-        return values[name]
-
-    @cached_property
-    def drawn_frames(self) -> np.ndarray:
-        """Frames made from the stated seed, [F, 3, S, S] float32; earlier draws are checked."""
-        frames = self.field(self.meta, "frames", dict)
-        seed, count, size = (self.field(frames, name, int) for name in ("seed", "n", "size"))
-        draw = np.random.RandomState(seed)
-        highest = self.vocabulary - 12
-        for name in ("prefix", "suffix"):
-            ids = self.field(self.meta, name, list)
-            if draw.randint(0, highest, len(ids)).tolist() != ids:
-                raise CheckpointError(f"{self.directory}: the seed does not give the stated {name}")
-        return (draw.randint(-128, 128, (count, 3, size, size)) / 64).astype(np.float32)
-
-    vocabulary = 0  # set from the model's configuration before drawn_frames is read
-
-    def pixels(self, case: dict[str, Any], size: int) -> np.ndarray:
-        """Normalised pixel values of a case, [1, F, S, S, 3], without an image's squashed copy.
-
-        size: of the model's frames. Raises: CheckpointError if those of the set differ.
-        """
-        name = f"input/{case['frames']}" if "frames" in case else "frames"
-        frames = self.tensors.get(name) if "frames" in case else self.drawn_frames
-        shape = None if frames is None else frames.shape
-        if frames is None or frames.ndim != 4 or frames.shape[1:] != (3, size, size):
-            raise CheckpointError(
-                f"{self.directory}: tensor {name} of case {case['name']!r} has shape {shape}; the "
-                f"model needs (frames, 3, {size}, {size})"
-            )
-        if case.get("modality") == "image":
-            frames = frames[1:]
-        return np.ascontiguousarray(frames.transpose(0, 2, 3, 1))[None]
-
-    def plan(
-        self, case: dict[str, Any], suffix: str, frames: int, config: VideoXLConfig, **options: Any
-    ) -> Stream:
-        """The stream of a case.
-
-        Raises: CheckpointError if its fields give none.
-        """
-        ids = [self.field(self.meta, name, list) for name in ("prefix", suffix)]
-        try:
-            return plan_stream(
-                [*ids[0], IMAGE_TOKEN, *ids[1]],
-                [config.layout.count(frames)],
-                window=config.window,
-                **options,
-            )
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.path}: case {case['name']!r} cannot be planned ({error})"
-            ) from error
-
-    def expected(self, case: dict[str, Any], name: str) -> np.ndarray | None:
-        """A tensor of the case, or None where the set does not hold it.
-
-        Raises: CheckpointError if it has another number of axes.
-        """
-        full = f"{case['name']}/{name}"
-        self.compared.add(full)
-        tensor = self.tensors.get(full)
-        if tensor is not None and tensor.ndim != GOLDEN_AXES.get(name, tensor.ndim):
-            raise CheckpointError(
-                f"{self.directory}: tensor {full} has shape {tensor.shape}; it must have "
-                f"{GOLDEN_AXES[name]} axes"
-            )
-        return tensor
-
-    def not_compared(self) -> list[str]:
-        """Tensors that no case has asked for: misspelled, or of a kind that is not known."""
-        held = {name for name in self.tensors if not name.startswith("input/")}
-        return sorted(held - self.compared)
-
-
-def check(model: VideoXL, golden: Golden) -> Iterator[Comparison]:
-    """Compare all cases, a row at a time."""
-    golden.vocabulary = model.config.language.vocab_size
-    for case in golden.cases:
-        checker = _check_training if "window_ratios" in case else _check_inference
-        found = False
-        for row in checker(model, golden, case):
-            found = True
-            yield row
-        if not found:
-            yield Comparison(case["name"], np.inf, "the set holds no tensor of this case")
-    for name in golden.not_compared():
-        yield Comparison(name, np.inf, "belongs to no case, or is of an unknown kind")
-
-
-def _check_inference(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Iterator[Comparison]:
-    name, pixels = case["name"], golden.pixels(case, model.config.tower.image_size)
-    suffix = "long_suffix" if case.get("suffix") == "long" else "suffix"
-    ratio = golden.field(case, "ratio", int)
-    stream = golden.plan(case, suffix, pixels.shape[1], model.config, ratio=ratio)
-
-    visual = nnx.jit(VideoXL.encode)(model, pixels)
-    if (features := golden.expected(case, "visual_features")) is not None:
-        yield compare_thinned(f"{name}/visual_features", visual[0], features, axis=0)
-
-    if (logits := golden.expected(case, "logits")) is not None:
-        ours = np.asarray(nnx.jit(_all_logits)(model, batch_streams([stream]), visual))[0]
-        ours = ours[stream.length - len(logits) : stream.length]
-        same = (ours.argmax(-1) == logits.argmax(-1)).mean()
-        yield compare_tensor(f"{name}/logits", ours, logits, f"argmax agrees {same:.0%}")
-
-    # A window at a time, as a film is watched; the logits above came from all windows at once.
-    streams = batch_streams([stream], windows_per_group=1)
-    _, memory = prefill(*nnx.split(model), streams, pixels, streams.memory)
-    if (length := golden.expected(case, "memory_len")) is not None:
-        ours_length = int(memory.length[0]) - len(golden.meta[suffix])
-        note = f"{ours_length}, golden {int(length[0])}"
-        yield Comparison(f"{name}/memory_len", 0.0, note, agrees=ours_length == int(length[0]))
-    yield from _check_beacons(model, golden, case, stream, memory)
-
-    if (generated := golden.expected(case, "generated")) is not None:
-        ours_ids = generate(model, streams, pixels, max_new_tokens=len(generated))[0]
-        same = np.mean(np.equal(ours_ids, generated))
-        yield Comparison(f"{name}/generated", 0.0, f"ids agree {same:.0%}", agrees=same == 1)
-
-
-def _all_logits(model: VideoXL, streams: Any, visual: jax.Array) -> jax.Array:
-    return model.logits(model(streams, visual))
-
-
-def _check_beacons(
-    model: VideoXL, golden: Golden, case: dict[str, Any], stream: Stream, memory: Any
-) -> Iterator[Comparison]:
-    """Beacon keys of layer 0 (before RoPE) and values of the last layer, read from the memory."""
-    language = model.config.language
-    slots = stream.rank[stream.kind == BEACON]
-    if (keys := golden.expected(case, "beacon_keys_layer0")) is not None:
-        angles = rope_angles(slots, language.head_size, language.rope_theta)
-        cos, sin = (x[:, 0] for x in angles)
-        ours = np.asarray(rotate(memory.keys[0, 0][:, slots], (cos, -sin)))
-        yield compare_thinned(f"{case['name']}/beacon_keys_layer0", ours, keys, axis=1)
-    if (values := golden.expected(case, "beacon_values_last")) is not None:
-        ours = np.asarray(memory.values[-1, 0][:, slots])
-        yield compare_thinned(f"{case['name']}/beacon_values_last", ours, values, axis=1)
-
-
-def _check_training(model: VideoXL, golden: Golden, case: dict[str, Any]) -> Iterator[Comparison]:
-    name, pixels = case["name"], golden.pixels(case, model.config.tower.image_size)
-    ratios, labels = (golden.field(case, name, list) for name in ("window_ratios", "labels"))
-    stream = golden.plan(case, "suffix", pixels.shape[1], model.config, ratio=ratios, labels=labels)
-    graph, params = nnx.split(model)
-
-    @jax.jit
-    @jax.value_and_grad
-    def loss_and_gradients(params: Any) -> jax.Array:
-        total, metrics = loss_and_metrics(nnx.merge(graph, params), batch_streams([stream]), pixels)
-        return total / metrics["tokens"]
-
-    loss, gradients = loss_and_gradients(params)
-    if (expected := golden.expected(case, "loss")) is not None:
-        yield compare_tensor(f"{name}/loss", np.reshape(loss, -1), np.reshape(expected, -1))
-    ours = to_published(nnx.to_pure_dict(gradients), model.config)
-    norms = {key: np.linalg.norm(gradient) for key, gradient in ours.items()}
-    zero = ZERO_GRADIENT * float(np.linalg.norm(list(norms.values())))
-    start = f"{name}/grad/"
-    for key in sorted(golden.tensors):
-        if key.startswith(start):
-            gradient = ours.get(key.removeprefix(start), np.empty(0))
-            golden.compared.add(key)
-            yield compare_tensor(key, gradient, golden.tensors[key])
-    for key, norm in (
-        golden.field(case, "grad_norms", dict) if "grad_norms" in case else {}
-    ).items():
-        ours_norm = float(norms.get(key, np.nan))
-        if norm < zero:
-            row = Comparison(
-                f"{name}/grad_norm/{key}", 0.0, "zero but for rounding", ours_norm < zero
-            )
-        else:
-            row = compare_tensor(f"{name}/grad_norm/{key}", ours_norm, norm)
-        yield row
+    checkpoint: the model; the one that comes with the set if None.
+    """
+    golden = GoldenSet(directory)
+    if checkpoint is None:
+        checkpoint = directory / str(golden.meta.get("hf", "hf"))
+    model = load_network(checkpoint, dtype="float32", param_dtype="float32")
+    if "slowfast" in golden.meta:
+        return check_slowfast(model, golden)
+    if "training" in golden.meta:
+        return check_llava(model, golden, checkpoint)
+    return check(model, Golden(directory))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("hf_dir", type=Path, help="checkpoint in the published layout")
-    parser.add_argument("golden_dir", type=Path, help="directory with golden.json")
+    parser.add_argument(
+        "directories",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="a checkpoint and a golden set, or golden sets that have their own",
+    )
     options = parser.parse_args(arguments)
-    rows = []
+    if len(options.directories) > 2:
+        parser.error("give a checkpoint and a golden set, or one directory of golden sets")
+    *checkpoint, directory = options.directories
+    rows: list[Comparison] = []
     try:
-        model = load_network(options.hf_dir, dtype="float32", param_dtype="float32")
         with jax.default_matmul_precision("highest"):
-            for row in check(model, Golden(options.golden_dir)):
-                rows.append(row)
-                mark = "ok  " if row.passed else "FAIL"
-                print(f"{mark} {row.error:9.2e}  {row.name}  {row.note}".rstrip(), flush=True)
+            for golden in golden_sets(directory):
+                print(golden)
+                for row in check_set(golden, *checkpoint):
+                    rows.append(row)
+                    mark = "ok  " if row.passed else "FAIL"
+                    print(f"{mark} {row.error:9.2e}  {row.name}  {row.note}".rstrip(), flush=True)
     except (VxlError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -36,7 +36,6 @@ from vxl_jax.checkpoints.safetensors_read import tensors_of
 from vxl_jax.checkpoints.tensors import Tensor, raise_problems
 from vxl_jax.config import LoRAConfig, VideoXLConfig, with_changes
 from vxl_jax.errors import CheckpointError, ConfigError
-from vxl_jax.media.preprocessing import Preprocessing
 from vxl_jax.models.lora import LORA_NAMES, lora_shapes, merge_kernel
 from vxl_jax.presets import PRESETS
 from vxl_jax.typing import ParamPath, Shapes
@@ -134,7 +133,7 @@ def _published(directory: Path) -> OpenModel:
 
 
 def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool) -> OpenModel:
-    section, preprocessing, lora, run_dir = _sections(directory / "config.json")
+    section, data, lora, run_dir = _sections(directory / "config.json")
     number = saved_step(directory / "checkpoints", step)
     tree = directory / "checkpoints" / str(number) / "state"
     trained = stored_shapes(tree, "params")
@@ -156,9 +155,11 @@ def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool)
     if base:
         names = ("pool_stride", "ratios")
         changes = {k: v for k, v in section.changes().items() if k in names}
-        config = with_changes(base.config, preprocessing=preprocessing, **changes)
+        config = with_changes(base.config, **changes)
     else:
-        config = PRESETS[section.preset](preprocessing=preprocessing, **section.changes())
+        config = PRESETS[section.preset](**section.changes())
+    preprocessing = data.preprocessing_for(config.preprocessing)
+    config = with_changes(config, preprocessing=preprocessing)
     shapes = base.shapes if base else abstract_params(config)[1]
     expected = {p: shapes[p] for p in trained if p in shapes} | lora_shapes(shapes, lora)
     raise_problems(tree, compare_shapes(expected, trained))
@@ -237,13 +238,13 @@ def _find_directory(
     )
 
 
-def _sections(path: Path) -> tuple[ModelSection, Preprocessing, LoRAConfig, str]:
+def _sections(path: Path) -> tuple[ModelSection, DataSection, LoRAConfig, str]:
     try:
         values: Any = upgrade(read_json(path))
         model = _section(ModelSection, values["model"])
         run_dir = str(values.get("run", {}).get("run_dir", ""))
-        preprocessing = _section(DataSection, values["data"]).preprocessing
-        return model, preprocessing, _section(LoRAConfig, values.get("lora", {})), run_dir
+        data = _section(DataSection, values["data"])
+        return model, data, _section(LoRAConfig, values.get("lora", {})), run_dir
     except (AttributeError, TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{path}: is not the configuration of a run ({error})") from error
 

@@ -16,6 +16,7 @@ from vxl_jax.checkpoints.hf_config import (
     REQUIRED_BEACONS,
     REQUIRED_LANGUAGE,
     REQUIRED_VISION,
+    read_layout,
 )
 from vxl_jax.checkpoints.hf_preprocessing import preprocessing_fields, read_preprocessing
 from vxl_jax.checkpoints.hf_tower import KNOWN_TOWERS, TOWER_FOLDER, find_tower
@@ -183,9 +184,17 @@ def write_tower(tower: Path | VisionConfig, part: Path) -> None:
 
 def _tower_files(tower: VisionConfig) -> dict[str, dict[str, Any]]:
     """A tower's config.json and preprocessor_config.json in the layout of transformers."""
+    is_clip = tower.kind == "clip"
+    sides: dict[str, Any] = {"size": {"height": tower.image_size, "width": tower.image_size}}
+    if is_clip:
+        sides = {
+            "crop_size": sides["size"],
+            "size": {"shortest_edge": tower.image_size},
+            "do_center_crop": True,
+        }
     return {
         "config.json": {
-            "model_type": "clip_vision_model",
+            "model_type": f"{tower.kind}_vision_model",
             "image_size": tower.image_size,
             "patch_size": tower.patch_size,
             "num_channels": 3,
@@ -194,13 +203,11 @@ def _tower_files(tower: VisionConfig) -> dict[str, dict[str, Any]]:
             "num_attention_heads": tower.heads,
             "intermediate_size": tower.mlp_width,
             "layer_norm_eps": tower.norm_eps,
-            "hidden_act": "quick_gelu",
+            "hidden_act": "quick_gelu" if is_clip else "gelu_pytorch_tanh",
         },
         "preprocessor_config.json": {
-            "image_processor_type": "CLIPImageProcessor",
-            "crop_size": {"height": tower.image_size, "width": tower.image_size},
-            "size": {"shortest_edge": tower.image_size},
-            "do_center_crop": True,
+            "image_processor_type": f"{'CLIP' if is_clip else 'Siglip'}ImageProcessor",
+            **sides,
             "do_convert_rgb": True,
             "do_normalize": True,
             "do_rescale": True,
@@ -240,8 +247,7 @@ def published_config(config: VideoXLConfig) -> dict[str, Any]:
 
 def run_fields(config: VideoXLConfig) -> dict[str, Any]:
     """Fields of config.json that a training run may change of its base checkpoint."""
-    fields = preprocessing_fields(config.preprocessing, config.tower.image_size)
-    fields["mm_spatial_pool_stride"] = config.pool_stride
+    fields = preprocessing_fields(config) | _layout_fields(config)
     if config.compression is not None:
         fields["beacon_ratio"] = list(config.ratios)
     return fields
@@ -256,9 +262,12 @@ def with_run_fields(config: VideoXLConfig, fields: Fields) -> VideoXLConfig:
         raise CheckpointError(
             f"{fields.path}: has {', '.join(unknown)}, which a run does not change; remove it"
         )
-    changes: dict[str, Any] = {"preprocessing": read_preprocessing(fields, config.tower.image_size)}
-    if "mm_spatial_pool_stride" in fields.values:
-        changes["pool_stride"] = fields.integer("mm_spatial_pool_stride")
+    preprocessing = read_preprocessing(fields, config.tower, config.family)
+    changes: dict[str, Any] = {"preprocessing": preprocessing}
+    layout = _layout_fields(config)
+    if layout.keys() & fields.values.keys():
+        known = Fields(layout | fields.values, fields.path)
+        changes |= read_layout(known, config.family, config.faster_token)
     if "beacon_ratio" in fields.values:
         changes["ratios"] = fields.items("beacon_ratio", int)
     try:
@@ -270,15 +279,30 @@ def with_run_fields(config: VideoXLConfig, fields: Fields) -> VideoXLConfig:
 def _vision_fields(config: VideoXLConfig, tower: VisionConfig) -> dict[str, Any]:
     known = (name for name, known in KNOWN_TOWERS.items() if known == tower)
     return {
-        **_allowed(REQUIRED_VISION),
+        **_allowed(REQUIRED_VISION[config.family]),
         "model_type": "llava_qwen",
         "architectures": ["LlavaQwenForCausalLM"],
         "enable_beacon": config.compression is not None,
-        **preprocessing_fields(config.preprocessing, tower.image_size),
-        "mm_spatial_pool_stride": config.pool_stride,
+        **preprocessing_fields(config),
+        **_layout_fields(config),
         "mm_hidden_size": tower.width,
         "mm_vision_select_layer": tower.feature_layer,
         "mm_vision_tower": next(known, TOWER_FOLDER),
+    }
+
+
+def _layout_fields(config: VideoXLConfig) -> dict[str, Any]:
+    """Fields that `read_layout` reads."""
+    fields: dict[str, Any] = {"mm_spatial_pool_stride": config.pool_stride}
+    if config.family == "video_xl":
+        return fields
+    has_fast = config.slow_every > 1 or config.faster_token
+    return fields | {
+        "mm_spatial_pool_mode": config.pool_mode,
+        "mm_newline_position": {"none": "no_token"}.get(config.newline, config.newline),
+        "mm_patch_merge_type": "spatial_unpad" if config.image_tokens == "unpad" else "flat",
+        "add_faster_video": has_fast,
+        "faster_token_stride": config.slow_every if has_fast else 10,
     }
 
 

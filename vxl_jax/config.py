@@ -14,8 +14,9 @@ import numpy as np
 
 from vxl_jax.errors import ConfigError
 from vxl_jax.media.frames import CLIP_MEAN, CLIP_STD
-from vxl_jax.media.layout import VisualLayout
+from vxl_jax.media.layout import ImageTokens, Newline, PoolMode, VisualLayout
 from vxl_jax.media.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
+from vxl_jax.text.template import Family
 
 Remat = Literal["full", "products", "none"]
 """Rematerialisation. full: a layer keeps its input alone; products: the results of its matrix
@@ -37,10 +38,15 @@ def _positive(config: Any, *names: str) -> None:
             )
 
 
+TowerKind = Literal["clip", "siglip"]
+"""CLIP (Radford et al. 2021), or SigLIP (Zhai et al. 2023)."""
+
+
 @dataclass(frozen=True)
 class VisionConfig:
-    """CLIP vision tower (Radford et al. 2021). Defaults: ViT-L/14 at 336 px."""
+    """Vision tower. Defaults: CLIP ViT-L/14 at 336 px; `siglip_so400m` is LLaVA-Video's."""
 
+    kind: TowerKind = "clip"
     image_size: int = 336
     """Side of the square input, in pixels."""
     patch_size: int = 14
@@ -59,6 +65,10 @@ class VisionConfig:
     """Standard deviation that RGB in [0, 1] is divided by."""
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(TowerKind):
+            raise ConfigError(
+                f"VisionConfig.kind is {self.kind!r}; use one of {', '.join(get_args(TowerKind))}"
+            )
         _positive(self, "image_size", "patch_size", "width", "layers", "heads", "mlp_width")
         if self.width % self.heads:
             raise ConfigError(
@@ -81,6 +91,21 @@ class VisionConfig:
         convolution drops it.
         """
         return self.image_size // self.patch_size
+
+
+def siglip_so400m() -> VisionConfig:
+    """SigLIP so400m/14 at 384 px, whose 27th layer is not used."""
+    return VisionConfig(
+        kind="siglip",
+        image_size=384,
+        width=1152,
+        layers=27,
+        heads=16,
+        mlp_width=4304,
+        norm_eps=1e-6,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+    )
 
 
 @dataclass(frozen=True)
@@ -142,13 +167,24 @@ class Compression:
 class VideoXLConfig:
     """The whole model. Defaults: Video-XL-7B (arXiv 2409.14485)."""
 
+    family: Family = "video_xl"
+    """Decides the text around questions and what of it is learned, and nothing of the network."""
     vision: VisionConfig | None = field(default_factory=VisionConfig)
     """None: a language model alone (plain Qwen2), which reads text."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
     compression: Compression | None = field(default_factory=Compression)
     """None: no beacons. Their parameters are not built, and visual tokens stay uncompressed."""
     pool_stride: int = 2
-    """Projected patches are averaged over pool_stride × pool_stride; 1 leaves them as they are."""
+    """Projected patches of a frame become fewer by this factor along each side; 1 leaves them."""
+    pool_mode: PoolMode = "average"
+    newline: Newline = "none"
+    slow_every: int = 1
+    """Every such frame of a video is slow, and the others are fast: pooled by twice the stride."""
+    faster_token: bool = False
+    """Whether a learned token follows every frame of a video."""
+    image_tokens: ImageTokens = "pooled"
+    max_image_tiles: int | None = None
+    """An unpadded image is downscaled to about as many patches as this many tiles have."""
     preprocessing: Preprocessing = DEFAULT_PREPROCESSING
     """How images and videos become frames and tiles, in training and when it is asked."""
     param_dtype: str = "float32"
@@ -169,11 +205,17 @@ class VideoXLConfig:
             raise ConfigError(
                 f"VideoXLConfig.remat is {self.remat!r}; use one of {', '.join(get_args(Remat))}"
             )
+        if self.family not in get_args(Family):
+            raise ConfigError(
+                f"VideoXLConfig.family is {self.family!r}; use one of {', '.join(get_args(Family))}"
+            )
         if self.vision is not None and self.pool_stride > self.vision.grid:
             raise ConfigError(
                 f"VideoXLConfig.pool_stride {self.pool_stride} is larger than the tower's grid of "
                 f"{self.vision.grid} patches"
             )
+        if self.vision is not None:
+            _ = self.layout  # checks the other fields
 
     @property
     def tower(self) -> VisionConfig:
@@ -201,8 +243,17 @@ class VideoXLConfig:
 
     @property
     def layout(self) -> VisualLayout:
-        """How many visual tokens frames and tiles give to the language model."""
-        return VisualLayout(self.tower.grid, self.pool_stride)
+        """Which visual tokens frames and tiles give to the language model."""
+        return VisualLayout(
+            grid=self.tower.grid,
+            pool_stride=self.pool_stride,
+            pool_mode=self.pool_mode,
+            newline=self.newline,
+            slow_every=self.slow_every,
+            faster_token=self.faster_token,
+            images=self.image_tokens,
+            max_tiles=self.max_image_tiles,
+        )
 
 
 def with_changes(config: VideoXLConfig, **changes: Any) -> VideoXLConfig:

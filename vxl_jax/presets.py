@@ -2,7 +2,13 @@
 
 from typing import Any
 
-from vxl_jax.config import Compression, LanguageConfig, VideoXLConfig, VisionConfig, with_changes
+from vxl_jax.config import (
+    Compression,
+    LanguageConfig,
+    VideoXLConfig,
+    VisionConfig,
+    with_changes,
+)
 
 
 def video_xl_7b(**changes: Any) -> VideoXLConfig:

@@ -66,7 +66,7 @@ def test_a_path_that_ends_in_the_name_of_a_known_tower_is_that_tower(name, tmp_p
 
 
 @pytest.mark.parametrize(
-    "name", ["", "/", "google/siglip-so400m-patch14-384", "/a/clip-vit-large-patch14-336/b"]
+    "name", ["", "/", "google/siglip-base-patch16-224", "/a/clip-vit-large-patch14-336/b"]
 )
 def test_another_path_is_not_a_known_tower(name, tmp_path):
     assert known_tower(name) is None
@@ -175,7 +175,8 @@ def test_a_conversion_that_dropped_the_head_is_refused(change, tmp_path):
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
         ({"rope_parameters": {"rope_theta": 1e4}}, "rope_theta is 1000000.0, and 10000.0"),
         ({"rope_parameters": "default"}, "rope_parameters is 'default'; it must be an object"),
-        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_resampler_type is 'spatial_pool'"),
+        ({"mm_resampler_type": "qformer"}, "mm_resampler_type is 'qformer'"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
         ({"mm_hidden_size": 1152}, "mm_hidden_size is 1152, but .* hidden_size is 32"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
@@ -207,7 +208,8 @@ def test_a_field_that_says_what_is_computed_is_accepted(fields, change):
 @pytest.mark.parametrize(
     ("tower", "pixels", "message"),
     [
-        ({"model_type": "siglip_vision_model"}, {}, "model_type is 'siglip_vision_model'"),
+        ({"model_type": "siglip_vision_model"}, {}, "hidden_act is 'quick_gelu'"),
+        ({"model_type": "dinov2"}, {}, "model_type is 'dinov2'"),
         ({"hidden_act": "gelu"}, {}, "hidden_act is 'gelu'"),
         ({"attention_dropout": 0.1}, {}, "attention_dropout is 0.1"),
         ({}, {"do_normalize": False}, "do_normalize is False"),

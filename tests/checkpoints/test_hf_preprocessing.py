@@ -26,20 +26,25 @@ EVERY = Preprocessing(
     max_frames=77,
     video_fps=0.5,
     time_prompt=True,
+    resize="stretch",
+    base_tile=True,
+    pad_several=True,
+    background=(1, 2, 3),
     options=MediaOptions("pyav", square_pixels=True, tone_map=True, color_profile=True),
 )
 """Another value than the default in every field."""
 
 
-def read(values: dict[str, Any], side: int = 56) -> Preprocessing:
-    return read_preprocessing(Fields(values, Path("config.json")), side)
+def read(values: dict[str, Any]) -> Preprocessing:
+    return read_preprocessing(Fields(values, Path("config.json")), tiny().tower, "video_xl")
 
 
 def test_every_field_comes_back():
     default = Preprocessing()
     assert not any(getattr(EVERY, name) == value for name, value in vars(default).items())
     for preprocessing in (EVERY, default):
-        fields = json.loads(json.dumps(preprocessing_fields(preprocessing, 56)))
+        config = with_changes(tiny(), preprocessing=preprocessing)
+        fields = json.loads(json.dumps(preprocessing_fields(config)))
         assert read(fields) == preprocessing
     config = with_changes(tiny(), preprocessing=EVERY)
     assert read(json.loads(json.dumps(published_config(config)))) == EVERY
@@ -65,7 +70,9 @@ def test_pinpoints_are_read_in_their_order(pinpoints: Any):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"image_aspect_ratio": "pad"}, "image_aspect_ratio is 'pad'; only 'anyres' or 'square'"),
+        ({"image_aspect_ratio": "crop"}, "image_aspect_ratio is 'crop'; only 'anyres' or 'square'"),
+        ({"image_aspect_ratio": "anyres_max_0"}, "'anyres_max_0'; it must leave at least one tile"),
+        ({"vxl_preprocessing": {"background": [0, 256, 0]}}, "background is"),
         ({"image_grid_pinpoints": [[56, 100]]}, "has 56 x 100, which is not a multiple of .* 56"),
         ({"image_grid_pinpoints": [[0, 56]]}, "has 0 x 56"),
         ({"image_grid_pinpoints": []}, "image_grid_pinpoints is empty"),
@@ -93,13 +100,13 @@ def test_what_cannot_be_read_is_named(fields: dict[str, Any], message: str):
 def test_it_is_refused_before_any_weight_is_read(tmp_path: Path):
     shutil.copytree(MICRO, tmp_path / "hf")
     values = json.loads((tmp_path / "hf/config.json").read_text())
-    (tmp_path / "hf/config.json").write_text(json.dumps(values | {"image_aspect_ratio": "pad"}))
+    (tmp_path / "hf/config.json").write_text(json.dumps(values | {"image_aspect_ratio": "crop"}))
     with pytest.raises(CheckpointError, match="image_aspect_ratio"):
         read_config(tmp_path / "hf", vision=MICRO.parent / "clip-vision")
 
 
 @pytest.mark.parametrize(
-    "fields", [{"image_mode": "pad"}, {"grids": ()}, {"grids": ((0, 1),)}, {"video_fps": 0.0}]
+    "fields", [{"image_mode": "crop"}, {"grids": ()}, {"grids": ((0, 1),)}, {"video_fps": 0.0}]
 )
 def test_values_out_of_range_are_refused(fields: dict[str, Any]):
     with pytest.raises(ConfigError, match="Preprocessing"):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from vxl_jax.config import LoRAConfig, Remat
 from vxl_jax.errors import ConfigError
 from vxl_jax.media import MediaOptions
-from vxl_jax.media.preprocessing import ImageMode, Preprocessing, tile_grids
+from vxl_jax.media.preprocessing import ImageMode, Preprocessing, parse_grids, tile_grids
 from vxl_jax.media.sampling import FrameSampling
 from vxl_jax.presets import PRESETS
 
@@ -117,12 +117,16 @@ class DataSection:
     """Tiles of one image at least; the published model gives even a small image two."""
     max_tiles: int = 49
     """Tiles of one image at most."""
+    image_grids: str | None = None
+    """Grids of tiles (columns x rows) that an image may have, as LLaVA-Video names them:
+    `(1x1),...,(6x6)` are all from the first to the last. None: those of min_tiles and max_tiles."""
     max_frames: int = 128
     """Frames of one video at most; a longer one is sampled uniformly."""
     frame_sampling: FrameSampling = "capped"
     """capped: video_fps frames a second, and max_frames uniformly where that is more; uniform:
     max_frames uniformly; fps: video_fps a second always, a video with more than max_frames is bad.
-    """
+    LLaVA-Video's: strided, as capped, with a frame of a last second that is not full; forced:
+    max_frames uniformly always, a shorter video repeats some."""
     video_fps: float = 1.0
     """Frames taken from one second of video."""
     frame_jitter: float = 0.0
@@ -182,6 +186,12 @@ class DataSection:
             self.max_tiles,
             f"at least data.min_tiles ({self.min_tiles})",
         )
+        _check(
+            self.image_grids is None or bool(parse_grids(self.image_grids)),
+            "data.image_grids",
+            self.image_grids,
+            "a range of grids such as (1x1),...,(6x6)",
+        )
         _check_least("data", self, 1, "shapes", "max_tokens_per_batch")
         _check(
             self.max_tokens_per_batch is None or self.batch_size > 1,
@@ -203,10 +213,11 @@ class DataSection:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How samples become pixels; written into the checkpoints of the run."""
+        """How samples become pixels, but for the rules that the model decides."""
+        grids = parse_grids(self.image_grids) if self.image_grids is not None else None
         return Preprocessing(
             image_mode=self.image_mode,
-            grids=tile_grids(self.min_tiles, self.max_tiles),
+            grids=grids or tile_grids(self.min_tiles, self.max_tiles),
             frame_sampling=self.frame_sampling,
             max_frames=self.max_frames,
             video_fps=self.video_fps,
@@ -215,6 +226,15 @@ class DataSection:
                 self.decoder, self.square_pixels, self.tone_map, self.color_profile
             ),
         )
+
+    def preprocessing_for(self, model: Preprocessing) -> Preprocessing:
+        """How samples become pixels for a model; written into the checkpoints of the run.
+
+        model: its own, of which the rules are taken that no field of the section has.
+        """
+        names = ("resize", "base_tile", "pad_several", "background")
+        rules = {name: getattr(model, name) for name in names}
+        return dataclasses.replace(self.preprocessing, **rules)
 
 
 @dataclass(frozen=True)

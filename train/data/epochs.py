@@ -20,7 +20,8 @@ from vxl_jax.stream.batch import StreamShape, round_up
 
 @dataclass(frozen=True)
 class Bucket:
-    """Padded shape of a batch: its streams, frames of each sample, and places for samples.
+    """Padded shape of a batch: its streams, frames and visual tokens of each sample, and places for
+    samples.
 
     All batches of one bucket run the same compiled program.
     """
@@ -28,6 +29,7 @@ class Bucket:
     shape: StreamShape
     frames: int
     places: int
+    visual: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def make_buckets(
                 labels=round_up(max(1, int(lengths.labels[some].max())), 16),
                 beacons=int(lengths.beacons[some].max() > 0),
             )
-            buckets.append(Bucket(shape, int(lengths.frames[some].max()), places))
+            frames, visual = (int(x[some].max()) for x in (lengths.frames, lengths.visual))
+            buckets.append(Bucket(shape, frames, places, visual))
     return buckets, of_sample
 
 

@@ -21,6 +21,7 @@ from train.data.workers import LoadedSample
 from train.errors import WorkerError
 from vxl_jax.stream.batch import StreamBatch, StreamShape, batch_streams
 from vxl_jax.stream.plan import Stream
+from vxl_jax.stream.visual import Pixels, VisualInput, batch_visual
 
 AHEAD = 16
 """Batches that may be prepared at once, where `data.buffer_mb` has room for them."""
@@ -30,13 +31,14 @@ AHEAD = 16
 class Batch:
     """What a step needs (host arrays).
 
-    streams: see `StreamBatch`; pixels: uint8 [B, F, S, S, 3], None in a batch of text alone.
-    samples: what is in each place, None where it is empty. frames, tokens: what is in the batch,
-    without padding; token_places: room for tokens, with padding.
+    streams: see `StreamBatch`; pixels: uint8 [B, F, S, S, 3], with the visual tokens where the
+    layout of the model asks for them; None in a batch of text alone. samples: what is in each
+    place, None where it is empty. frames, tokens: what is in the batch, without padding;
+    token_places: room for tokens, with padding.
     """
 
     streams: StreamBatch
-    pixels: np.ndarray | None
+    pixels: Pixels | None
     samples: list[Sample | None]
     frames: int
     tokens: int
@@ -148,13 +150,23 @@ class Loader:
                     pixels[row] = 0
         return Batch(
             streams=batch_streams(streams, plan.bucket.shape),
-            pixels=pixels,
+            pixels=self._visual(pixels, samples, plan.bucket.visual),
             samples=samples,
             frames=sum(sample.frames for sample in samples if sample),
             tokens=sum(stream.length for stream in streams if stream),
             token_places=len(places) * plan.bucket.shape.tokens,
             bad=bad,
         )
+
+    def _visual(
+        self, pixels: np.ndarray | None, samples: list[Sample | None], length: int
+    ) -> Pixels | None:
+        """Pixels with the tokens that are made of them."""
+        model = self.dataset.reader.preparer.model
+        if pixels is None or model.layout.is_uniform:
+            return pixels
+        tokens = [None if sample is None else sample.tokens(model) for sample in samples]
+        return batch_visual(model.layout, pixels, tokens, length)
 
     def _sample(
         self, index: int, seed: tuple[int, ...] | None, out: np.ndarray
@@ -256,6 +268,9 @@ def blank(batch: Batch) -> Batch:
     """The same batch with black pixels: what the model can answer without looking."""
     if batch.pixels is None:
         return batch
+    if isinstance(batch.pixels, VisualInput):
+        black = replace(batch.pixels, pixels=np.zeros_like(batch.pixels.pixels))
+        return replace(batch, pixels=black)
     return replace(batch, pixels=np.zeros_like(batch.pixels))
 
 

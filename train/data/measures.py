@@ -29,7 +29,11 @@ TOGETHER = 16
 
 
 COLUMNS = ("record", "text", "labels", "blocks", "is_video")
-"""What is cached of each record that can be used, in addition to the frames of its blocks."""
+"""What is cached of each record that can be used, in addition to that of its blocks."""
+
+
+BY_BLOCK = ("frames", "visual")
+"""What is cached of each visual block: its frames or tiles, and its tokens."""
 
 
 class Measures:
@@ -60,6 +64,7 @@ class Measures:
             "allow_outside": self.source.allow_outside,
             "image_size": model.tower.image_size,
             "layout": asdict(model.layout),
+            "family": model.family,
             "prompts": self.reader.prompts,
             "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest(),
             "chosen": hashlib.sha256(self.chosen.tobytes()).hexdigest(),
@@ -81,7 +86,7 @@ class Measures:
                 chosen = self.chosen[start : start + PART]
                 held, bad_rows = self._part(f"{name}/{start // PART}", chosen)
                 blocks = held["blocks"]
-                lengths = self._lengths(held["text"], held["labels"], blocks, held["frames"])
+                lengths = self._lengths(held)
                 columns.append((held["record"], kinds_of(blocks, held["is_video"]), *lengths))
                 bad += [BadSample(*row[1:]) for row in bad_rows]
                 self.bar.update(len(chosen) - (self.bar.n - start))
@@ -113,7 +118,7 @@ class Measures:
 
     def _measure(self, folder: Path, chosen: np.ndarray) -> None:
         good: list[tuple[int, ...]] = []
-        frames: list[int] = []
+        of_blocks: dict[str, list[int]] = {name: [] for name in BY_BLOCK}
         bad: list[tuple[int, str, str]] = []
         for record, found in self._ask(chosen, self.bar.update):
             if isinstance(found, BadSample):
@@ -121,11 +126,12 @@ class Measures:
                 continue
             blocks = len(found.frames)
             good.append((record, found.text, found.labels, blocks, found.is_video))
-            frames += found.frames
+            for name, values in of_blocks.items():
+                values += getattr(found, name)
         columns = np.array(good, np.uint32).reshape(-1, len(COLUMNS)).T
         np.savez(
             folder / "lengths.npz",
-            frames=np.array(frames, np.uint32),
+            **{name: np.array(values, np.uint32) for name, values in of_blocks.items()},  # type: ignore[arg-type]
             **dict(zip(COLUMNS, columns, strict=True)),  # type: ignore[arg-type]
         )
         (folder / "bad.json").write_text(json.dumps(bad))
@@ -148,12 +154,10 @@ class Measures:
                 threads.shutdown(cancel_futures=True)
                 raise
 
-    def _lengths(
-        self, text: np.ndarray, labels: np.ndarray, blocks: np.ndarray, frames: np.ndarray
-    ) -> tuple[np.ndarray, ...]:
-        """Columns of `Lengths`, from frames of all blocks of all samples one after another."""
-        model = self.reader.preparer.model
-        tokens = model.layout.counts(frames)
+    def _lengths(self, held: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+        """Columns of `Lengths`, from those of all blocks of all samples one after another."""
+        blocks, frames = held["blocks"], held["frames"]
+        model, tokens = self.reader.preparer.model, held["visual"].astype(np.int64)
         beacons = count_beacons(tokens, model.window, self.pool.work.ratios)
         of_sample = np.repeat(np.arange(len(blocks)), blocks)
 
@@ -161,8 +165,8 @@ class Measures:
             return np.bincount(of_sample, of_block, len(blocks)).astype(np.int32)
 
         return (
-            text.astype(np.int32),
-            labels.astype(np.int32),
+            held["text"].astype(np.int32),
+            held["labels"].astype(np.int32),
             total(frames),
             total(tokens),
             total(beacons),

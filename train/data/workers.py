@@ -30,13 +30,14 @@ from vxl_jax.stream.plan import Ratio, Stream, draw_ratio
 
 @dataclass(frozen=True)
 class Measured:
-    """Lengths of a sample: ids without marks, labelled ids, frames or tiles of every block; and
-    whether the blocks are videos.
+    """Lengths of a sample: ids without marks, labelled ids, frames or tiles and visual tokens of
+    every block; and whether the blocks are videos.
     """
 
     text: int
     labels: int
     frames: tuple[int, ...]
+    visual: tuple[int, ...]
     is_video: bool = False
 
 
@@ -104,7 +105,8 @@ class RecordWork:
                 raise self._fault(source, record, error) from error
             frames = tuple(block.frames for block in sample.blocks)
             is_video = any(block.is_video for block in sample.blocks)
-            found.append(Measured(sample.text, sample.labelled, frames, is_video))
+            visual = tuple(sample.visual_tokens(self.reader.preparer.model))
+            found.append(Measured(sample.text, sample.labelled, frames, visual, is_video))
         return found
 
     def load(

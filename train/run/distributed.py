@@ -288,7 +288,7 @@ def place_batch(batch: Batch, mesh: Mesh, shards: Shards) -> tuple[Any, Any]:
 
         return jax.make_array_from_callback(shape, NamedSharding(mesh, sample_spec(axis)), part)
 
-    return map_by_sample(put, batch.streams), None if batch.pixels is None else put(batch.pixels, 0)
+    return map_by_sample(put, batch.streams), jax.tree.map(lambda x: put(x, 0), batch.pixels)
 
 
 def to_host(x: Any) -> np.ndarray:

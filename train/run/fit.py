@@ -35,6 +35,7 @@ from vxl_jax.presets import PRESETS
 from vxl_jax.progress import progress_bar
 from vxl_jax.stream.batch import StreamShape, batch_streams
 from vxl_jax.stream.plan import Stream, plan_stream
+from vxl_jax.stream.visual import video_shapes
 from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN
 
 SAMPLE_TEXT, SAMPLE_LABELS = 512, 256
@@ -109,8 +110,11 @@ class StepEstimator:
             sharding = NamedSharding(self.mesh, sample_spec(axis))
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        pixels = jax.ShapeDtypeStruct((places, frames, size, size, 3), np.uint8)
-        placed = map_by_sample(struct, batch), struct(pixels, 0) if frames else None
+        visual: Any = None
+        if frames:
+            visual = jax.ShapeDtypeStruct((places, frames, size, size, 3), np.uint8)
+            visual = video_shapes(self.model.layout, visual)
+        placed = map_by_sample(struct, batch), jax.tree.map(lambda x: struct(x, 0), visual)
         sums = self.sums if config.optim.accumulate > 1 else None
         with jax.set_mesh(self.mesh), attention.made_for("gpu"):
             lowered = lower_add_batch(self.graph, self.trained, self.frozen, sums, *placed)
@@ -137,7 +141,7 @@ class StepEstimator:
         ids[0] = IMAGE_TOKEN
         labels = np.where(np.arange(len(ids)) > SAMPLE_TEXT - SAMPLE_LABELS, ids, IGNORE)
         ids, labels = (ids, labels) if frames else (ids[1:], labels[1:])
-        visual = [self.model.layout.count(frames)] if frames else []
+        visual = [self.model.layout.video_count(frames)] if frames else []
         ratio = min(self.model.ratios, default=None)
         return plan_stream(ids, visual, window=self.model.window, ratio=ratio, labels=labels)
 

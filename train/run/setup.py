@@ -99,10 +99,10 @@ def read_model_config(config: TrainConfig) -> VideoXLConfig:
     Raises:
       ConfigError: the model has no vision tower, or not the beacons that are to be trained.
     """
-    preprocessing = config.data.preprocessing
     if config.model.checkpoint is None:
-        changes = config.model.changes()
-        return PRESETS[config.model.preset](preprocessing=preprocessing, **changes)
+        model_config = PRESETS[config.model.preset](**config.model.changes())
+        preprocessing = config.data.preprocessing_for(model_config.preprocessing)
+        return with_changes(model_config, preprocessing=preprocessing)
     directory = Path(config.model.checkpoint)
     model_config = published.read_config(directory, **config.model.changes())
     if model_config.vision is None:
@@ -123,6 +123,7 @@ def read_model_config(config: TrainConfig) -> VideoXLConfig:
             "beacons to compress with; leave it out"
         )
     before = model_config.preprocessing
+    preprocessing = config.data.preprocessing_for(before)
     if is_first() and before != preprocessing:
         names = (each.name for each in dataclasses.fields(before))
         changed = [name for name in names if getattr(before, name) != getattr(preprocessing, name)]

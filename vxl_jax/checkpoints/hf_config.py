@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from vxl_jax.checkpoints.hf_preprocessing import read_preprocessing
+from vxl_jax.checkpoints.hf_preprocessing import read_max_tiles, read_preprocessing
 from vxl_jax.checkpoints.hf_tower import find_tower, read_vision
 from vxl_jax.checkpoints.json_files import Fields, Required, read_json
-from vxl_jax.checkpoints.names import EMBEDDING_NAME, HEAD_NAME, is_beacon
+from vxl_jax.checkpoints.names import EMBEDDING_NAME, FASTER_NAME, HEAD_NAME, is_beacon
 from vxl_jax.checkpoints.safetensors_read import find_tensors
 from vxl_jax.checkpoints.tensors import STORED, Tensor
 from vxl_jax.config import (
@@ -20,7 +20,8 @@ from vxl_jax.config import (
     VisionConfig,
     with_changes,
 )
-from vxl_jax.errors import CheckpointError
+from vxl_jax.errors import CheckpointError, ConfigError
+from vxl_jax.text.template import Family
 
 MODEL_TYPES = ("llava_qwen", "qwen2")
 
@@ -43,13 +44,25 @@ REQUIRED_BEACONS: Required = {
     "beacon_attend_prev": (True,),
     "beacon_sink_size": (0,),
 }
-REQUIRED_VISION: Required = {
-    "mm_projector_type": ("mlp2x_gelu",),
-    "mm_resampler_type": ("spatial_pool",),
-    "mm_spatial_pool_mode": ("average",),
-    "mm_vision_select_feature": ("patch",),
-    "mm_patch_merge_type": ("unires",),
+REQUIRED_VISION: dict[Family, Required] = {
+    "video_xl": {
+        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_resampler_type": ("spatial_pool",),
+        "mm_spatial_pool_mode": ("average",),
+        "mm_vision_select_feature": ("patch",),
+        "mm_patch_merge_type": ("unires",),
+    },
+    "llava_video": {
+        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_resampler_type": (None,),
+        "mm_spatial_pool_mode": ("bilinear", "average", "max", None),
+        "mm_vision_select_feature": ("patch",),
+        "mm_patch_merge_type": ("flat", "spatial_unpad"),
+        "mm_newline_position": ("grid", "frame", "one_token", "no_token", None),
+        "add_faster_video": (False, True, None),
+    },
 }
+"""By family; `read_family` tells which."""
 
 # The same for fields that other models have and that this one's checkpoints do not write.
 FOREIGN_LANGUAGE: Required = {
@@ -67,8 +80,9 @@ FOREIGN_BEACONS: Required = {
 FOREIGN_VISION: Required = {
     "mm_use_im_start_end": (False, None),
     "s2": (False, None),
-    "add_faster_video": (False, None),
 }
+NEWLINES = {"no_token": "none"}
+"""Values of `mm_newline_position` that have another name here."""
 
 
 def read_config(
@@ -76,12 +90,14 @@ def read_config(
     *,
     vision: str | Path | None = None,
     tensors: Any = None,
+    overrides: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> VideoXLConfig:
     """Read the model configuration of a directory in the published layout.
 
-    Video-XL (`llava_qwen` with beacons), the same without beacons, and plain Qwen2, which has no
-    vision tower, are told apart by `model_type`, `enable_beacon` and `beacon_window`.
+    Plain Qwen2, which has no vision tower, is told from the others by `model_type`; Video-XL from
+    LLaVA-Video, LLaVA-OneVision and plain LLaVA-Qwen by `read_family`. Any of them may have beacons
+    (`enable_beacon`, `beacon_window`).
 
     Args:
       directory: has `config.json`.
@@ -89,6 +105,7 @@ def read_config(
         what its `mm_vision_tower` names.
       tensors: `Tensor` by name of the checkpoint, if they are known already; they tell whether
         embeddings are tied, see `ties_embeddings`.
+      overrides: fields that take the place of those of `config.json`.
       changes: as for `with_changes`.
 
     Raises:
@@ -96,7 +113,7 @@ def read_config(
     """
     refuse_adapter(directory)
     path = directory / "config.json"
-    values = Fields(read_json(path), path)
+    values = Fields(read_json(path) | dict(overrides or {}), path)
     if "model_type" not in values.values and (directory / "checkpoints").is_dir():
         raise CheckpointError(
             f"{directory}: is a training run; python -m convert.to_hf {directory} DIR makes a "
@@ -105,25 +122,81 @@ def read_config(
     values.require({"model_type": MODEL_TYPES})
     has_vision = values.get("model_type", MODEL_TYPES[0]) != "qwen2"
     if tensors is None:
-        tensors = _stored_tensors(directory) if values.get("tie_word_embeddings", False) else {}
+        needed = values.get("tie_word_embeddings", False) or values.get("add_faster_video", False)
+        tensors = _stored_tensors(directory) if needed else {}
     config = VideoXLConfig(
         vision=None, language=read_language(values, tensors), compression=_read_compression(values)
     )
     if has_vision:
-        tower = _read_tower(values, directory, vision)
-        config = dataclasses.replace(
-            config,
-            vision=tower,
-            pool_stride=values.integer("mm_spatial_pool_stride"),
-            preprocessing=read_preprocessing(values, tower.image_size),
-        )
+        family = read_family(values)
+        tower = _read_tower(values, directory, vision, family)
+        config = _with_vision(config, values, tower, family, tensors)
     if config.compression is None and "compression" not in changes:
         _refuse_beacons(values, tensors)
     return with_changes(config, **changes)
 
 
-def _read_tower(values: Fields, directory: Path, vision: str | Path | None) -> VisionConfig:
-    values.require(REQUIRED_VISION | FOREIGN_VISION)
+def read_family(values: Fields) -> Family:
+    """Tell whose layout a `llava_qwen` checkpoint has.
+
+    `mm_patch_merge_type` says it: `unires` is Video-XL's. Without that field, Video-XL has its
+    resampler or beacons.
+    """
+    merge = values.get("mm_patch_merge_type", None)
+    own = values.get("mm_resampler_type", None) is not None or "beacon_window" in values.values
+    is_video_xl = merge == "unires" or (merge is None and own)
+    return "video_xl" if is_video_xl else "llava_video"
+
+
+def read_layout(values: Fields, family: Family, has_faster: bool = False) -> dict[str, Any]:
+    """Read the fields of `VideoXLConfig` that decide visual tokens, besides the tower.
+
+    has_faster: whether the checkpoint has the token that ends each frame of a SlowFast video.
+
+    Where a LLaVA's file has none: what LLaVA-Video was trained with, and not the defaults of the
+    published code, which reads `mm_spatial_pool_stride` nowhere.
+    """
+    if family == "video_xl":
+        return {"pool_stride": values.integer("mm_spatial_pool_stride")}
+    position = values.get("mm_newline_position", None) or "grid"
+    merge = values.get("mm_patch_merge_type", None) or "flat"
+    is_slow_fast = values.get("add_faster_video", False)
+    return {
+        "pool_stride": values.integer("mm_spatial_pool_stride", 2),
+        "pool_mode": values.get("mm_spatial_pool_mode", None) or "bilinear",
+        "newline": NEWLINES.get(position, position) if merge == "spatial_unpad" else "none",
+        "slow_every": values.integer("faster_token_stride", 10) if is_slow_fast else 1,
+        "faster_token": bool(is_slow_fast) and has_faster,
+        "image_tokens": "unpad" if merge == "spatial_unpad" else "flat",
+        "max_image_tiles": read_max_tiles(values),
+    }
+
+
+def _with_vision(
+    config: VideoXLConfig,
+    values: Fields,
+    tower: VisionConfig,
+    family: Family,
+    tensors: Mapping[str, Tensor],
+) -> VideoXLConfig:
+    """Add what depends on the vision tower."""
+    layout = read_layout(values, family, FASTER_NAME in tensors)
+    try:
+        return dataclasses.replace(
+            config,
+            family=family,
+            vision=tower,
+            preprocessing=read_preprocessing(values, tower, family),
+            **layout,
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{values.path}: {error}") from error
+
+
+def _read_tower(
+    values: Fields, directory: Path, vision: str | Path | None, family: Family
+) -> VisionConfig:
+    values.require(REQUIRED_VISION[family] | FOREIGN_VISION)
     name = values["mm_vision_tower"]
     if not isinstance(name, str):
         raise CheckpointError(
@@ -132,7 +205,7 @@ def _read_tower(values: Fields, directory: Path, vision: str | Path | None) -> V
     tower = find_tower(directory, name, vision)
     if isinstance(tower, Path):
         tower = read_vision(tower, values.integer("mm_vision_select_layer", -2))
-    else:
+    elif tower.kind == "clip":
         layer = values.integer("mm_vision_select_layer", tower.feature_layer)
         tower = dataclasses.replace(tower, feature_layer=layer)
     if values.get("mm_hidden_size", tower.width) != tower.width:

@@ -6,26 +6,43 @@ from pathlib import Path
 from typing import Any
 
 from vxl_jax.checkpoints.json_files import Fields, Required, read_json
-from vxl_jax.config import VisionConfig
+from vxl_jax.config import TowerKind, VisionConfig, siglip_so400m
 from vxl_jax.errors import CheckpointError
 
 TOWER_FOLDER = "vision_tower"
 """Where a checkpoint that stands by itself has the tower's config.json."""
 
 
-KNOWN_TOWERS = {"openai/clip-vit-large-patch14-336": VisionConfig()}
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14-336": VisionConfig(),
+    "google/siglip-so400m-patch14-384": siglip_so400m(),
+}
 
 
 KNOWN_PARTS = {name.rpartition("/")[2]: name for name in KNOWN_TOWERS}
 """Names of `KNOWN_TOWERS` by their last part."""
 
 
-REQUIRED_TOWER: Required = {
-    "hidden_act": ("quick_gelu",),
-    "model_type": ("clip_vision_model", "clip"),
-    "num_channels": (3,),
-    "attention_dropout": (0.0,),
+REQUIRED_TOWER: dict[TowerKind, Required] = {
+    "clip": {
+        "hidden_act": ("quick_gelu",),
+        "model_type": ("clip_vision_model", "clip"),
+        "num_channels": (3,),
+        "attention_dropout": (0.0,),
+    },
+    "siglip": {
+        "hidden_act": ("gelu_pytorch_tanh",),
+        "model_type": ("siglip_vision_model", "siglip"),
+        "num_channels": (3,),
+        "attention_dropout": (0.0,),
+    },
 }
+NORM_EPS = {"clip": 1e-5, "siglip": 1e-6}
+"""What transformers takes where `layer_norm_eps` is not given."""
+
+SIGLIP_FEATURES = -2
+"""SigLIP's features in LLaVA: before its last layer, and without its last norm, whatever
+`mm_vision_select_layer` says."""
 
 
 REQUIRED_PIXELS: Required = {
@@ -75,7 +92,9 @@ def known_tower(name: str) -> str | None:
 
 
 def read_vision(tower: Path, feature_layer: int = -2) -> VisionConfig:
-    """Sizes of a CLIP vision tower from its config.json, alone or inside a whole CLIP's.
+    """Sizes of a CLIP or SigLIP vision tower from its config.json, alone or inside a whole model's.
+
+    feature_layer: of CLIP; SigLIP's is `SIGLIP_FEATURES`.
 
     Raises: CheckpointError if a field is missing or asks for what the network does not compute.
     """
@@ -85,17 +104,23 @@ def read_vision(tower: Path, feature_layer: int = -2) -> VisionConfig:
     if not isinstance(inner, dict):
         raise CheckpointError(f"{path}: vision_config must be an object")
     fields = Fields(inner, path)
-    fields.require(REQUIRED_TOWER)
+    kind: TowerKind = "clip"
+    if str(inner.get("model_type", tower_values.get("model_type"))).startswith("siglip"):
+        kind, feature_layer = "siglip", SIGLIP_FEATURES
+    fields.require(REQUIRED_TOWER[kind])
     size = fields.integer("image_size")
     pixels: dict[str, Any] = {}
     if (tower / "preprocessor_config.json").is_file():
         file = tower / "preprocessor_config.json"
         processor = Fields(read_json(file), file)
-        _check_pixels(processor, size)
+        _check_pixels(processor, size, kind)
         for name in ("image_mean", "image_std"):
             if name in processor.values:
                 pixels[name] = processor.items(name, float)
+    elif kind == "siglip":
+        pixels = {name: (0.5, 0.5, 0.5) for name in ("image_mean", "image_std")}
     return VisionConfig(
+        kind=kind,
         image_size=size,
         patch_size=fields.integer("patch_size"),
         width=fields.integer("hidden_size"),
@@ -103,16 +128,18 @@ def read_vision(tower: Path, feature_layer: int = -2) -> VisionConfig:
         feature_layer=feature_layer,
         heads=fields.integer("num_attention_heads"),
         mlp_width=fields.integer("intermediate_size"),
-        norm_eps=fields.number("layer_norm_eps", 1e-5),
+        norm_eps=fields.number("layer_norm_eps", NORM_EPS[kind]),
         **pixels,
     )
 
 
-def _check_pixels(processor: Fields, size: int) -> None:
+def _check_pixels(processor: Fields, size: int, kind: TowerKind) -> None:
     """Refuse an image processor that makes other pixels than this library does.
 
     size: of the tower's input.
     """
+    if kind == "siglip":
+        processor.require({"do_center_crop": (False, None)})
     processor.require(REQUIRED_PIXELS)
     if abs(processor.number("rescale_factor", 1 / 255) * 255 - 1) > 1e-4:
         raise CheckpointError(

@@ -74,6 +74,7 @@ class NameRow:
 
 EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
 BEACON_EMBEDDING_NAME = "model.beacon_embed_tokens.weight"
+NEWLINE_NAME, FASTER_NAME = "model.image_newline", "model.faster_token"
 PUBLISHED_TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
@@ -113,16 +114,23 @@ def _name_rows(config: VideoXLConfig) -> Iterator[NameRow]:
 
     yield from linear("model.mm_projector.0", "projector.up")
     yield from linear("model.mm_projector.2", "projector.down")
+    if config.layout.has_newline:
+        yield one(NEWLINE_NAME, "projector.newline")
+    if config.faster_token:
+        yield one(FASTER_NAME, "projector.faster")
 
-    yield one(f"{PUBLISHED_TOWER}embeddings.class_embedding", "vision.class_embed")
     yield one(f"{PUBLISHED_TOWER}embeddings.position_embedding.weight", "vision.position_embed")
     yield NameRow(
         f"{PUBLISHED_TOWER}embeddings.patch_embedding.weight",
         ("vision", "patch_embed", "kernel"),
         patch_layout(config.tower.patch_size),
     )
-    yield one(f"{PUBLISHED_TOWER}pre_layrnorm.weight", "vision.pre_norm.scale")
-    yield one(f"{PUBLISHED_TOWER}pre_layrnorm.bias", "vision.pre_norm.bias")
+    if config.tower.kind == "siglip":
+        yield one(f"{PUBLISHED_TOWER}embeddings.patch_embedding.bias", "vision.patch_embed.bias")
+    else:
+        yield one(f"{PUBLISHED_TOWER}embeddings.class_embedding", "vision.class_embed")
+        yield one(f"{PUBLISHED_TOWER}pre_layrnorm.weight", "vision.pre_norm.scale")
+        yield one(f"{PUBLISHED_TOWER}pre_layrnorm.bias", "vision.pre_norm.bias")
     there, here, n = (
         f"{PUBLISHED_TOWER}encoder.layers.{{i}}.",
         "vision.layers.",
@@ -140,14 +148,18 @@ def _name_rows(config: VideoXLConfig) -> Iterator[NameRow]:
 def is_unused(name: str, config: VideoXLConfig) -> bool:
     """Whether a published tensor is one that the network never reads.
 
-    They are the tower's layers above the features, its last norm, position ids that old releases of
-    transformers wrote, the head of a model with tied embeddings, and beacons of a model that is
-    loaded without compression.
+    They are the tower's layers above the features, its last norm, SigLIP's pooling head, position
+    ids that old releases of transformers wrote, the head of a model with tied embeddings, learned
+    vectors that the layout has no place for, and beacons of a model that is loaded without
+    compression.
     """
-    if name.startswith(f"{PUBLISHED_TOWER}post_layernorm.") or name.endswith(
-        "embeddings.position_ids"
-    ):
+    ends = (f"{PUBLISHED_TOWER}post_layernorm.", f"{PUBLISHED_TOWER}head.")
+    if name.startswith(ends) or name.endswith("embeddings.position_ids"):
         return True
+    if name == FASTER_NAME:
+        return not config.faster_token
+    if name == NEWLINE_NAME:
+        return config.vision is None or not config.layout.has_newline
     if name == HEAD_NAME:
         return config.language.tie_embeddings
     if is_beacon(name):

@@ -17,7 +17,7 @@ from vxl_jax.interrupts import held_interrupts
 from vxl_jax.media.open import Film, FrameLimit, MediaLike
 from vxl_jax.media.sampling import FrameTimes
 from vxl_jax.planning.inference_bytes import OWN_SLOTS
-from vxl_jax.text.chat import IMAGE_MARK, IMAGE_TOKEN, encode_follow_up
+from vxl_jax.text.chat import IMAGE_MARK, IMAGE_TOKEN, encode_follow_up, with_marks
 from vxl_jax.text.time_prompt import with_time_prompt
 
 NEW_TOKENS = 256
@@ -83,7 +83,7 @@ class Chat:
         check_question(question)
         media = as_list(media)
         if media and IMAGE_MARK not in question:
-            question = IMAGE_MARK * len(media) + question
+            question = with_marks(len(media), question, self.model.config.family)
         if question.count(IMAGE_MARK) != len(media):
             raise ArgumentError(
                 f"{question.count(IMAGE_MARK)} {IMAGE_MARK} marks in the question for {len(media)} "
@@ -127,8 +127,9 @@ class Chat:
         model = self.model
         times = self._video_times(films)
         if self.turns:
-            said = with_time_prompt(question, times) if times else question
-            follow_up = encode_follow_up(said, model.tokenizer, control_tokens=False)
+            family = model.config.family
+            said = with_time_prompt(question, times, family) if times else question
+            follow_up = encode_follow_up(said, model.tokenizer, False, family)
             ids = np.append(self._rest, follow_up)
         else:
             ids = model.first_turn(self._blocks, question, times)
@@ -188,7 +189,7 @@ class Chat:
             if len(text):
                 length = append_text([self._base, (self._entries, length)], text)
             bases = [self._base, (self._entries, length)]
-            watcher = Watcher(bases, begin_block(self.model.config, length))
+            watcher = Watcher(bases, begin_block(self.model, film, length))
             watch_film(watcher, film, ratios)
             length = watcher.length
         return length, pieces[-1]

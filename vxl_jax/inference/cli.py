@@ -312,7 +312,7 @@ def print_inference_plan(options: argparse.Namespace) -> None:
     card = find_card(options.card)
     memory = memory_of(card, options.memory_gb)
     dtype = COMPUTE_DTYPES[options.weights or "bfloat16"]
-    changes = {"dtype": dtype, "param_dtype": dtype}
+    changes: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype}
     if options.model in PRESETS:
         config = PRESETS[options.model](**changes)
     else:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Float, Float32, Int32, Num
+from jaxtyping import Bool, Float, Float32, Int32
 
 from vxl_jax.errors import ArgumentError
 from vxl_jax.inference.sampling import GREEDY, Sampling, check_new_tokens, token_logprobs
@@ -15,7 +15,7 @@ from vxl_jax.models.functions import decode_step, prefill
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.stream.batch import StreamBatch, round_up
 from vxl_jax.stream.plan import VISUAL
-from vxl_jax.typing import AnyArray
+from vxl_jax.stream.visual import Pixels, VisualInput
 
 Step = Callable[[Array], Array]
 """Append a token of every sample, int32 [B], to a memory; return the logits [B, V] after it."""
@@ -38,7 +38,7 @@ class ScoredAnswer(NamedTuple):
 def stream_tokens(
     model: VideoXL,
     streams: StreamBatch,
-    pixels: Num[AnyArray, "B F S S 3"] | None = None,
+    pixels: Pixels | None = None,
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -51,7 +51,7 @@ def stream_tokens(
     Args:
         model: the network.
         streams: from `batch_streams`, each ending where the answer begins.
-        pixels: as for `VideoXL.encode`.
+        pixels: see `Pixels`.
         max_new_tokens: how many to yield.
         sampling: how each is chosen.
     """
@@ -60,7 +60,7 @@ def stream_tokens(
 
 
 def _read_prompts(
-    model: VideoXL, streams: StreamBatch, pixels: AnyArray | None, max_new_tokens: int
+    model: VideoXL, streams: StreamBatch, pixels: Pixels | None, max_new_tokens: int
 ) -> tuple[Step, Array]:
     check_new_tokens(max_new_tokens)
     check_frame_count(model, streams, pixels)
@@ -161,14 +161,22 @@ def scored_until_stopped(
     return answers
 
 
-def check_frame_count(model: VideoXL, streams: StreamBatch, pixels: AnyArray | None) -> None:
+def check_frame_count(model: VideoXL, streams: StreamBatch, pixels: Pixels | None) -> None:
     """Refuse pixels that the streams were not planned for.
 
     Raises:
         ValueError: fewer frames than the plan reads.
     """
     visual = np.asarray(streams.source)[np.asarray(streams.kind) == VISUAL]
-    needed = model.config.layout.frames_of(int(visual.max()) + 1) if visual.size else 0
+    tokens = int(visual.max()) + 1 if visual.size else 0
+    if isinstance(pixels, VisualInput):
+        if tokens > pixels.patch.shape[1]:
+            raise ValueError(
+                f"the streams were planned for {tokens} visual tokens, and there are "
+                f"{pixels.patch.shape[1]}"
+            )
+        return
+    needed = model.config.layout.frames_of(tokens) if tokens else 0
     given = 0 if pixels is None else pixels.shape[1]
     if needed > given:
         raise ValueError(f"the streams were planned for {needed} frames, pixels has {given}")
@@ -178,7 +186,7 @@ def check_frame_count(model: VideoXL, streams: StreamBatch, pixels: AnyArray | N
 def generate(
     model: VideoXL,
     streams: StreamBatch,
-    pixels: Num[AnyArray, "B F S S 3"] | None = ...,
+    pixels: Pixels | None = ...,
     *,
     max_new_tokens: int,
     sampling: Sampling = ...,
@@ -191,7 +199,7 @@ def generate(
 def generate(
     model: VideoXL,
     streams: StreamBatch,
-    pixels: Num[AnyArray, "B F S S 3"] | None = ...,
+    pixels: Pixels | None = ...,
     *,
     max_new_tokens: int,
     sampling: Sampling = ...,
@@ -203,7 +211,7 @@ def generate(
 def generate(
     model: VideoXL,
     streams: StreamBatch,
-    pixels: Num[AnyArray, "B F S S 3"] | None = None,
+    pixels: Pixels | None = None,
     *,
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
@@ -217,7 +225,7 @@ def generate(
     Args:
         model: the network.
         streams: as for `stream_tokens`.
-        pixels: as for `VideoXL.encode`.
+        pixels: see `Pixels`.
         max_new_tokens: most tokens of an answer.
         sampling: how each is chosen.
         stop_ids: token ids that end an answer.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vxl_jax.errors import MediaError, PartlyWatched, VisualMemoryError
+from vxl_jax.errors import ArgumentError, MediaError, PartlyWatched, VisualMemoryError
 from vxl_jax.inference.entries import Base, Entries, append_text
 from vxl_jax.inference.memory_file import SavedMemory, check_fingerprint, check_free, write_memory
 from vxl_jax.inference.ratios import Ratios
@@ -22,6 +22,7 @@ from vxl_jax.inference.watching import (
     watch_film,
 )
 from vxl_jax.media import MediaOptions
+from vxl_jax.media.layout import VisualLayout
 from vxl_jax.media.open import Film, FrameLimit, MediaLike
 from vxl_jax.media.sampling import FrameTimes
 from vxl_jax.text.chat import IMAGE_TOKEN
@@ -161,6 +162,7 @@ class VisualMemory:
         sample_fps: float | None = None,
         start: float | None = None,
         end: float | None = None,
+        slow_every: int | None = None,
         options: MediaOptions | None = None,
         new_block: bool | None = None,
         progress: bool = False,
@@ -177,6 +179,7 @@ class VisualMemory:
             sample_fps: frames a second of a file.
             start: first second of a file.
             end: last second of a file.
+            slow_every: as there; a video that goes on keeps its own.
             options: how the pixels of a file are decoded.
             new_block: whether another video begins. By default, a file does unless it is the one
                 that was watched last, and arrays, folders and live sources go on. After an image,
@@ -190,6 +193,7 @@ class VisualMemory:
         runtime = self.entries.runtime
         ratios = runtime.checked_ratios(ratio)
         fields = {"frames": frames, "sample_fps": sample_fps, "start": start, "end": end}
+        fields["slow_every"] = slow_every
         (film,) = runtime.open_films([media], options=options, **fields)
         self.watch(film, ratios, new_block, progress)
 
@@ -207,7 +211,9 @@ class VisualMemory:
                 goes_on = not new_block
             shift = old.watched[-1].last + film.step if goes_on and film.step else 0.0
             block = old.block if goes_on else None
-            block = block or begin_block(old.entries.runtime.config, old.length)
+            if block is not None:
+                _check_goes_on(block, film)
+            block = block or begin_block(old.entries.runtime, film, old.length)
             # What reads the memory as it is now keeps entries that are about to be written again.
             entries = old.entries.copied() if block.is_provisional else old.entries
 
@@ -306,6 +312,19 @@ class VisualMemory:
         now = self.snapshot()
         about = {"ids": now.ids.tolist(), "watched": [block.as_json() for block in now.watched]}
         write_memory(path, now.entries, now.length, now.block, about)
+
+
+def _check_goes_on(block: Block, film: Film) -> None:
+    """Check that a film that goes on has slow and fast frames as it began.
+
+    Raises: ArgumentError.
+    """
+    begun = block.layout.slow_every if isinstance(block.layout, VisualLayout) else None
+    if film.slow_every not in (None, begun):
+        raise ArgumentError(
+            f"{film.name}: slow_every is {film.slow_every}, but the video that goes on has begun "
+            f"with {begun}; leave it out, or begin a new block"
+        )
 
 
 def _continued(block: Watched, film: Film, seconds: Sequence[float]) -> Watched:

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from vxl_jax.checkpoints.tensors import STORED_NAME
 from vxl_jax.errors import CheckpointError, VisualMemoryError, VxlError
 from vxl_jax.inference.entries import Entries
 from vxl_jax.inference.runtime import Runtime
-from vxl_jax.inference.watching import Block, begin_block
+from vxl_jax.inference.watching import Block, no_features
+from vxl_jax.media.layout import VisualLayout
 
 FORMAT = "vxl-jax memory 1"
 """What a saved memory says it is."""
@@ -72,9 +74,9 @@ def write_memory(
     about = about | {
         "model": entries.runtime.fingerprint,
         "length": length,
-        "block": block and {"start": block.start, "ratios": block.ratios, "tokens": block.tokens},
+        "block": block and _about_block(block),
     }
-    features = np.asarray((block or begin_block(config, 0)).features)
+    features = np.asarray(no_features(config) if block is None else block.features)
     stored = STORED_NAME[features.dtype.name]
     shape = (language.layers, language.kv_heads, length, language.head_size)
     each = length * language.head_size * features.dtype.itemsize
@@ -98,6 +100,13 @@ def write_memory(
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _about_block(block: Block) -> dict[str, Any]:
+    about = {"start": block.start, "ratios": block.ratios, "tokens": block.tokens}
+    if isinstance(block.layout, VisualLayout):  # images do not go on
+        about["slow_every"] = block.layout.slow_every
+    return about | {"is_ended": block.is_ended}
 
 
 def _rows(entries: Entries, length: int, name: str, layer: int, head: int) -> np.ndarray:
@@ -154,8 +163,16 @@ class SavedMemory:
             block, about = None, self.about["block"]
             if about is not None:
                 features = jnp.array(np.array(self.tensors["features"].read()))
-                ratios = tuple(about["ratios"])
-                block = Block(int(about["start"]), features, ratios, int(about["tokens"]))
+                layout = runtime.config.layout
+                every = int(about.get("slow_every", layout.slow_every))
+                block = Block(
+                    start=int(about["start"]),
+                    features=features,
+                    layout=replace(layout, slow_every=every),
+                    ratios=tuple(about["ratios"]),
+                    tokens=int(about["tokens"]),
+                    is_ended=bool(about.get("is_ended", False)),
+                )
         entries = Entries(runtime)
         entries.fill(self.length, map(self._layer, range(language.layers)))
         return entries, block

@@ -70,6 +70,7 @@ class Model(Runtime):
         sample_fps: float | None = None,
         start: float | None = None,
         end: float | None = None,
+        slow_every: int | None = None,
         options: MediaOptions | None = None,
         system: str = DEFAULT_SYSTEM,
         progress: bool = False,
@@ -87,6 +88,9 @@ class Model(Runtime):
             sample_fps: take this many frames a second instead, up to `frames`.
             start: second of each video file where frames begin; its beginning if None.
             end: second where they end; the file's end if None.
+            slow_every: every such frame of a video is slow, and the others are fast, which have
+                fewer tokens (SlowFast); by default as the model was trained. For models with a
+                layout of their own, such as LLaVA-Video.
             options: how the pixels of files are decoded; None: as in training.
             system: the system turn of conversations about the memory.
             progress: show bars.
@@ -97,7 +101,7 @@ class Model(Runtime):
         """
         ratios = self.checked_ratios(ratio)
         fields: dict[str, Any] = {"frames": frames, "sample_fps": sample_fps}
-        fields |= {"start": start, "end": end, "options": options}
+        fields |= {"start": start, "end": end, "slow_every": slow_every, "options": options}
         films = self.open_films(as_list(media), **fields)
         memory = self.remember(system)
         memory.check_room(films, ratios)

@@ -1,8 +1,9 @@
 """A network ready to run, with its tokenizer, its limits and its digest."""
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,13 +15,20 @@ from flax.traverse_util import flatten_dict
 from jax import Array, lax
 
 from vxl_jax.config import VideoXLConfig
-from vxl_jax.errors import VisualMemoryError
+from vxl_jax.errors import ArgumentError, VisualMemoryError
 from vxl_jax.inference.ratios import Ratios, check_ratios, default_ratio
-from vxl_jax.media.open import Film, MediaLike, as_media, open_film
+from vxl_jax.media.layout import ImageLayout, VisualLayout
+from vxl_jax.media.open import Film, MediaLike, Picture, as_media, open_film
 from vxl_jax.media.sampling import FrameTimes
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.planning.inference_bytes import STEP_TOKENS
-from vxl_jax.text.chat import DEFAULT_SYSTEM, IMAGE_MARK, IMAGE_TOKEN, encode_prompt
+from vxl_jax.text.chat import (
+    DEFAULT_SYSTEM,
+    IMAGE_MARK,
+    IMAGE_TOKEN,
+    encode_prompt,
+    with_marks,
+)
 from vxl_jax.text.time_prompt import with_time_prompt
 
 CPU_STEP_TOKENS = 2048
@@ -87,7 +95,7 @@ class Runtime:
 
     def head_ids(self, system: str = DEFAULT_SYSTEM) -> np.ndarray:
         """Ids of a conversation before its first block, or its first question without one."""
-        ids = encode_prompt(IMAGE_MARK, self.tokenizer, system, control_tokens=False)
+        ids = encode_prompt(IMAGE_MARK, self.tokenizer, system, False, self.config.family)
         return ids[: int(np.flatnonzero(ids == IMAGE_TOKEN)[0])]
 
     def open_films(self, media: Sequence[MediaLike], **fields: Any) -> list[Film]:
@@ -103,7 +111,31 @@ class Runtime:
         if not media:
             return []
         size, preprocessing = self.config.tower.image_size, self.config.preprocessing
-        return [open_film(as_media(item, **fields), size, preprocessing) for item in media]
+        found = [as_media(item, **fields) for item in media]
+        several = sum(isinstance(item, Picture) for item in found) > 1
+        found = [
+            replace(item, several=several) if isinstance(item, Picture) else item for item in found
+        ]
+        return [open_film(item, size, preprocessing) for item in found]
+
+    def layout_of(self, film: Film) -> VisualLayout | ImageLayout:
+        """Lay out the visual tokens of a film.
+
+        Raises:
+          ArgumentError: it is to have fast frames, and the model has none.
+        """
+        layout = self.config.layout
+        if film.image is not None:
+            return layout.image(film.image.tiles, film.image.grid, film.image.size)
+        every = film.slow_every
+        if every is None or every == layout.slow_every:
+            return layout
+        if layout.is_uniform:
+            raise ArgumentError(
+                f"{film.name}: slow_every is {every}, but the model pools all frames alike; leave "
+                "it out"
+            )
+        return replace(layout, slow_every=every)
 
     def first_turn(self, blocks: int, question: str, video: FrameTimes | None = None) -> np.ndarray:
         """Encode the first question after a memory, to where its answer begins.
@@ -118,10 +150,13 @@ class Runtime:
           int32 [T].
         """
         # What people type is text: a control token in it stays letters.
-        prompt = IMAGE_MARK * blocks + question
+        family = self.config.family
+        prompt = with_marks(blocks, question, family)
         if video is not None and self.config.preprocessing.time_prompt:
-            prompt = with_time_prompt(prompt, video)
-        ids = encode_prompt(prompt, self.tokenizer, control_tokens=False)
+            prompt = with_time_prompt(prompt, video, family)
+        # Without a block, the memory has the ids up to the newline before the question.
+        prompt = prompt if blocks else prompt.lstrip("\n")
+        ids = encode_prompt(prompt, self.tokenizer, control_tokens=False, family=family)
         return ids[len(self.head_ids()) + blocks :]
 
     def text_of(self, ids: Sequence[int]) -> str:
@@ -147,9 +182,19 @@ def video_times(blocks: int, times: FrameTimes | None, films: Sequence[Film]) ->
 
 def _of_memory(config: VideoXLConfig) -> dict[str, Any]:
     """Select the fields of a configuration that entries depend on."""
-    unused = ("remat", "compression", "param_dtype", "preprocessing")
+    unused = ("remat", "compression", "param_dtype", "preprocessing", "family", "slow_every")
     fields = {name: value for name, value in asdict(config).items() if name not in unused}
+    # Fields that older versions did not have count where they say something new.
+    for field in dataclasses.fields(config):
+        if field.name in ADDED and fields[field.name] == field.default:
+            del fields[field.name]
+    if fields["vision"] is not None and fields["vision"]["kind"] == "clip":
+        del fields["vision"]["kind"]
     return fields | {"window": config.window}
+
+
+ADDED = ("pool_mode", "newline", "faster_token", "image_tokens", "max_image_tiles")
+"""Fields of `VideoXLConfig` that memories of version 0.1 were saved without."""
 
 
 @jax.jit

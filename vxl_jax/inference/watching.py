@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +14,14 @@ from vxl_jax.inference.entries import Base, Continuation, device_memory
 from vxl_jax.inference.ratios import Ratios, ratio_at
 from vxl_jax.inference.runtime import Runtime
 from vxl_jax.interrupts import held_interrupts
-from vxl_jax.media.layout import VisualLayout
+from vxl_jax.media.layout import FrameCounts, ImageLayout, VisualLayout
 from vxl_jax.media.open import AT_ONCE, Film
 from vxl_jax.media.prefetch import ahead
 from vxl_jax.models.functions import encode
 from vxl_jax.progress import progress_bar
 from vxl_jax.stream.batch import round_up
 from vxl_jax.stream.plan import plan_stream, ratio_within
+from vxl_jax.stream.visual import Pixels, batch_visual
 from vxl_jax.text.chat import IMAGE_TOKEN
 
 
@@ -36,25 +37,36 @@ class Block:
       features: [n, D] visual tokens from there on.
       ratios: of the windows that `features` begin.
       tokens: in all windows, `features` included.
+      layout: which tokens its frames or tiles give.
+      is_ended: whether an entry of the token that ends a video comes after the features.
     """
 
     start: int
     features: Array
+    layout: VisualLayout | ImageLayout
     ratios: tuple[int | None, ...] = ()
     tokens: int = 0
+    is_ended: bool = False
 
     @property
     def is_provisional(self) -> bool:
-        """Whether the entry of the partial window is for fewer tokens than its ratio. When more
-        frames arrive, it is written again.
+        """Whether entries are written again when more frames arrive: that of a partial window of
+        fewer tokens than its ratio, and that of the token at the end.
         """
+        if self.is_ended:
+            return True
         ratio = self.ratios[0] if self.ratios else None
         return ratio is not None and 0 < len(self.features) < ratio
 
 
-def begin_block(config: VideoXLConfig, start: int) -> Block:
+def begin_block(runtime: Runtime, film: Film, start: int) -> Block:
     """A block without a frame, after `start` entries."""
-    return Block(start, jnp.zeros((0, config.language.width), DTYPES[config.dtype]))
+    return Block(start, no_features(runtime.config), runtime.layout_of(film))
+
+
+def no_features(config: VideoXLConfig) -> Array:
+    """No visual token."""
+    return jnp.zeros((0, config.language.width), DTYPES[config.dtype])
 
 
 @dataclass(frozen=True)
@@ -106,9 +118,11 @@ class Watcher:
         self.before = sum(length for _, length in self.bases)
         self._seconds: list[float] = []  # of the frames taken in
         self._first = block.tokens  # where the tokens of the first frame begin
-        self._frames_before = self.runtime.config.layout.frames_of(block.tokens)
+        self.layout = block.layout
+        self._frames_before = self.layout.frames_of(block.tokens)
         # Entries from here on stay as they are written.
         self._final = block.start if block.is_provisional else self.length
+        self._ratio: int | None = None  # of the last window
         self._step: _Step | None = None  # on the device, and not in the entries yet
         self._failed = False
 
@@ -123,21 +137,35 @@ class Watcher:
         Raises: VisualMemoryError if the device has no room.
         """
         padded = np.pad(pixels, ((0, round_up(len(pixels), 4) - len(pixels)), *[(0, 0)] * 3))
+        count = self.layout.count(len(pixels), self._frames)
         with device_memory(f"encoding {len(pixels)} frames"):
-            visual = encode(self.runtime.graph, self.runtime.params, padded[None])[0]
-            visual = visual[: self.runtime.config.layout.count(len(pixels), self._frames)]
+            inputs = self._inputs(padded[None], len(pixels))
+            visual = encode(self.runtime.graph, self.runtime.params, inputs)[0][:count]
         self.take(visual, seconds, ratios)
+
+    def _inputs(self, pixels: np.ndarray, frames: int) -> Pixels:
+        """What the tower takes: the first `frames` of some pixels, with their visual tokens."""
+        if self.runtime.config.layout.is_uniform:
+            return pixels
+        if isinstance(self.layout, ImageLayout):
+            layout, tokens = self.layout.model, self.layout.tokens()
+        else:
+            layout = self.layout
+            tokens = layout.video_tokens(frames, self._frames, ends=False)
+        return batch_visual(layout, pixels, [tokens], round_up(len(tokens), 8))
 
     def take(self, visual: Array, seconds: np.ndarray, ratios: Ratios) -> None:
         """As `see`, of frames that are encoded: visual tokens [n, D]."""
         config, old = self.runtime.config, self.block
         window, end = config.window, old.tokens + len(visual)
         begin = np.arange(-(-old.tokens // window) * window, end, window) - old.tokens
-        begun = _ratios_at(config.layout, begin, seconds, ratios, self._frames)
+        begun = _ratios_at(self.layout, begin, seconds, ratios, self._frames)
         with device_memory(f"encoding {len(seconds)} frames"):
             features = jnp.concatenate([old.features, visual])
         self._failed = True
-        self.block = Block(old.start, features, old.ratios + begun, end)
+        self.block = replace(
+            old, features=features, ratios=old.ratios + begun, tokens=end, is_ended=False
+        )
         self._seconds += seconds.tolist()
         self._absorb_full()
         self._failed = False
@@ -150,8 +178,8 @@ class Watcher:
         try:
             if self._seconds and not self._failed:
                 self._absorb_full()
-                if len(self.block.features):
-                    self._absorb(len(self.block.features))
+                if len(self.block.features) or self.layout.end_tokens:
+                    self._absorb(len(self.block.features), ends=True)
         finally:
             self._commit()
 
@@ -161,30 +189,54 @@ class Watcher:
         while len(self.block.features) >= step:
             self._absorb(step)
 
-    def _absorb(self, count: int) -> None:
-        """Dispatch the first `count` tokens of the features, once the step before is appended."""
+    def _absorb(self, count: int, ends: bool = False) -> None:
+        """Dispatch the first `count` tokens of the features, once the step before is appended.
+
+        ends: append the tokens that end the block, too.
+        """
         config, block = self.runtime.config, self.block
         window, full = config.window, count // config.window
+        end = self._end() if ends else block.features[:0]
+        total = count + len(end)
         ratios = block.ratios[: -(-count // window)]
+        if -(-total // window) > len(ratios):  # a window of the end alone
+            ratios = (*ratios, self._ratio)
+        self._ratio = ratios[-1]
         finest = min((ratio for ratio in ratios if ratio is not None), default=0)
-        if count % window:
-            ratios = (*ratios[:-1], ratio_within(ratios[-1], count % window))
+        if total % window:
+            ratios = (*ratios[:-1], ratio_within(ratios[-1], total % window))
         before = self.before + block.start
-        stream = plan_stream([IMAGE_TOKEN], [count], window=window, ratio=ratios, before=before)
+        stream = plan_stream([IMAGE_TOKEN], [total], window=window, ratio=ratios, before=before)
         # Padded, so that one program serves one window and another serves several.
-        windows = 1 if count <= window else self.runtime.windows_at_once
+        windows = 1 if total <= window else self.runtime.windows_at_once
         beacons = window // finest if finest else 0
         kept = window if None in ratios else beacons
         with device_memory("reading frames"):
-            visual = jnp.pad(block.features[:count], ((0, windows * window - count), (0, 0)))
+            visual = jnp.concatenate([block.features[:count], end])
+            visual = jnp.pad(visual, ((0, windows * window - total), (0, 0)))
             rest = block.features[full * window :]
         self._commit()
         bases = (*self.bases, (self.entries, block.start))
         own = Continuation(self.runtime, bases, capacity=windows * kept)
         own.read([stream], visual[None], windows * (window + beacons))
         after = np.append(stream.window_memory, before + stream.persistent)[full] - self.before
-        self.block = Block(int(after), rest, block.ratios[full:], block.tokens)
+        self.block = replace(
+            block,
+            start=int(after),
+            features=rest,
+            ratios=block.ratios[full:],
+            is_ended=len(end) > 0,
+        )
         self._step = _Step(own, block.start, stream.persistent, self.block, count % window)
+
+    def _end(self) -> Array:
+        """Visual tokens that end the block."""
+        if not self.layout.end_tokens:
+            return no_features(self.runtime.config)
+        newline = self.runtime.network.projector.newline[...]
+        return jnp.broadcast_to(newline, (self.layout.end_tokens, len(newline))).astype(
+            DTYPES[self.runtime.config.dtype]
+        )
 
     def _commit(self) -> None:
         """Append the step that the device has done, and note how far that is."""
@@ -204,11 +256,12 @@ class Watcher:
         """How far the watcher is after a step."""
         config, block = self.runtime.config, step.block
         begun = block.tokens - len(block.features)  # where the features begin
-        layout, before = config.layout, self._frames_before
+        layout, before = self.layout, self._frames_before
         frames = layout.frames_of(max(0, begun + step.partial - self._first), before)
         tokens = self._first + layout.count(frames, before)
         ratios = block.ratios[: -(-(tokens - begun) // config.window)]
-        block = Block(block.start, block.features[: tokens - begun], ratios, tokens)
+        features = block.features[: tokens - begun]
+        block = replace(block, features=features, ratios=ratios, tokens=tokens)
         return Progress(self.length, block, self._seconds[:frames])
 
 
@@ -226,7 +279,7 @@ def watch_film(
 
     def needed(seconds: np.ndarray) -> int:
         count = watcher.block.start + count_entries(
-            runtime.config, seconds + shift, ratios, watcher.block
+            runtime.config, watcher.block, seconds + shift, ratios
         )
         runtime.check_context(watcher.before + count, film.name)
         return count
@@ -235,8 +288,9 @@ def watch_film(
         entries.reserve(needed(known))
     # As many frames as fit into the windows of a step.
     at_once = runtime.windows_at_once * runtime.config.window
-    frames = runtime.config.layout.frames_of(at_once + 1) - 1
-    chunks = film.chunks(min(max(1, frames), AT_ONCE))
+    frames = min(max(1, watcher.layout.frames_of(at_once + 1) - 1), AT_ONCE)
+    # The tokens of an image are made of all of its tiles.
+    chunks = film.chunks(frames if film.image is None else max(frames, film.image.tiles))
     total = None if known is None else len(known)
     bar = progress_bar(progress, total=total, desc="watching", unit="frame")
     with bar, closing(ahead(chunks)) as decoded:
@@ -267,25 +321,26 @@ def films_entries(
     needed = before
     for film in films:
         if film.seconds is not None:
-            needed += count_entries(runtime.config, film.seconds, ratios)
+            block = begin_block(runtime, film, 0)
+            needed += count_entries(runtime.config, block, film.seconds, ratios)
             runtime.check_context(needed, film.name)
     runtime.check_context(needed + text, "the question")
     return needed
 
 
-def count_entries(
-    config: VideoXLConfig, seconds: np.ndarray, ratios: Ratios, begun: Block | None = None
-) -> int:
-    """Entries that frames at these seconds make, after all full windows of a block, if any."""
-    layout, window = config.layout, config.window
-    waiting = 0 if begun is None else len(begun.features)
-    first = 0 if begun is None else layout.frames_of(begun.tokens)
+def count_entries(config: VideoXLConfig, block: Block, seconds: np.ndarray, ratios: Ratios) -> int:
+    """Entries that frames at these seconds make, after all full windows of a block."""
+    layout, window, waiting = block.layout, config.window, len(block.features)
+    first = layout.frames_of(block.tokens)
     total = waiting + layout.count(len(seconds), first)
-    held = () if begun is None else begun.ratios
     starts = np.arange(0, total, window)
-    later = _ratios_at(layout, starts[len(held) :] - waiting, seconds, ratios, first)
+    later = _ratios_at(layout, starts[len(block.ratios) :] - waiting, seconds, ratios, first)
+    found = block.ratios + later
+    total += layout.end_tokens
+    if -(-total // window) > len(found):
+        found = (*found, found[-1] if found else None)
     entries = 0
-    for start, ratio in zip(starts.tolist(), held + later, strict=True):
+    for start, ratio in zip(range(0, total, window), found, strict=True):
         count = min(window, total - start)
         ratio = ratio_within(ratio, count)
         entries += count if ratio is None else count // ratio
@@ -293,7 +348,7 @@ def count_entries(
 
 
 def _ratios_at(
-    layout: VisualLayout, tokens: np.ndarray, seconds: np.ndarray, ratios: Ratios, first: int
+    layout: FrameCounts, tokens: np.ndarray, seconds: np.ndarray, ratios: Ratios, first: int
 ) -> tuple[int | None, ...]:
     """Ratios of windows that begin at some tokens of frames; frame `first` of a block is the first.
 

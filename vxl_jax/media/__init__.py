@@ -12,7 +12,14 @@ folders of frames), `video/` (files by PyAV and decord), `reader` (all of these 
 (the reader in a process that can be ended), `open` (what is watched, in chunks), `prefetch`.
 """
 
-from vxl_jax.media.frames import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
+from vxl_jax.media.frames import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Resize,
+    fit_square,
+    normalize,
+    resize_and_crop,
+)
 from vxl_jax.media.images.animation import Animation, is_animation
 from vxl_jax.media.images.folder import PICTURES, FrameFolder
 from vxl_jax.media.images.loading import image_size, load_image
@@ -52,6 +59,7 @@ __all__ = [
     "FrameFolder",
     "FrameSampling",
     "MediaOptions",
+    "Resize",
     "Selection",
     "Size",
     "Timeline",
@@ -60,6 +68,7 @@ __all__ = [
     "VideoReader",
     "best_resolution",
     "choose_frames",
+    "fit_square",
     "frame_indices",
     "grid_pinpoints",
     "image_format",

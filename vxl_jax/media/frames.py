@@ -1,6 +1,7 @@
-"""One frame as the square that the vision tower takes, and its normalisation (CLIP)."""
+"""One frame as the square that the vision tower takes, and its normalisation."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -14,6 +15,27 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Images longer than this many times their width are cut before they are resized: the centre crop
 # takes 1/32 of the rest, and a 1 x 10000 image would otherwise become 4 GB.
 _MAX_ASPECT = 32
+
+
+Resize = Literal["crop", "stretch"]
+"""How a frame becomes a square. crop: the short side is resized and the centre cut out (CLIP);
+stretch: both sides are resized, and the aspect ratio is lost (SigLIP)."""
+
+
+def fit_square(frame: Image.Image | np.ndarray, size: int, resize: Resize = "crop") -> np.ndarray:
+    """Make a frame a square of `size` pixels (bicubic): uint8 [size, size, 3]."""
+    if resize == "crop":
+        return resize_and_crop(frame, size)
+    image = frame if isinstance(frame, Image.Image) else Image.fromarray(frame)
+    return np.array(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+
+
+def fill_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """Put an image in the middle of a square of its longer side, on a background."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def resize_and_crop(frame: Image.Image | np.ndarray, size: int) -> np.ndarray:

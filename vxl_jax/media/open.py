@@ -19,12 +19,12 @@ from PIL import Image
 
 from vxl_jax.errors import ArgumentError, MediaError
 from vxl_jax.media.children.decoding import ImageRequest, VideoRequest, absolute, borrowed_decoder
-from vxl_jax.media.frames import resize_and_crop
+from vxl_jax.media.frames import Resize, fit_square
 from vxl_jax.media.images.folder import PICTURES
 from vxl_jax.media.images.loading import load_image
 from vxl_jax.media.kinds import image_format
 from vxl_jax.media.options import MediaOptions
-from vxl_jax.media.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
+from vxl_jax.media.preprocessing import DEFAULT_PREPROCESSING, ImageTiles, Preprocessing
 from vxl_jax.media.reader import FrameChoice, Selection
 from vxl_jax.media.sampling import FrameTimes
 
@@ -57,6 +57,8 @@ class Video:
       end: second of the file where frames end.
       fps: frame rate of arrays, folders and live sources (default 1). Ratios and messages go by
         seconds.
+      slow_every: every such frame is slow and the others are fast, which have fewer tokens
+        (SlowFast); None: as the model was trained.
       options: how the pixels of files are decoded; None: as the model was trained.
     """
 
@@ -67,6 +69,7 @@ class Video:
     end: float | None = None
     fps: float = 1.0
     options: MediaOptions | None = None
+    slow_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,13 @@ class Picture:
     Attributes:
       source: a path, a Pillow image, or pixels [H, W, 3] uint8.
       options: how the pixels of a file are decoded; None: as the model was trained.
+      several: whether it is one of several images that come together, which some models see in
+        another way; see `Preprocessing.pad_several`.
     """
 
     source: Any
     options: MediaOptions | None = None
+    several: bool = False
 
 
 MediaLike = Any
@@ -144,6 +150,8 @@ class Film:
         count from the beginning of a file.
       begin: second at which the clip begins.
       end: second at which the video or clip ends; None: `step` after the last frame.
+      image: how an image is cut; None of a video.
+      slow_every: of a video, see `Video`.
     """
 
     name: str
@@ -153,6 +161,8 @@ class Film:
     step: float | None = None
     begin: float = 0.0
     end: float | None = None
+    image: ImageTiles | None = None
+    slow_every: int | None = None
 
     @property
     def times(self) -> FrameTimes | None:
@@ -190,14 +200,21 @@ def open_film(
         raise MediaError("the path is empty; give the path of a file or folder")
     if isinstance(media, Picture):
         return _picture(media, size, preprocessing)
+    return replace(_video(media, size, preprocessing), slow_every=media.slow_every)
+
+
+def _video(media: Video, size: int, preprocessing: Preprocessing) -> Film:
+    slow = media.slow_every
+    if slow is not None and not (isinstance(slow, Integral) and slow >= 1):
+        raise MediaError(f"slow_every is {slow!r}; it must be a whole number of at least 1")
     if not 0 < media.fps < math.inf:
         raise MediaError(f"a video of {media.fps} frames a second; fps must be more than 0")
     if isinstance(media.source, str | Path):
         return _video_file(media, size, preprocessing)
     if isinstance(media.source, np.ndarray):
-        return _array(media.source, media.fps, size)
+        return _array(media.source, media.fps, size, preprocessing.resize)
     if isinstance(media.source, Iterable):
-        return _live(media.source, media.fps, size, preprocessing.options)
+        return _live(media.source, media.fps, size, preprocessing)
     raise MediaError(
         f"{type(media.source).__name__}: neither a path nor pictures; see vxl_jax.Video"
     )
@@ -209,27 +226,29 @@ def _picture(media: Picture, size: int, preprocessing: Preprocessing) -> Film:
         return _picture_file(media, size, preprocessing)
     if not isinstance(source, Image.Image):
         source = Image.fromarray(_checked_pixels(np.asarray(source)[None])[0])
-    return _of_tiles("image", preprocessing.cut_tiles(source, size))
+    cut = preprocessing.tiles_of(source.size, size, media.several)
+    return _of_tiles("image", preprocessing.cut_tiles(source, size, media.several), cut)
 
 
 def _picture_file(media: Picture, size: int, preprocessing: Preprocessing) -> Film:
-    request = ImageRequest(absolute(media.source), size, preprocessing)
+    request = ImageRequest(absolute(media.source), size, preprocessing, media.several)
     with borrowed_decoder() as decoder:
-        tiles = decoder.read_tiles(request, decoder.count_tiles(request))
-    return _of_tiles(str(media.source), tiles)
+        cut = decoder.tiles_of(request)
+        tiles = decoder.read_tiles(request, cut.tiles)
+    return _of_tiles(str(media.source), tiles, cut)
 
 
-def _of_tiles(name: str, tiles: np.ndarray) -> Film:
+def _of_tiles(name: str, tiles: np.ndarray, cut: ImageTiles) -> Film:
     seconds = np.zeros(len(tiles))
 
     def chunks(count: int) -> Generator[Chunk, None, None]:
         for i in range(0, len(tiles), count):
             yield tiles[i : i + count], seconds[i : i + count]
 
-    return Film(name, False, seconds, chunks)
+    return Film(name, False, seconds, chunks, image=cut)
 
 
-def _array(pixels: np.ndarray, fps: float, size: int) -> Film:
+def _array(pixels: np.ndarray, fps: float, size: int, resize: Resize) -> Film:
     name = f"{len(pixels)} frames"
     _checked_pixels(pixels, size)
     seconds = np.arange(len(pixels)) / fps
@@ -238,7 +257,7 @@ def _array(pixels: np.ndarray, fps: float, size: int) -> Film:
         for i in range(0, len(pixels), count):
             some = pixels[i : i + count]
             if some.dtype == np.uint8:
-                some = np.stack([resize_and_crop(frame, size) for frame in some])
+                some = np.stack([fit_square(frame, size, resize) for frame in some])
             yield some, seconds[i : i + count]
 
     return Film(name, True, seconds, chunks, 1 / fps)
@@ -257,13 +276,13 @@ def _checked_pixels(pixels: np.ndarray, size: int | None = None) -> np.ndarray:
     return pixels
 
 
-def _live(pictures: Iterable[Any], fps: float, size: int, options: MediaOptions) -> Film:
+def _live(pictures: Iterable[Any], fps: float, size: int, preprocessing: Preprocessing) -> Film:
     def resized(picture: Any) -> np.ndarray:
         if isinstance(picture, str | Path):
-            picture = load_image(picture, options)
+            picture = load_image(picture, preprocessing.options)
         elif not isinstance(picture, Image.Image):
             picture = _checked_pixels(np.asarray(picture)[None])[0]
-        return resize_and_crop(picture, size)
+        return fit_square(picture, size, preprocessing.resize)
 
     def chunks(count: int) -> Generator[Chunk, None, None]:
         some: list[np.ndarray] = []
@@ -286,7 +305,9 @@ def _live(pictures: Iterable[Any], fps: float, size: int, options: MediaOptions)
 def _video_file(media: Video, size: int, preprocessing: Preprocessing) -> Film:
     _check_numbers(media)
     choice, options = _choose(media, preprocessing), preprocessing.options
-    request = VideoRequest(absolute(media.source), choice, media.fps, VIDEO_THREADS, options)
+    request = VideoRequest(
+        absolute(media.source), choice, media.fps, VIDEO_THREADS, options, preprocessing.resize
+    )
     with borrowed_decoder() as decoder:
         selection = decoder.open_video(request)
     name = str(media.source)

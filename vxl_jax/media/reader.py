@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from vxl_jax.errors import MediaError
+from vxl_jax.media.frames import Resize
 from vxl_jax.media.images.animation import Animation, is_animation
 from vxl_jax.media.images.folder import FrameFolder
 from vxl_jax.media.kinds import image_format
@@ -43,8 +44,14 @@ class VideoReader(Protocol):
     fps: float
     truncated: str | None
 
-    def read(self, indices: Sequence[int], size: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Frames through `resize_and_crop`, uint8 [F, size, size, 3]; see `VideoFile.read`."""
+    def read(
+        self,
+        indices: Sequence[int],
+        size: int,
+        out: np.ndarray | None = None,
+        resize: Resize = "crop",
+    ) -> np.ndarray:
+        """Frames through `fit_square`, uint8 [F, size, size, 3]; see `VideoFile.read`."""
         ...
 
 
@@ -172,7 +179,11 @@ def probe_video(path: str | Path, num_threads: int = 1) -> VideoInfo:
 
 
 def load_video_frames(
-    path: str | Path, indices: Sequence[int], size: int, num_threads: int = 1
+    path: str | Path,
+    indices: Sequence[int],
+    size: int,
+    num_threads: int = 1,
+    resize: Resize = "crop",
 ) -> np.ndarray:
-    """Decodes frames of a video, each through `resize_and_crop`: `open_video(path).read(...)`."""
-    return open_video(path, num_threads=num_threads).read(indices, size)
+    """Decodes frames of a video, each through `fit_square`: `open_video(path).read(...)`."""
+    return open_video(path, num_threads=num_threads).read(indices, size, resize=resize)

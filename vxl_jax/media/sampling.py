@@ -171,7 +171,7 @@ class FrameTimes:
         return FrameTimes(self.seconds + later.seconds, self.begin, later.end)
 
 
-FrameSampling = Literal["capped", "uniform", "fps"]
+FrameSampling = Literal["capped", "uniform", "fps", "strided", "forced"]
 """How frames are chosen, see `choose_frames`."""
 
 
@@ -193,7 +193,9 @@ def choose_frames(
       timeline: when the video's frames are shown.
       sampling: `capped`: `wanted_fps` a second, and `max_frames` evenly where that is more;
         `uniform`: `max_frames` evenly by index, or all where there are fewer; `fps`: `wanted_fps` a
-        second, and an error where that is more than `max_frames`.
+        second, and an error where that is more than `max_frames`. As LLaVA-Video samples:
+        `strided`: as `capped`, with a frame of a last second that is not full; `forced`:
+        `max_frames` evenly by index always, some of them repeated where there are fewer.
       max_frames: most frames to take.
       wanted_fps: frames wanted per second.
       start: second of the video where the clip begins; its first frame if None.
@@ -205,14 +207,20 @@ def choose_frames(
     """
     clip = timeline.clip(start, end)
     count = len(clip)
+    if sampling == "forced":
+        return [int(clip[i]) for i in uniform_indices(count, max_frames)]
     if sampling == "uniform":
         return [int(clip[i]) for i in uniform_indices(count, min(max_frames, count))]
     if not timeline.is_constant:
         chosen = timeline.at_rate(clip, wanted_fps, start, end)
-        if sampling == "capped" and len(chosen) > max_frames:
+        if sampling in ("capped", "strided") and len(chosen) > max_frames:
             chosen = [chosen[i] for i in uniform_indices(len(chosen), max_frames)]
     elif sampling == "capped":
         chosen = [int(clip[i]) for i in frame_indices(count, timeline.fps, max_frames, wanted_fps)]
+    elif sampling == "strided":
+        chosen = [int(i) for i in clip[:: max(1, round(timeline.fps / wanted_fps))]]
+        if len(chosen) > max_frames:
+            chosen = [int(clip[i]) for i in uniform_indices(count, max_frames)]
     else:
         step = max(1.0, timeline.fps / wanted_fps)  # not rounded: 10 a second of 24 are 10
         chosen = [int(clip[int(i * step)]) for i in range(max(1, int(count / step + 1e-9)))]

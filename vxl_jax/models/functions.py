@@ -9,22 +9,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int
 
 from vxl_jax.models.video_xl import VideoXL, scan_groups
 from vxl_jax.nn.layers import ModuleState
 from vxl_jax.nn.memory import Memory, empty_memory
 from vxl_jax.stream.batch import StreamBatch
-from vxl_jax.typing import AnyArray
+from vxl_jax.stream.visual import Pixels
 
 Graph = nnx.GraphDef[VideoXL]
 """Structure of a model without its arrays: hashable, a static argument of jit."""
 
 
 @partial(jax.jit, static_argnums=0)
-def encode(
-    graph: Graph, params: ModuleState, pixels: Num[AnyArray, "B F S S 3"]
-) -> Float[Array, "B V D"]:
+def encode(graph: Graph, params: ModuleState, pixels: Pixels) -> Float[Array, "B V D"]:
     """Encode frames to visual tokens: `VideoXL.encode` of split parameters."""
     return nnx.merge(graph, params).encode(pixels)
 
@@ -71,7 +69,7 @@ def prefill(
     graph: Graph,
     params: ModuleState,
     streams: StreamBatch,
-    pixels: Num[AnyArray, "B F S S 3"] | None,
+    pixels: Pixels | None,
     capacity: int,
 ) -> tuple[Float[Array, "B V"], Memory]:
     """Compress the streams into a new memory and read the logits after each sample's last token.
@@ -80,7 +78,7 @@ def prefill(
         graph: structure of the model.
         params: its arrays.
         streams: from `batch_streams`.
-        pixels: as for `VideoXL.encode`, None for text alone.
+        pixels: see `Pixels`; None for text alone.
         capacity: memory slots of a sample, at least `streams.memory`.
 
     Returns:

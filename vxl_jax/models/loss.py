@@ -5,17 +5,18 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array, lax
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int
 
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.nn.sharding import by_sample, sample_shards
 from vxl_jax.stream.batch import StreamBatch
+from vxl_jax.stream.visual import Pixels
 from vxl_jax.text.chat import IGNORE
 from vxl_jax.typing import AnyArray
 
 
 def loss_and_metrics(
-    model: VideoXL, streams: StreamBatch, pixels: Num[AnyArray, "B F S S 3"] | None
+    model: VideoXL, streams: StreamBatch, pixels: Pixels | None
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Compute the summed next-token cross-entropy in float32, and its metrics.
 
@@ -25,7 +26,7 @@ def loss_and_metrics(
     Args:
         model: the network.
         streams: from `batch_streams`.
-        pixels: as for `VideoXL.encode`, or None.
+        pixels: see `Pixels`; None.
 
     Returns:
         The loss, and int32 counts of `tokens` (labelled) and `correct` (of the highest logit).

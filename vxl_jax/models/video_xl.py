@@ -13,7 +13,6 @@ from jaxtyping import Float, Num
 from vxl_jax.config import VideoXLConfig
 from vxl_jax.errors import ConfigError
 from vxl_jax.nn.attention import AttentionName
-from vxl_jax.nn.clip import VisionTower
 from vxl_jax.nn.collect import Collect, Collected, LayerFn
 from vxl_jax.nn.groups import GROUP_FIELDS, make_group, take_group
 from vxl_jax.nn.memory import Memory, empty_memory
@@ -21,8 +20,9 @@ from vxl_jax.nn.projector import Projector
 from vxl_jax.nn.qwen2 import LanguageModel
 from vxl_jax.nn.scan import map_in_blocks
 from vxl_jax.nn.sharding import by_sample, sample_shards
+from vxl_jax.nn.vision import VisionTower
 from vxl_jax.stream.batch import StreamBatch
-from vxl_jax.typing import AnyArray
+from vxl_jax.stream.visual import Pixels, VisualInput
 
 FRAME_BLOCK_BYTES = 2**29
 """Most bytes of the vision tower's attention scores on a device at once; above it, frames are
@@ -35,7 +35,7 @@ class VisionEncoder(Protocol):
     F frames or tiles of S = `config.tower.image_size` pixels a side, uint8 RGB (or floats, if the
     caller has normalised them). `Projector` expects P = `config.tower.grid`**2 patches, row by row,
     of `config.tower.width` features; a tower with another shape needs another `model.projector`,
-    from [F, P, features] to [F, `config.layout.count(1)`, D].
+    see `Projector`.
     """
 
     def __call__(self, pixels: Num[Array, "F S S 3"]) -> Float[Array, "F P features"]:
@@ -78,15 +78,23 @@ class VideoXL(nnx.Module):
         if config.compression is not None:
             start_beacons(self.language, rngs.params())
 
-    def encode(self, pixels: Num[AnyArray, "B F S S 3"]) -> Float[Array, "B V D"]:
-        """Encode frames or tiles to visual tokens; V is `config.layout.count(F)`.
+    def encode(self, pixels: Pixels) -> Float[Array, "B V D"]:
+        """Encode frames or tiles to visual tokens.
 
-        pixels: uint8 RGB, or floats that are already normalised.
+        pixels: see `Pixels`. Of pixels alone, V is `config.layout.count(F)`.
 
         Raises:
-            ConfigError: the model has no vision tower.
+            ConfigError: the model has no vision tower, or pixels alone do not say which tokens its
+                layout makes of them.
         """
-        tower_config, batch = self.config.tower, pixels.shape[0]
+        tokens = pixels if isinstance(pixels, VisualInput) else None
+        frames = pixels.pixels if isinstance(pixels, VisualInput) else pixels
+        tower_config, batch = self.config.tower, frames.shape[0]
+        if tokens is None and not self.config.layout.is_uniform:
+            raise ConfigError(
+                "the model does not make the same tokens of every frame: give `batch_visual` the "
+                "tokens of each block (`config.layout`), and its result instead of pixels alone"
+            )
         frame_bytes = 4 * tower_config.heads * (tower_config.grid**2 + 1) ** 2
         most = FRAME_BLOCK_BYTES // (frame_bytes * -(-batch // sample_shards()))
         graph, params = nnx.split((self.vision, self.projector))
@@ -97,9 +105,10 @@ class VideoXL(nnx.Module):
             tokens = by_sample(projector(tower(frames)))
             return rearrange(tokens, "(B F) P D -> F B P D", B=batch)
 
-        frames = rearrange(jnp.asarray(pixels), "B F height width C -> F B height width C")
-        tokens = map_in_blocks(encode_some, frames, max(1, most))
-        return by_sample(rearrange(tokens, "F B P D -> B (F P) D"))
+        frames = rearrange(jnp.asarray(frames), "B F height width C -> F B height width C")
+        features = map_in_blocks(encode_some, frames, max(1, most))
+        features = by_sample(rearrange(features, "F B P D -> B (F P) D"))
+        return features if tokens is None else self.projector.merge(features, tokens)
 
     @overload
     def __call__(

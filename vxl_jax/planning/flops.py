@@ -81,7 +81,7 @@ class PassSize:
         """
         video, memory = cls(), 0
         if frames:
-            visual = [config.layout.count(frames)]
+            visual = [config.layout.video_count(frames)]
             ratio = min(config.ratios, default=None) if shape.beacons else None
             stream = plan_stream([IMAGE_TOKEN], visual, window=config.window, ratio=ratio)
             video, memory = cls.of(stream, frames), stream.persistent
@@ -140,7 +140,8 @@ def frame_flops(config: VideoXLConfig) -> Flops:
     Counts the used layers of the tower, and the projector.
     """
     c = config.tower
-    patches, tokens = c.grid**2, c.grid**2 + 1
+    patches = c.grid**2
+    tokens = patches + (c.kind == "clip")  # its class token
     of_token = 2 * c.width * (4 * c.width + 2 * c.mlp_width) + 4 * c.width * tokens
     up, down = _projector(config)
     return Flops(

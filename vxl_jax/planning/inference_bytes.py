@@ -24,6 +24,7 @@ from vxl_jax.nn.memory import Memory
 from vxl_jax.planning.cards import Card
 from vxl_jax.stream.batch import StreamShape, batch_streams, round_up
 from vxl_jax.stream.plan import plan_stream
+from vxl_jax.stream.visual import video_shapes
 from vxl_jax.text.chat import IMAGE_TOKEN
 
 USABLE = 0.92
@@ -126,7 +127,8 @@ class Estimator:
         tokens = self.windows * c.window
         frames = c.layout.frames_of(tokens)
         size = c.tower.image_size
-        pixels = jax.ShapeDtypeStruct((1, frames, size, size, 3), np.uint8)
+        pixels: Any = jax.ShapeDtypeStruct((1, frames, size, size, 3), np.uint8)
+        pixels = video_shapes(c.layout, pixels)
         visual = jax.ShapeDtypeStruct((1, tokens, c.language.width), DTYPES[c.dtype])
         stream = plan_stream([IMAGE_TOKEN], [tokens], window=c.window, ratio=ratio)
         batch = batch_streams([stream], StreamShape.of(stream).padded(8))
@@ -172,7 +174,7 @@ def entry_bytes(config: VideoXLConfig) -> int:
 
 def video_entries(config: VideoXLConfig, frames: int, ratio: int | None) -> int:
     """Entries of a video at one ratio."""
-    full, rest = divmod(config.layout.count(frames), config.window)
+    full, rest = divmod(config.layout.video_count(frames), config.window)
     if ratio is None:
         return full * config.window + rest
     return full * (config.window // ratio) + (rest // min(ratio, rest) if rest else 0)

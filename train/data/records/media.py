@@ -17,12 +17,15 @@ class Preparer:
 
     def __init__(self, data: DataSection, model: VideoXLConfig):
         self.data, self.model = data, model
-        self.preprocessing = data.preprocessing
+        self.preprocessing = data.preprocessing_for(model.preprocessing)
         self.size = model.tower.image_size
 
-    def image(self, path: Path) -> "ImageMedium":
-        """An image of which only the header is read. Raises: MediaError."""
-        return ImageMedium(self, path)
+    def image(self, path: Path, several: bool = False) -> "ImageMedium":
+        """An image of which only the header is read. Raises: MediaError.
+
+        several: whether it is one of several images of its record.
+        """
+        return ImageMedium(self, path, several)
 
     def video(self, path: Path, clip: "Clip", follow_links: bool) -> "VideoMedium":
         """A video file or folder of frames of which no frame is decoded. Raises: MediaError."""
@@ -32,16 +35,16 @@ class Preparer:
 class ImageMedium:
     """An image, open until its pixels are read."""
 
-    def __init__(self, preparer: Preparer, path: Path):
-        self.preparer, self.path = preparer, path
-        tiles = preparer.preprocessing.count_tiles(image_size(path), preparer.size)
-        self.block = VisualBlock(path, tiles)
+    def __init__(self, preparer: Preparer, path: Path, several: bool = False):
+        self.preparer, self.path, self.several = preparer, path, several
+        cut = preparer.preprocessing.tiles_of(image_size(path), preparer.size, several)
+        self.block = VisualBlock(path, cut.tiles, image=cut)
 
     def read(self, out: np.ndarray, rng: np.random.Generator | None) -> None:
         """Put the tiles into uint8 [F, S, S, 3]. Raises: MediaError."""
         preprocessing = self.preparer.preprocessing
         image = load_image(self.path, preprocessing.options)
-        tiles = preprocessing.cut_tiles(image, self.preparer.size)
+        tiles = preprocessing.cut_tiles(image, self.preparer.size, self.several)
         if len(tiles) != len(out):
             raise MediaError(
                 f"{self.path}: {len(tiles)} tiles, but its header promised {len(out)}; the file "
@@ -72,7 +75,7 @@ class VideoMedium:
         if rng is not None:
             jitter = self.preparer.data.frame_jitter
             indices = jitter_indices(indices, self.selection.after, jitter, rng)
-        self.video.read(indices, self.preparer.size, out)
+        self.video.read(indices, self.preparer.size, out, self.preparer.preprocessing.resize)
 
     @property
     def times(self) -> FrameTimes:

@@ -30,6 +30,7 @@ from vxl_jax.text.chat import (
     DEFAULT_SYSTEM,
     IGNORE,
     IMAGE_MARK,
+    Family,
     Tokenizer,
     encode_caption,
     encode_conversation,
@@ -89,7 +90,7 @@ class Reader:
         media = self._media(self.sources[source], files, shape.clips)
         questions = [turn["value"] for turn in conversations if turn["from"] == "human"]
         if self.preparer.preprocessing.time_prompt and len(media) == 1:
-            conversations = _with_times(conversations, media[0])
+            conversations = _with_times(conversations, media[0], self.preparer.model.family)
         ids, labels = self._encode(conversations, len(files), shape.system)
         kind = "video" if shape.is_video else "image" if files else "text"
         sample = Sample(
@@ -107,10 +108,11 @@ class Reader:
 
     def _media(self, source: Source, files: list[str], clips: list[Clip | None]) -> list[Medium]:
         media: list[Medium] = []
+        several = sum(clip is None for clip in clips) > 1
         for file, clip in zip(files, clips, strict=True):
             path = resolve_media(source.media_root, file, source.allow_outside)
             if clip is None:
-                media.append(self.preparer.image(path))
+                media.append(self.preparer.image(path, several))
             else:
                 media.append(self.preparer.video(path, clip, source.allow_outside))
         return media
@@ -119,6 +121,7 @@ class Reader:
         self, conversations: Any, files: int, system: str | None
     ) -> tuple[np.ndarray, np.ndarray]:
         options: dict[str, Any] = {"control_tokens": self.control_tokens}
+        family = self.preparer.model.family
         caption = self.preparer.data.template == "caption"
         if caption:
             encoded = encode_caption(_caption(conversations), self.tokenizer, **options)
@@ -130,7 +133,7 @@ class Reader:
                     "remove it, or use data.template chat"
                 )
         else:
-            options["system"] = DEFAULT_SYSTEM if system is None else system
+            options |= {"system": DEFAULT_SYSTEM if system is None else system, "family": family}
             encoded = encode_conversation(conversations, self.tokenizer, **options)
         if not self.prompts:
             return encoded.ids, encoded.labels
@@ -153,12 +156,14 @@ class Reader:
             )
 
 
-def _with_times(conversations: list[dict[str, Any]], medium: Medium) -> list[dict[str, Any]]:
+def _with_times(
+    conversations: list[dict[str, Any]], medium: Medium, family: Family
+) -> list[dict[str, Any]]:
     """Turns of which the one with a video's mark says when its frames are shown."""
     if not isinstance(medium, VideoMedium):
         return conversations
     return [
-        turn | {"value": with_time_prompt(turn["value"], medium.times)}
+        turn | {"value": with_time_prompt(turn["value"], medium.times, family)}
         if IMAGE_MARK in turn["value"]
         else turn
         for turn in conversations

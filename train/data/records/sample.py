@@ -8,6 +8,8 @@ import numpy as np
 from train.errors import DataError
 from vxl_jax.config import VideoXLConfig
 from vxl_jax.errors import ConversationError, MediaError
+from vxl_jax.media.layout import ImageLayout, VisualLayout, VisualTokens, join_tokens
+from vxl_jax.media.preprocessing import ImageTiles
 from vxl_jax.stream.plan import Ratio, Stream, plan_stream
 from vxl_jax.text.chat import IGNORE
 
@@ -15,17 +17,37 @@ BAD = (ConversationError, MediaError, DataError)
 """What a record that cannot be used raises."""
 
 
-RECORDS_VERSION = 2
+RECORDS_VERSION = 3
 """Part of the key of cached lengths: raise it when a record becomes another sample."""
 
 
 @dataclass(frozen=True)
 class VisualBlock:
-    """One visual block: an image cut into tiles, or a video's frames."""
+    """One visual block: an image cut into tiles, or a video's frames.
+
+    image: how an image is cut, where the layout of the model asks for it.
+    """
 
     path: Path
     frames: int
     is_video: bool = False
+    image: ImageTiles | None = None
+
+    def count(self, layout: VisualLayout) -> int:
+        """Visual tokens."""
+        if self.is_video:
+            return layout.video_count(self.frames)
+        return self._image(layout).count(self.frames)
+
+    def tokens(self, layout: VisualLayout) -> VisualTokens:
+        """Of which patches each visual token is made."""
+        if self.is_video:
+            return layout.video_tokens(self.frames)
+        return self._image(layout).tokens()
+
+    def _image(self, layout: VisualLayout) -> ImageLayout:
+        image = self.image or ImageTiles(self.frames)
+        return layout.image(self.frames, image.grid, image.size)
 
 
 @dataclass(frozen=True)
@@ -63,7 +85,15 @@ class Sample:
 
     def visual_tokens(self, model: VideoXLConfig) -> list[int]:
         """Visual tokens of each block."""
-        return [model.layout.count(block.frames) for block in self.blocks]
+        return [block.count(model.layout) for block in self.blocks]
+
+    def tokens(self, model: VideoXLConfig) -> VisualTokens:
+        """Of which patches each visual token is made, counted through all blocks."""
+        layout, patches, parts = model.layout, 0, []
+        for block in self.blocks:
+            parts.append(block.tokens(layout).moved(patches))
+            patches += block.frames * layout.grid**2
+        return join_tokens(parts)
 
     def plan(self, model: VideoXLConfig, ratio: Ratio) -> Stream:
         """The sample's stream under a ratio."""

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from vxl_jax.errors import MediaError
+from vxl_jax.media.frames import Resize
 from vxl_jax.media.images.animation import is_animation
 from vxl_jax.media.images.loading import image_size, load_image
 from vxl_jax.media.options import DEFAULT_OPTIONS, MediaOptions
 from vxl_jax.media.paths import printable
-from vxl_jax.media.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
+from vxl_jax.media.preprocessing import DEFAULT_PREPROCESSING, ImageTiles, Preprocessing
 from vxl_jax.media.reader import FrameChoice, Selection, VideoReader, open_video, select_frames
 
 SECONDS = 60.0
@@ -35,6 +36,7 @@ class VideoRequest:
     fps: float = 1.0
     num_threads: int = 1
     options: MediaOptions = DEFAULT_OPTIONS
+    resize: Resize = "crop"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class ImageRequest:
     path: str
     size: int
     preprocessing: Preprocessing = DEFAULT_PREPROCESSING
+    several: bool = False
 
 
 class DecodeHandler:
@@ -57,7 +60,7 @@ class DecodeHandler:
         """Answers a request (what, frame numbers).
 
         what: a `VideoRequest` or `ImageRequest`; with None for the frame numbers, the answer is a
-        `Selection` or the number of tiles, otherwise pixels go to `out`, and the answer tells how
+        `Selection` or `ImageTiles`, otherwise pixels go to `out`, and the answer tells how
         many there are and why not all. A path: whether it is an animation. None: close the video.
         """
         what, indices = request
@@ -73,7 +76,7 @@ class DecodeHandler:
             self._key = key
         if indices is None or out is None:
             return select_frames(self._video, what.choice)
-        return _read(self._video, indices, out)
+        return _read(self._video, indices, what.resize, out)
 
 
 def _state(path: str) -> Any:
@@ -86,24 +89,25 @@ def _state(path: str) -> Any:
     return None
 
 
-def _tiles(request: ImageRequest, out: np.ndarray | None) -> int:
+def _tiles(request: ImageRequest, out: np.ndarray | None) -> ImageTiles | int:
     preprocessing = request.preprocessing
     if out is None:
-        return preprocessing.count_tiles(image_size(request.path), request.size)
-    out[...] = preprocessing.cut_tiles(
-        load_image(request.path, preprocessing.options), request.size
-    )
+        return preprocessing.tiles_of(image_size(request.path), request.size, request.several)
+    image = load_image(request.path, preprocessing.options)
+    out[...] = preprocessing.cut_tiles(image, request.size, request.several)
     return len(out)
 
 
-def _read(video: VideoReader, indices: list[int], out: np.ndarray) -> tuple[int, str | None]:
+def _read(
+    video: VideoReader, indices: list[int], resize: Resize, out: np.ndarray
+) -> tuple[int, str | None]:
     size = out.shape[1]
     try:
-        video.read(indices, size, out)
+        video.read(indices, size, out, resize)
     except MediaError:  # again, one by one: those before the damage count
         for i, index in enumerate(indices):
             try:
-                video.read([index], size, out[i : i + 1])
+                video.read([index], size, out[i : i + 1], resize)
             except MediaError as error:
                 return i, str(error)
     return len(indices), None
@@ -124,8 +128,8 @@ class Decoder:
         """Open a video and choose its frames. Raises: MediaError."""
         return self._ask(request)
 
-    def count_tiles(self, request: ImageRequest) -> int:
-        """Return the number of tiles of an image. Raises: MediaError."""
+    def tiles_of(self, request: ImageRequest) -> ImageTiles:
+        """Tell how an image is cut. Raises: MediaError."""
         return self._ask(request)
 
     def read_tiles(self, request: ImageRequest, count: int) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from vxl_jax.errors import MediaError
-from vxl_jax.media.frames import resize_and_crop
+from vxl_jax.media.frames import Resize, fit_square
 from vxl_jax.media.heartbeat import beat
 from vxl_jax.media.images.folder import frames_array
 from vxl_jax.media.images.loading import (
@@ -102,8 +102,14 @@ class Animation:
         self._at = -1  # the frame that was decoded last
         self._picture: Image.Image | None = None
 
-    def read(self, indices: Sequence[int], size: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Decode frames, each through `resize_and_crop`.
+    def read(
+        self,
+        indices: Sequence[int],
+        size: int,
+        out: np.ndarray | None = None,
+        resize: Resize = "crop",
+    ) -> np.ndarray:
+        """Decode frames, each through `fit_square`.
 
         Frames are decoded in order, on from the last one that was read unless an earlier one is
         asked for.
@@ -112,6 +118,7 @@ class Animation:
           indices: frame numbers in any order, repeated ones too.
           size: side of the result in pixels.
           out: array for the result; None allocates one.
+          resize: how a frame becomes a square.
 
         Returns:
           uint8 [F, size, size, 3].
@@ -122,10 +129,10 @@ class Animation:
         result = frames_array(self.path, indices, self.frames, size, out)
         wanted = np.asarray(indices)
         for index in np.unique(wanted):
-            result[wanted == index] = self._frame(int(index), size)
+            result[wanted == index] = self._frame(int(index), size, resize)
         return result
 
-    def _frame(self, index: int, size: int) -> np.ndarray:
+    def _frame(self, index: int, size: int, resize: Resize) -> np.ndarray:
         if self._running is None or index < self._at:
             self._running = (self._content.pictures or self._still)()
             self._at, self._picture = -1, None
@@ -136,7 +143,7 @@ class Animation:
                 beat()
             profile = self._content.profile if self._options.color_profile else None
             picture = upright(flatten(self._picture, profile), self._content.turn)
-            return resize_and_crop(picture, size)
+            return fit_square(picture, size, resize)
         except MediaError:
             self._running = None
             raise

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vxl_jax.errors import MediaError
-from vxl_jax.media.frames import resize_and_crop
+from vxl_jax.media.frames import Resize, fit_square
 from vxl_jax.media.heartbeat import beat
 from vxl_jax.media.images.loading import load_image
 from vxl_jax.media.options import DEFAULT_OPTIONS, MediaOptions
@@ -83,13 +83,20 @@ class FrameFolder:
         self.seconds = np.arange(self.frames, dtype=np.float64) / fps
         self.duration = self.frames / fps
 
-    def read(self, indices: Sequence[int], size: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Decode frames, each through `resize_and_crop`.
+    def read(
+        self,
+        indices: Sequence[int],
+        size: int,
+        out: np.ndarray | None = None,
+        resize: Resize = "crop",
+    ) -> np.ndarray:
+        """Decode frames, each through `fit_square`.
 
         Args:
           indices: frame numbers in any order, repeated ones too.
           size: side of the result in pixels.
           out: array for the result; None allocates one.
+          resize: how a frame becomes a square.
 
         Returns:
           uint8 [F, size, size, 3].
@@ -100,7 +107,7 @@ class FrameFolder:
         result = frames_array(self.path, indices, self.frames, size, out)
         for i, index in enumerate(indices):
             picture = load_image(self.path / self._names[index], self._options)
-            result[i] = resize_and_crop(picture, size)
+            result[i] = fit_square(picture, size, resize)
             beat()
         return result
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vxl_jax.errors import MediaError
-from vxl_jax.media.frames import resize_and_crop
+from vxl_jax.media.frames import Resize, fit_square
 from vxl_jax.media.heartbeat import beat
 from vxl_jax.media.kinds import first_bytes
 from vxl_jax.media.paths import printable
@@ -101,19 +101,25 @@ class DecordVideo:
         difference = np.abs(ours.astype(np.int16) - theirs).mean((1, 2, 3))
         return bool(difference.max() < _MOST_DIFFERENT)
 
-    def read(self, indices: Sequence[int], size: int, out: np.ndarray | None = None) -> np.ndarray:
+    def read(
+        self,
+        indices: Sequence[int],
+        size: int,
+        out: np.ndarray | None = None,
+        resize: Resize = "crop",
+    ) -> np.ndarray:
         """Decode frames; see `VideoFile.read`."""
         check_frames(self, indices)
         result = np.empty((len(indices), size, size, 3), np.uint8) if out is None else out
 
-        def resize(place: int, frame: np.ndarray) -> None:
-            result[place] = resize_and_crop(frame, size)
+        def put(place: int, frame: np.ndarray) -> None:
+            result[place] = fit_square(frame, size, resize)
 
         done = 0
         with ThreadPoolExecutor(self.num_threads) as pool:
             while done < len(indices):
                 frames = self._read_some(indices[done:])
-                list(pool.map(resize, range(done, done + len(frames)), frames))
+                list(pool.map(put, range(done, done + len(frames)), frames))
                 done += len(frames)
         return result
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vxl_jax.errors import MediaError
-from vxl_jax.media.frames import resize_and_crop
+from vxl_jax.media.frames import Resize, fit_square
 from vxl_jax.media.options import DEFAULT_OPTIONS, MediaOptions
 from vxl_jax.media.paths import printable
 from vxl_jax.media.sampling import Timeline
@@ -145,13 +145,20 @@ class VideoFile:
         whole = f" of {declared:.2f} s" if declared > self.duration + 0.5 / self.fps else ""
         return f"ends early, at {self.duration:.2f} s{whole}"
 
-    def read(self, indices: Sequence[int], size: int, out: np.ndarray | None = None) -> np.ndarray:
-        """Decode frames, each through `resize_and_crop`.
+    def read(
+        self,
+        indices: Sequence[int],
+        size: int,
+        out: np.ndarray | None = None,
+        resize: Resize = "crop",
+    ) -> np.ndarray:
+        """Decode frames, each through `fit_square`.
 
         Args:
           indices: frame numbers, in any order; one may occur several times.
           size: side of the result in pixels.
           out: array for the result; None allocates one.
+          resize: how a frame becomes a square.
 
         Returns:
           uint8 [F, size, size, 3].
@@ -166,19 +173,19 @@ class VideoFile:
         for place, index in enumerate(indices):
             places.setdefault(int(index), []).append(place)
 
-        def resize(index: int, frame: np.ndarray) -> None:
-            pixels = resize_and_crop(frame, size)
+        def put(index: int, frame: np.ndarray) -> None:
+            pixels = fit_square(frame, size, resize)
             for place in places[index]:
                 result[place] = pixels
 
         if self.num_threads == 1:
             for index, frame in self.decode(sorted(places)):
-                resize(index, frame)
+                put(index, frame)
             return result
         with ThreadPoolExecutor(self.num_threads) as pool:
             running: deque[Future[None]] = deque()
             for index, frame in self.decode(sorted(places)):
-                running.append(pool.submit(resize, index, frame))
+                running.append(pool.submit(put, index, frame))
                 if len(running) > self.num_threads:
                     running.popleft().result()
             for future in running:

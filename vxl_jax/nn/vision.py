@@ -1,4 +1,8 @@
-"""CLIP vision tower: frames to features of patches. Source: CLIP (arXiv 2103.00020)."""
+"""Vision towers, frames to features of patches: CLIP (arXiv 2103.00020), SigLIP (arXiv 2303.15343).
+
+Both are pre-norm transformers. CLIP has a class token, a norm before the first layer and a quick
+GELU; SigLIP has a bias in its patch embedding and the tanh approximation of GELU.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +14,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float, Num
 
-from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.config import DTYPES, TowerKind, VideoXLConfig
 from vxl_jax.nn.layers import ModuleState, make_linear
 from vxl_jax.nn.scan import recomputed, stacked
 from vxl_jax.nn.sharding import by_sample
@@ -28,8 +32,19 @@ def normalize_pixels(
     return (pixels.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
+def quick_gelu(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """Sigmoid approximation of GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[TowerKind, Callable[[Array], Array]] = {
+    "clip": quick_gelu,
+    "siglip": partial(jax.nn.gelu, approximate=True),
+}
+
+
 class VisionLayer(nnx.Module):
-    """Pre-norm transformer layer with bidirectional attention and quick GELU."""
+    """Pre-norm transformer layer with bidirectional attention."""
 
     def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
         c = config.tower
@@ -41,6 +56,7 @@ class VisionLayer(nnx.Module):
         self.up = linear(c.width, c.mlp_width)
         self.down = linear(c.mlp_width, c.width)
         self.heads = c.heads
+        self.activation = ACTIVATIONS[c.kind]
 
     def __call__(self, x: Float[Array, "F P D"]) -> Float[Array, "F P D"]:
         """Run the layer over the patches of each frame."""
@@ -48,28 +64,45 @@ class VisionLayer(nnx.Module):
         heads = partial(rearrange, pattern="F P (N H) -> F P N H", N=self.heads)
         y = jax.nn.dot_product_attention(heads(self.q(y)), heads(self.k(y)), heads(self.v(y)))
         x = x + self.o(rearrange(y, "F P N H -> F P (N H)"))
-        y = self.up(self.mlp_norm(x))
-        return x + self.down(y * jax.nn.sigmoid(1.702 * y))
+        return x + self.down(self.activation(self.up(self.mlp_norm(x))))
 
 
 class VisionTower(nnx.Module):
-    """CLIP's vision transformer, up to the layer whose hidden states are the features."""
+    """A vision transformer, up to the layer whose hidden states are the features."""
 
     def __init__(self, config: VideoXLConfig, *, rngs: nnx.Rngs):
         c = config.tower
         self.config = config
         param_dtype = DTYPES[config.param_dtype]
-        self.patch_embed = make_linear(config, rngs, c.patch_size**2 * 3, c.width, use_bias=False)
+        is_clip = c.kind == "clip"
+        self.patch_embed = make_linear(
+            config, rngs, c.patch_size**2 * 3, c.width, use_bias=not is_clip
+        )
         init = nnx.initializers.normal(0.02)
-        self.class_embed = nnx.Param(init(rngs.params(), (c.width,), param_dtype))
-        self.position_embed = nnx.Param(init(rngs.params(), (c.grid**2 + 1, c.width), param_dtype))
-        self.pre_norm = _layer_norm(config, rngs)()
+        if is_clip:
+            self.class_embed = nnx.Param(init(rngs.params(), (c.width,), param_dtype))
+            self.pre_norm = _layer_norm(config, rngs)()
+        tokens = c.grid**2 + is_clip
+        self.position_embed = nnx.Param(init(rngs.params(), (tokens, c.width), param_dtype))
         self.layers = stacked(partial(VisionLayer, config), c.layers_used, rngs)
 
     def __call__(self, pixels: Num[Array, "F S S 3"]) -> Float[Array, "F P D"]:
         """Compute the features of all patches of frames, without the class token.
 
         pixels: uint8 RGB, or floats that are already normalised.
+        """
+        graph, params = nnx.split(self.layers)
+
+        def body(x: Array, layer_params: ModuleState) -> tuple[Array, None]:
+            return by_sample(nnx.merge(graph, layer_params)(x)), None
+
+        x, _ = lax.scan(recomputed(body, self.config.remat), self.embed(pixels), params)
+        return x[:, 1:] if self.config.tower.kind == "clip" else x
+
+    def embed(self, pixels: Num[Array, "F S S 3"]) -> Float[Array, "F tokens D"]:
+        """Compute what the first layer takes: embeddings of all tokens with their positions.
+
+        pixels: as above.
         """
         c = self.config.tower
         dtype = DTYPES[self.config.dtype]
@@ -82,16 +115,11 @@ class VisionTower(nnx.Module):
             q=c.patch_size,
         )
         x = by_sample(self.patch_embed(by_sample(patches)))
+        if c.kind == "siglip":
+            return x + self.position_embed[...].astype(dtype)
         first = jnp.broadcast_to(self.class_embed[...].astype(dtype), (x.shape[0], 1, c.width))
         x = jnp.concatenate([first, x], axis=1) + self.position_embed[...].astype(dtype)
-        x = by_sample(self.pre_norm(x))
-
-        graph, params = nnx.split(self.layers)
-
-        def body(x: Array, layer_params: ModuleState) -> tuple[Array, None]:
-            return by_sample(nnx.merge(graph, layer_params)(x)), None
-
-        return lax.scan(recomputed(body, self.config.remat), x, params)[0][:, 1:]
+        return by_sample(self.pre_norm(x))
 
 
 def _layer_norm(config: VideoXLConfig, rngs: nnx.Rngs) -> Callable[[], nnx.LayerNorm]:

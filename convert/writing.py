@@ -18,6 +18,7 @@ from vxl_jax.checkpoints.hf_config import (
     REQUIRED_VISION,
     read_layout,
 )
+from vxl_jax.checkpoints.hf_onevision import published_fields
 from vxl_jax.checkpoints.hf_preprocessing import preprocessing_fields, read_preprocessing
 from vxl_jax.checkpoints.hf_tower import KNOWN_TOWERS, TOWER_FOLDER, find_tower
 from vxl_jax.checkpoints.json_files import Fields, Required, read_json, write_json
@@ -154,11 +155,18 @@ def copy_files(
     flag is corrected: other readers would follow it.
     """
     copy_small_files(source, part)
-    values = read_json(source / "config.json")
+    stored = read_json(source / "config.json")
+    values = published_fields(stored)
+    if values != stored:  # of transformers: written as they were read
+        del values["vision_config"]
+        write_json(part / "config.json", values)
     if values.get("tie_word_embeddings") and not config.language.tie_embeddings:
         write_json(part / "config.json", {**values, "tie_word_embeddings": False})
     if config.vision is not None:
-        write_tower(find_tower(source, values["mm_vision_tower"], vision), part)
+        if "vision_config" in stored and vision is None:
+            write_tower(config.vision, part)
+        else:
+            write_tower(find_tower(source, values["mm_vision_tower"], vision), part)
 
 
 def set_dtype(part: Path, dtype: str) -> None:

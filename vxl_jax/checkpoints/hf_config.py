@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from vxl_jax.checkpoints.hf_onevision import published_fields
 from vxl_jax.checkpoints.hf_preprocessing import read_max_tiles, read_preprocessing
-from vxl_jax.checkpoints.hf_tower import find_tower, read_vision
+from vxl_jax.checkpoints.hf_tower import find_tower, read_vision, read_vision_fields
 from vxl_jax.checkpoints.json_files import Fields, Required, read_json
 from vxl_jax.checkpoints.names import EMBEDDING_NAME, FASTER_NAME, HEAD_NAME, is_beacon
 from vxl_jax.checkpoints.safetensors_read import find_tensors
@@ -113,7 +114,7 @@ def read_config(
     """
     refuse_adapter(directory)
     path = directory / "config.json"
-    values = Fields(read_json(path) | dict(overrides or {}), path)
+    values = Fields(published_fields(read_json(path)) | dict(overrides or {}), path)
     if "model_type" not in values.values and (directory / "checkpoints").is_dir():
         raise CheckpointError(
             f"{directory}: is a training run; python -m convert.to_hf {directory} DIR makes a "
@@ -202,7 +203,11 @@ def _read_tower(
         raise CheckpointError(
             f"{values.path}: mm_vision_tower is {name!r}; it must be a path or a name"
         )
-    tower = find_tower(directory, name, vision)
+    tower: Path | VisionConfig
+    if isinstance(inside := values.get("vision_config", None), dict) and vision is None:
+        tower = read_vision_fields(Fields(inside, values.path), directory)
+    else:
+        tower = find_tower(directory, name, vision)
     if isinstance(tower, Path):
         tower = read_vision(tower, values.integer("mm_vision_select_layer", -2))
     elif tower.kind == "clip":
@@ -303,7 +308,7 @@ def read_max_context(directory: Path) -> int | None:
     Raises: CheckpointError if it is not a whole number.
     """
     path = directory / "config.json"
-    values = Fields(read_json(path), path)
+    values = Fields(published_fields(read_json(path)), path)
     known = "max_position_embeddings" in values.values
     return values.integer("max_position_embeddings") if known else None
 

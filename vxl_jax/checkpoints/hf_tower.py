@@ -103,15 +103,25 @@ def read_vision(tower: Path, feature_layer: int = -2) -> VisionConfig:
     inner = tower_values.get("vision_config", tower_values)
     if not isinstance(inner, dict):
         raise CheckpointError(f"{path}: vision_config must be an object")
-    fields = Fields(inner, path)
+    model_type = inner.get("model_type", tower_values.get("model_type"))
+    return read_vision_fields(
+        Fields(inner | {"model_type": model_type}, path), tower, feature_layer
+    )
+
+
+def read_vision_fields(fields: Fields, directory: Path, feature_layer: int = -2) -> VisionConfig:
+    """As `read_vision`, from fields that have been read.
+
+    directory: has preprocessor_config.json, if there is one.
+    """
     kind: TowerKind = "clip"
-    if str(inner.get("model_type", tower_values.get("model_type"))).startswith("siglip"):
+    if str(fields.get("model_type", None)).startswith("siglip"):
         kind, feature_layer = "siglip", SIGLIP_FEATURES
     fields.require(REQUIRED_TOWER[kind])
     size = fields.integer("image_size")
     pixels: dict[str, Any] = {}
-    if (tower / "preprocessor_config.json").is_file():
-        file = tower / "preprocessor_config.json"
+    if (directory / "preprocessor_config.json").is_file():
+        file = directory / "preprocessor_config.json"
         processor = Fields(read_json(file), file)
         _check_pixels(processor, size, kind)
         for name in ("image_mean", "image_std"):

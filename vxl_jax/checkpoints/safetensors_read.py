@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from vxl_jax.checkpoints.hf_onevision import published_names
 from vxl_jax.checkpoints.json_files import read_json
 from vxl_jax.checkpoints.tensors import Tensor
 from vxl_jax.errors import CheckpointError
@@ -39,7 +40,7 @@ def find_tensors(
       leave_out: returns True for names of tensors to skip.
 
     Returns:
-      the tensors by name, and one message for each problem.
+      the tensors by published name, and one message for each problem.
 
     Raises:
       CheckpointError: the directory does not exist or has no safetensors file.
@@ -68,7 +69,7 @@ def find_tensors(
             problems += _against_index(read_json(directory / INDEX_FILE), found, leave_out)
         except CheckpointError as error:
             problems.append(str(error))
-    return found, problems
+    return published_names(found), problems
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:

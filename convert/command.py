@@ -1,44 +1,72 @@
 """What the command lines share."""
 
-import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import wraps
+from typing import Any, Literal, TypeVar
 
-from vxl_jax.config import DTYPES
+import tyro
+from tyro.conf import DisallowNone, FlagCreatePairsOff, PositionalRequiredArgs, arg
+
 from vxl_jax.errors import VxlError
 
+Returned = TypeVar("Returned")
 
-def add_destination(parser: argparse.ArgumentParser, dtype_of: str) -> None:
-    """Add what all directions have: the directory to make, and what may become of it.
+StoredDtype = Literal["bfloat16", "float32"]
+"""A dtype that weights are written in."""
 
-    dtype_of: whose dtype the weights have unless another is given.
+DIRECTORY = arg(metavar="DIR")
+"""How `--help` shows the value of an option that is a directory."""
+
+
+def parse_call(
+    function: Callable[..., Returned], module: str, about: str | None, arguments: list[str] | None
+) -> Returned:
+    """Call a function with the arguments of a command line, and return what it returns.
+
+    Parameters without a default are positional, others are options; their help is the function's
+    docstring.
+
+    Args:
+        function: its annotations say what an argument may be.
+        module: that is run, for `--help`.
+        about: docstring of that module; its first line is the description.
+        arguments: of the command line; None: those of this process.
+
+    Raises: SystemExit(2), after a message on stderr, if an argument is wrong.
     """
-    parser.add_argument("destination", type=Path, metavar="DST", help="directory to make")
-    parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), help=f"of the weights; default: {dtype_of}'s"
+    return tyro.cli(
+        function,
+        prog=f"python -m {module}",
+        description=(about or "").partition("\n")[0],
+        args=arguments,
+        config=(PositionalRequiredArgs, DisallowNone, FlagCreatePairsOff),
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at DST")
 
 
 def run_command(
-    convert: Callable[..., None], parser: argparse.ArgumentParser, arguments: list[str] | None
+    convert: Callable[..., None], module: str, about: str | None, arguments: list[str] | None
 ) -> int:
-    """Call `convert` with the arguments by name and say what was written.
+    """Call `convert` as `parse_call` does, and say what was written.
 
-    Returns the exit status: 2 after an error, 130 after Ctrl-C.
+    convert: has a parameter `destination`. Returns the exit status: 2 after an error, 130 after
+    Ctrl-C.
     """
-    options = parser.parse_args(arguments)
-    try:
-        convert(**vars(options))
-    except VxlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    print(f"wrote {options.destination}")
-    return 0
+
+    @wraps(convert)
+    def command(**options: Any) -> int:
+        try:
+            convert(**options)
+        except VxlError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted: nothing was written", file=sys.stderr)
+            return 130
+        print(f"wrote {options['destination']}")
+        return 0
+
+    return parse_call(command, module, about, arguments)

@@ -7,18 +7,19 @@ for generation and training; `vxl_jax.checkpoints.load` describes it. Every tens
 before anything is written.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from safetensors.numpy import save_file
+from tyro.conf import arg
 
 from convert.adapter import MODEL_FIELDS, Adapter, read_adapter
-from convert.command import add_destination, run_command
+from convert.command import DIRECTORY, StoredDtype, run_command
 from convert.writing import (
     byte_bar,
     change_fields,
@@ -48,13 +49,13 @@ from vxl_jax.typing import Shapes
 
 
 def convert_from_hf(
-    source: str | Path,
-    destination: str | Path,
+    source: Annotated[str | Path, arg(metavar="SRC")],
+    destination: Annotated[str | Path, arg(metavar="DST")],
     *,
-    dtype: str | None = None,
-    vision: str | Path | None = None,
-    ignore: str | None = None,
-    adapter: str | Path | None = None,
+    dtype: StoredDtype | None = None,
+    vision: Annotated[str | Path | None, DIRECTORY] = None,
+    ignore: Annotated[str | None, arg(metavar="REGEX")] = None,
+    adapter: Annotated[str | Path | None, DIRECTORY] = None,
     overwrite: bool = False,
 ) -> None:
     """Convert `source`, in the published layout, into `destination`.
@@ -62,12 +63,11 @@ def convert_from_hf(
     Args:
         source: directory with config.json and safetensors files.
         destination: directory that is made, whole or not at all.
-        dtype: float32 or bfloat16; that of the source if None.
-        vision: directory with the vision tower's config.json, where the source does not have it and
-            its `mm_vision_tower` is not a tower known by name.
+        dtype: of the weights; None: that of the source.
+        vision: directory with config.json of a tower that is neither in the source nor a known one.
         ignore: regular expression; tensors whose whole name it matches are left out.
-        adapter: directory of a peft adapter (LoRA) of `source`, which is merged into its weights.
-        overwrite: replace a checkpoint at `destination`.
+        adapter: directory of a peft adapter (LoRA) of the source, which is merged into its weights.
+        overwrite: replace a checkpoint at the destination.
 
     Raises: CheckpointError that lists every missing, unexpected, duplicate or misshapen tensor, and
         every one whose weights are not finite; `destination` is then as it was.
@@ -173,15 +173,7 @@ def write_checkpoint(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint to read")
-    add_destination(parser, dtype_of="SRC")
-    parser.add_argument(
-        "--vision", type=Path, metavar="DIR", help="directory of the tower's config"
-    )
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="peft adapter to merge in")
-    parser.add_argument("--ignore", metavar="REGEX", help="leave out tensors with such a name")
-    return run_command(convert_from_hf, parser, arguments)
+    return run_command(convert_from_hf, "convert.from_hf", __doc__, arguments)
 
 
 if __name__ == "__main__":

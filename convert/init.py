@@ -7,14 +7,15 @@ config.json and safetensors. Beacon projections start as copies of q, k and v, t
 as that of the end-of-sequence token; the projector is new, or comes from a first stage of training.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from tyro.conf import arg
 
-from convert.command import add_destination, run_command
+from convert.command import StoredDtype, run_command
 from convert.from_hf import write_checkpoint
 from convert.sources import open_source
 from convert.writing import check_apart, copy_small_files, published_config, write_tower
@@ -37,26 +38,28 @@ PROJECTOR = "model.mm_projector."
 
 
 def init_checkpoint(
-    qwen: str | Path,
-    clip: str | Path,
-    destination: str | Path,
+    qwen: Annotated[str | Path, arg(metavar="QWEN_DIR")],
+    clip: Annotated[str | Path, arg(metavar="CLIP_DIR")],
+    destination: Annotated[str | Path, arg(metavar="DST")],
     *,
-    projector: str | Path | None = None,
+    projector: Annotated[str | Path | None, arg(metavar="FILE_OR_RUN")] = None,
     seed: int = 0,
-    dtype: str | None = None,
+    dtype: StoredDtype | None = None,
     overwrite: bool = False,
 ) -> None:
     """Assemble a new Video-XL in `destination`.
+
+    The projector of a safetensors file has tensors named `…mm_projector.0.weight` and so on. New
+    weights are uniform within ±1/√inputs, as torch starts a linear layer.
 
     Args:
         qwen: directory of a Qwen2 checkpoint with its tokenizer.
         clip: directory of a CLIP checkpoint, or of its vision tower alone.
         destination: directory that is made, whole or not at all.
-        projector: safetensors file with tensors `…mm_projector.0.weight` and so on, or directory of
-            a training run or checkpoint whose projector is taken. New weights if None.
-        seed: of new weights: uniform within ±1/√inputs, as torch starts a linear layer.
-        dtype: float32 or bfloat16; that of `qwen` if None.
-        overwrite: replace a checkpoint at `destination`.
+        projector: from a safetensors file, a training run or a checkpoint; None: new weights.
+        seed: of a new projector.
+        dtype: of the weights; None: that of Qwen2.
+        overwrite: replace a checkpoint at the destination.
 
     Raises: CheckpointError that lists every missing, unexpected or misshapen tensor, and every one
         whose weights are not finite; `destination` is then as it was.
@@ -69,9 +72,9 @@ def init_checkpoint(
     refuse_adapter(qwen)
     tensors, problems = find_tensors(qwen)
     tower, tower_problems = find_tensors(clip)
-    dtype = dtype or stored_dtype(tensors)
+    param_dtype = dtype or stored_dtype(tensors)
     config = VideoXLConfig(
-        vision=read_vision(clip), language=read_language(values, tensors), param_dtype=dtype
+        vision=read_vision(clip), language=read_language(values, tensors), param_dtype=param_dtype
     )
     tensors |= _beacons(tensors, _end_of_sequence(values))
     tensors |= {
@@ -85,7 +88,7 @@ def init_checkpoint(
     else:
         tensors |= _read_projector(Path(projector))
     _, shapes = abstract_params(config)
-    problems += tower_problems + check_tensors(tensors, config, shapes, dtype)
+    problems += tower_problems + check_tensors(tensors, config, shapes, param_dtype)
     if problems:
         raise_problems(f"{qwen} and {clip}", problems + tensors_not_finite(tensors))
 
@@ -95,7 +98,7 @@ def init_checkpoint(
         write_tower(clip, part)
 
     write_checkpoint(
-        qwen, destination, tensors, config, shapes, write_files, overwrite, unused_dtype=dtype
+        qwen, destination, tensors, config, shapes, write_files, overwrite, unused_dtype=param_dtype
     )
 
 
@@ -159,13 +162,7 @@ def _in_memory(values: np.ndarray) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("qwen", type=Path, metavar="QWEN_DIR", help="Qwen2 checkpoint")
-    parser.add_argument("clip", type=Path, metavar="CLIP_DIR", help="CLIP checkpoint")
-    add_destination(parser, dtype_of="Qwen")
-    parser.add_argument("--projector", type=Path, help="safetensors file, or a run's directory")
-    parser.add_argument("--seed", type=int, default=0, help="of a new projector (default: 0)")
-    return run_command(init_checkpoint, parser, arguments)
+    return run_command(init_checkpoint, "convert.init", __doc__, arguments)
 
 
 if __name__ == "__main__":

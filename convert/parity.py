@@ -10,19 +10,21 @@ Prints a row a tensor, and exits 1 if a relative error ‖ours − golden‖ / �
 ids differ.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
+from tyro.conf import arg
 
+from convert.command import parse_call
 from convert.golden.compare import Comparison, GoldenSet
 from convert.golden.llava import check_llava, check_slowfast
 from convert.golden.video_xl import Golden, check
 from vxl_jax.checkpoints.load import load_network
-from vxl_jax.errors import CheckpointError, VxlError
+from vxl_jax.errors import CheckpointError, ConfigError, VxlError
 
 
 def golden_sets(directory: Path) -> list[Path]:
@@ -54,22 +56,19 @@ def check_set(directory: Path, checkpoint: Path | None = None) -> Iterator[Compa
     return check(model, Golden(directory))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "directories",
-        type=Path,
-        nargs="+",
-        metavar="DIR",
-        help="a checkpoint and a golden set, or golden sets that have their own",
-    )
-    options = parser.parse_args(arguments)
-    if len(options.directories) > 2:
-        parser.error("give a checkpoint and a golden set, or one directory of golden sets")
-    *checkpoint, directory = options.directories
+def compare_golden(
+    directories: Annotated[tuple[Path, ...], arg(metavar="DIR [DIR]")],
+) -> int:
+    """Print a row a tensor; returns the exit status.
+
+    Args:
+        directories: a checkpoint and a golden set, or golden sets that have their own.
+    """
     rows: list[Comparison] = []
     try:
+        if not 1 <= len(directories) <= 2:
+            raise ConfigError("give a checkpoint and a golden set, or one directory of golden sets")
+        *checkpoint, directory = directories
         with jax.default_matmul_precision("highest"):
             for golden in golden_sets(directory):
                 print(golden)
@@ -84,6 +83,11 @@ def main(arguments: list[str] | None = None) -> int:
     worst = max((row.error for row in rows), default=np.inf)
     print(f"{len(rows)} tensors, {failed} failed, largest relative error {worst:.2e}")
     return int(failed > 0 or not rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return parse_call(compare_golden, "convert.parity", __doc__, arguments)
 
 
 if __name__ == "__main__":

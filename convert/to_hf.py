@@ -8,19 +8,19 @@ an index, where they are larger than a shard), config.json and tokenizer files. 
 back, every tensor is the same bit for bit.
 """
 
-import argparse
 import math
 import re
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from tyro.conf import arg
 
 from convert.adapter import write_adapter
-from convert.command import add_destination, run_command
+from convert.command import DIRECTORY, StoredDtype, run_command
 from convert.sources import OpenModel, open_source
 from convert.writing import byte_bar, check_apart, new_directory, set_dtype
 from vxl_jax.checkpoints.arrays import Index, parts, transpose_into
@@ -43,31 +43,29 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def convert_to_hf(
-    source: str | Path,
-    destination: str | Path,
+    source: Annotated[str | Path, arg(metavar="SRC")],
+    destination: Annotated[str | Path, arg(metavar="DST")],
     *,
-    dtype: str | None = None,
-    shard_size: str | int = "5GB",
-    step: str | int | None = None,
-    base: str | Path | None = None,
+    dtype: StoredDtype | None = None,
+    shard_size: Annotated[str | int, arg(metavar="SIZE")] = "5GB",
+    step: Annotated[str | int | None, arg(metavar="STEP")] = None,
+    base: Annotated[str | Path | None, DIRECTORY] = None,
     adapter: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write `source` in the published layout.
 
+    An adapter has the low-rank updates, and the projector and beacons if they were trained.
+
     Args:
-        source: a converted checkpoint, a training run's directory (its last step counts), or a
-            directory in the published layout.
+        source: a training run, or a checkpoint, converted or in the published layout.
         destination: directory that is made, whole or not at all.
-        dtype: float32 or bfloat16; that of the source if None.
+        dtype: of the weights; None: that of the source.
         shard_size: most bytes of a safetensors file, a number or text such as "5GB".
-        step: of a training run: a number, or "best" of those that were asked held-out questions;
-            the last if None.
-        base: of a training run: directory of the checkpoint that it began with, where that has
-            moved. It must have the same weights.
-        adapter: of a run with low-rank updates: write these alone, and the projector and beacons if
-            they were trained, as a peft adapter of the base.
-        overwrite: replace a checkpoint at `destination`.
+        step: of a training run: a number, or "best" by held-out questions; None: the last.
+        base: of a training run: its base checkpoint, with the same weights, where that has moved.
+        adapter: of a LoRA run: write a peft adapter of the base instead of a whole model.
+        overwrite: replace a checkpoint at the destination.
 
     Raises: CheckpointError if the source cannot be read, a weight is NaN or infinite, or the base
         of a run has other weights than the run began with.
@@ -157,18 +155,7 @@ def _read_unused(tensor: Tensor, dtype: str | None) -> np.ndarray:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint or run to read")
-    add_destination(parser, dtype_of="SRC")
-    parser.add_argument("--shard-size", default="5GB", help="most bytes of a file (default: 5GB)")
-    parser.add_argument("--step", help="of a run: a number, or best (default: the last)")
-    parser.add_argument(
-        "--base", type=Path, metavar="DIR", help="of a run: its base checkpoint, where it has moved"
-    )
-    parser.add_argument(
-        "--adapter", action="store_true", help="of a LoRA run: a peft adapter, not a whole model"
-    )
-    return run_command(convert_to_hf, parser, arguments)
+    return run_command(convert_to_hf, "convert.to_hf", __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import builtins
 import shutil
 import subprocess
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -166,7 +165,10 @@ def run_plan(monkeypatch: pytest.MonkeyPatch, work: Callable[..., Any], folder: 
 
 
 def run_convert(monkeypatch: pytest.MonkeyPatch, work: Callable[..., Any], folder: Path) -> int:
-    return command.run_command(work, ArgumentParser(), [])
+    def convert(destination: str) -> None:
+        work(destination)
+
+    return command.run_command(convert, "convert.from_hf", "Convert.", ["out"])
 
 
 def run_parity(monkeypatch: pytest.MonkeyPatch, work: Callable[..., Any], folder: Path) -> int:

@@ -51,6 +51,7 @@ LIGHT = {
     "vxl_jax.generate",
     "vxl_jax.inference",
     "vxl_jax.inference.cli",
+    "vxl_jax.inference.options",
     "vxl_jax.planning.cards",
     "vxl_jax.planning.flops",
 }

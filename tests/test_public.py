@@ -29,7 +29,7 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_importing_the_package_imports_nothing_heavy():
     code = (
         "import sys, vxl_jax; dir(vxl_jax); vxl_jax.__version__; vxl_jax.VideoXLConfig;"
-        "print([m for m in ('jax', 'flax', 'transformers', 'torch') if m in sys.modules])"
+        "print([m for m in ('jax', 'flax', 'transformers', 'torch', 'tyro') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

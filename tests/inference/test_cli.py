@@ -14,10 +14,17 @@ from PIL import Image
 from tests.support.data import write_video
 from vxl_jax import Picture, Video, load, load_memory
 from vxl_jax.inference import memory_file, watching
-from vxl_jax.inference.cli import main, read_generate_options, read_media_options, read_ratios
+from vxl_jax.inference.cli import main
+from vxl_jax.inference.options import read_generate_options, read_media_options, read_ratios
 from vxl_jax.inference.watching import Watcher
 from vxl_jax.media import MediaOptions
 from vxl_jax.media.children.decoding import Decoder
+
+OPTIONS = """
+    model video image frames ratio sample-fps start end decoder square-pixels tone-map color-profile
+    memory save-memory overwrite prompt interactive max-new-tokens temperature top-p top-k seed
+    weights vision max-context plan card memory-gb
+"""
 
 MICRO = Path(__file__).parents[1] / "golden" / "micro"
 
@@ -212,16 +219,50 @@ def test_one_error_for_what_cannot_be(
         (["--prompt", "a"], "nothing is watched"),
         (["--memory", "m", "--prompt", "a", "--ratio", "4"], "--ratio: the memory has been made"),
         (["--memory", "m", "--prompt", "a", "--frames", "4"], "--frames: the memory has been made"),
-        (["--video", "film.mp4", "--prompt", "a", "--ratio", "four"], "invalid read_ratios value"),
     ],
 )
 def test_options_that_do_not_go_together(
     options: list[str], reason: str, capsys: pytest.CaptureFixture
 ):
+    assert main(["--model", "hf", *options]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--ratio", "four"], "--ratio: 'four' is not a ratio"),
+        (["--frames", "None"], "--frames"),
+        (["--decoder", "ffmpeg"], "--decoder"),
+        (["--in-order", "a"], "--in-order"),
+        (["--model"], "--model"),
+    ],
+)
+def test_an_option_that_cannot_be_read(
+    options: list[str], reason: str, capsys: pytest.CaptureFixture
+):
     with pytest.raises(SystemExit) as ended:
-        main(["--model", "hf", *options])
+        main(["--model", "hf", "--video", "film.mp4", "--prompt", "a", *options])
     assert ended.value.code == 2
     assert reason in capsys.readouterr().err
+
+
+def test_videos_and_images_stay_in_their_order():
+    given = ["--image=a", "--video", "b", "--prompt", "video", "--video=c=d", "--prompt=--image"]
+    options = read_generate_options(["--model", "hf", *given, "--image", "image"])
+    expected = (("image", "a"), ("video", "b"), ("video", "c=d"), ("image", "image"))
+    assert options.media.in_order == expected
+    assert options.question.prompt == ("video", "--image")
+
+
+def test_help_lists_every_option(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    for name in OPTIONS.split():
+        assert f" --{name} " in printed, name
+    assert "in-order" not in printed
 
 
 def test_ratios_on_the_command_line():

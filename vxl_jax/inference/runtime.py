@@ -18,7 +18,7 @@ from vxl_jax.config import VideoXLConfig
 from vxl_jax.errors import ArgumentError, VisualMemoryError
 from vxl_jax.inference.ratios import Ratios, check_ratios, default_ratio
 from vxl_jax.media.layout import ImageLayout, VisualLayout
-from vxl_jax.media.open import Film, MediaLike, Picture, as_media, open_film
+from vxl_jax.media.open import Film, MediaLike, as_media, open_together
 from vxl_jax.media.sampling import FrameTimes
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.planning.inference_bytes import STEP_TOKENS
@@ -111,12 +111,7 @@ class Runtime:
         if not media:
             return []
         size, preprocessing = self.config.tower.image_size, self.config.preprocessing
-        found = [as_media(item, **fields) for item in media]
-        several = sum(isinstance(item, Picture) for item in found) > 1
-        found = [
-            replace(item, several=several) if isinstance(item, Picture) else item for item in found
-        ]
-        return [open_film(item, size, preprocessing) for item in found]
+        return open_together([as_media(item, **fields) for item in media], size, preprocessing)
 
     def layout_of(self, film: Film) -> VisualLayout | ImageLayout:
         """Lay out the visual tokens of a film.

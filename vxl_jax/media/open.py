@@ -179,6 +179,24 @@ class Film:
         return FrameTimes(tuple(seconds), self.begin, end)
 
 
+def open_together(
+    media: Sequence[Video | Picture], size: int, preprocessing: Preprocessing
+) -> list[Film]:
+    """Open videos and images that are watched one after another; arguments as for `open_film`.
+
+    Images are told whether there are several of them.
+    """
+    several = sum(isinstance(item, Picture) for item in media) > 1
+    return [
+        open_film(
+            replace(item, several=several) if isinstance(item, Picture) else item,
+            size,
+            preprocessing,
+        )
+        for item in media
+    ]
+
+
 def open_film(
     media: Video | Picture, size: int, preprocessing: Preprocessing = DEFAULT_PREPROCESSING
 ) -> Film:

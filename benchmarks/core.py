@@ -97,7 +97,7 @@ def jax_phase(phase: str, size: str, frames: int) -> Callable[[], Any]:
     from vxl_jax import VideoXL, batch_streams, decode_step, loss_and_metrics, plan_stream, prefill
     from vxl_jax.models.video_xl import scan_groups
     from vxl_jax.nn.memory import empty_memory
-    from vxl_jax.text.chat import IMAGE_TOKEN
+    from vxl_jax.text.template import IMAGE_TOKEN
 
     config = replace(config_of(size), remat="none")  # PyTorch's side keeps all activations too
     model = nnx.jit(lambda: VideoXL(config, rngs=nnx.Rngs(0)))()
@@ -152,7 +152,7 @@ def train_step_bytes(size: str, frames: int) -> int:
     from flax import nnx
 
     from vxl_jax import VideoXL, batch_streams, plan_stream
-    from vxl_jax.text.chat import IMAGE_TOKEN
+    from vxl_jax.text.template import IMAGE_TOKEN
 
     config = config_of(size)
     graph, params = nnx.split(nnx.eval_shape(lambda: VideoXL(config, rngs=nnx.Rngs(0))))

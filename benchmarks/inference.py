@@ -115,7 +115,7 @@ def prefill(size: str, weights: str | None) -> dict[str, Any]:
     from vxl_jax.inference.watching import Block, Watcher, no_features
     from vxl_jax.planning.flops import PassSize, forward_flops
     from vxl_jax.stream.plan import plan_stream
-    from vxl_jax.text.chat import IMAGE_TOKEN
+    from vxl_jax.text.template import IMAGE_TOKEN
 
     model = make_model(size, None if weights == "none" else weights)
     memory = begin(model)
@@ -193,7 +193,7 @@ def int8_error(size: str) -> dict[str, Any]:
     from vxl_jax.planning.inference_bytes import tree_bytes
     from vxl_jax.stream.batch import batch_streams
     from vxl_jax.stream.plan import plan_stream
-    from vxl_jax.text.chat import IMAGE_TOKEN
+    from vxl_jax.text.template import IMAGE_TOKEN
 
     model = make_model(size).network
     config = model.config

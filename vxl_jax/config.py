@@ -16,7 +16,7 @@ from vxl_jax.errors import ConfigError
 from vxl_jax.media.frames import CLIP_MEAN, CLIP_STD
 from vxl_jax.media.layout import ImageTokens, Newline, PoolMode, VisualLayout
 from vxl_jax.media.preprocessing import DEFAULT_PREPROCESSING, Preprocessing
-from vxl_jax.text.template import Family
+from vxl_jax.typing import Family
 
 Remat = Literal["full", "products", "none"]
 """Rematerialisation. full: a layer keeps its input alone; products: the results of its matrix

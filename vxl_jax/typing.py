@@ -1,7 +1,7 @@
 """Types that several packages share. No JAX at run time."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import jax
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 else:
     AnyArray = Any
 """An array of the host (NumPy) or of the device (JAX)."""
+
+Family = Literal["video_xl", "llava_video"]
+"""Whose checkpoints and conversations a model has; see `vxl_jax.checkpoints.hf_config` and
+`vxl_jax.text.template`."""
 
 ParamPath = tuple[str, ...]
 """Where a parameter stands in the model."""

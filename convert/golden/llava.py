@@ -18,7 +18,7 @@ from convert.golden.compare import (
     compare_thinned,
     gradient_rows,
 )
-from vxl_jax.checkpoints.hf_config import read_config
+from vxl_jax.checkpoints.hf_config import NEWLINES, read_config
 from vxl_jax.checkpoints.names import to_published
 from vxl_jax.config import VideoXLConfig, with_changes
 from vxl_jax.errors import CheckpointError
@@ -30,10 +30,7 @@ from vxl_jax.nn.vision import VisionTower
 from vxl_jax.stream.batch import batch_streams
 from vxl_jax.stream.plan import Stream, plan_stream
 from vxl_jax.stream.visual import VisualInput, batch_visual
-from vxl_jax.text.chat import IMAGE_TOKEN
-
-NEWLINES = {"no_token": "none"}
-"""Values of `mm_newline_position` that have another name here."""
+from vxl_jax.text.template import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)

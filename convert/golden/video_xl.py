@@ -29,7 +29,7 @@ from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.nn.rope import rope_angles, rotate
 from vxl_jax.stream.batch import batch_streams
 from vxl_jax.stream.plan import BEACON, Stream, plan_stream
-from vxl_jax.text.chat import IMAGE_TOKEN
+from vxl_jax.text.template import IMAGE_TOKEN
 
 GOLDEN_AXES = {
     "visual_features": 2,

@@ -18,7 +18,7 @@ from vxl_jax.config import Compression, with_changes
 from vxl_jax.presets import demo, tiny
 from vxl_jax.stream.batch import batch_streams
 from vxl_jax.stream.plan import plan_stream
-from vxl_jax.text.chat import IMAGE_TOKEN
+from vxl_jax.text.template import IMAGE_TOKEN
 
 
 def has_beacon(name):

@@ -48,7 +48,8 @@ INIT = {
         ),
         (init, "q c d", INIT),
         (init, "q c d --projector p --seed 3", INIT | {"projector": "p", "seed": 3}),
-        (parity, "h g", {"hf_dir": Path("h"), "golden_dir": Path("g")}),
+        (parity, "h g", {"directories": (Path("h"), Path("g"))}),
+        (parity, "sets", {"directories": (Path("sets"),)}),
     ],
 )
 def test_arguments_reach_the_function(

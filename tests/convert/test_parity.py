@@ -21,7 +21,7 @@ from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.presets import tiny
 from vxl_jax.stream.batch import batch_streams
 from vxl_jax.stream.plan import plan_stream
-from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN
+from vxl_jax.text.template import IGNORE, IMAGE_TOKEN
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 

@@ -21,7 +21,8 @@ from vxl_jax.models.functions import prefill
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.presets import demo
 from vxl_jax.stream.batch import StreamShape, batch_streams
-from vxl_jax.text.chat import IMAGE_TOKEN, encode_follow_up
+from vxl_jax.text.chat import encode_follow_up
+from vxl_jax.text.template import IMAGE_TOKEN
 
 QUESTION = "what is the colour"
 RATIO = 4

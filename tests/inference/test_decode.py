@@ -16,7 +16,7 @@ from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.presets import tiny
 from vxl_jax.stream.batch import StreamShape, batch_streams
 from vxl_jax.stream.plan import plan_stream
-from vxl_jax.text.chat import IMAGE_TOKEN
+from vxl_jax.text.template import IMAGE_TOKEN
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]))
 

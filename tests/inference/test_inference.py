@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from tests.support.networks import MICRO, assert_same, entries, frames, fresh
 from vxl_jax import Model, Picture, Video, VisualMemory, load_network
 from vxl_jax.media.open import open_film
-from vxl_jax.text.chat import IMAGE_TOKEN
+from vxl_jax.text.template import IMAGE_TOKEN
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 

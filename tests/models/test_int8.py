@@ -15,7 +15,7 @@ from vxl_jax.errors import ConfigError
 from vxl_jax.models.int8 import INT8_LINEARS, is_quantized, quantize, quantize_kernel
 from vxl_jax.stream.batch import batch_streams
 from vxl_jax.stream.plan import plan_stream
-from vxl_jax.text.chat import IMAGE_TOKEN
+from vxl_jax.text.template import IMAGE_TOKEN
 
 MICRO = Path(__file__).parents[1] / "golden" / "micro" / "hf"
 

@@ -18,7 +18,7 @@ from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.stream.batch import batch_streams
 from vxl_jax.stream.plan import plan_stream
 from vxl_jax.stream.visual import batch_visual
-from vxl_jax.text.chat import IMAGE_TOKEN
+from vxl_jax.text.template import IMAGE_TOKEN
 
 torch = pytest.importorskip("torch")
 

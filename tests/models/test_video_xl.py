@@ -19,7 +19,7 @@ from vxl_jax.nn.memory import empty_memory
 from vxl_jax.presets import tiny
 from vxl_jax.stream.batch import batch_streams
 from vxl_jax.stream.plan import plan_stream
-from vxl_jax.text.chat import IMAGE_TOKEN
+from vxl_jax.text.template import IMAGE_TOKEN
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 

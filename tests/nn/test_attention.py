@@ -20,7 +20,7 @@ from vxl_jax.nn.memory import Memory, empty_memory
 from vxl_jax.presets import tiny
 from vxl_jax.stream.batch import StreamBatch, batch_streams
 from vxl_jax.stream.plan import Stream, plan_stream
-from vxl_jax.text.chat import IMAGE_TOKEN as I
+from vxl_jax.text.template import IMAGE_TOKEN as I
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 

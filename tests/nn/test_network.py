@@ -22,7 +22,7 @@ from vxl_jax.nn.groups import make_group, take_group
 from vxl_jax.nn.memory import empty_memory
 from vxl_jax.stream.batch import StreamShape, batch_streams
 from vxl_jax.stream.plan import PAD, plan_stream
-from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN
+from vxl_jax.text.template import IGNORE, IMAGE_TOKEN
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 

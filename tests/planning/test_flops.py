@@ -30,7 +30,7 @@ from vxl_jax.planning.flops import (
 from vxl_jax.presets import video_xl_7b
 from vxl_jax.stream.batch import StreamShape, batch_streams
 from vxl_jax.stream.plan import NO_SLOT, plan_stream
-from vxl_jax.text.chat import IMAGE_TOKEN
+from vxl_jax.text.template import IMAGE_TOKEN
 
 I = IMAGE_TOKEN
 WINDOW = 4

@@ -9,7 +9,7 @@ import pytest
 from vxl_jax.nn import groups
 from vxl_jax.stream.batch import StreamBatch, StreamShape, batch_streams, round_up
 from vxl_jax.stream.plan import BEACON, NO_SLOT, PAD, TEXT, VISUAL, draw_ratio, plan_stream
-from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN
+from vxl_jax.text.template import IGNORE, IMAGE_TOKEN
 
 X = int(NO_SLOT)
 

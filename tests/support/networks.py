@@ -16,7 +16,8 @@ from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.presets import tiny
 from vxl_jax.stream.batch import StreamBatch, batch_streams
 from vxl_jax.stream.plan import Stream, plan_stream
-from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN, encode_prompt
+from vxl_jax.text.chat import encode_prompt
+from vxl_jax.text.template import IGNORE, IMAGE_TOKEN
 
 
 def noisy_model(config: VideoXLConfig | None = None) -> VideoXL:

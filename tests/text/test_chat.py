@@ -9,7 +9,7 @@ import pytest
 
 from vxl_jax.errors import ConversationError
 from vxl_jax.text import chat
-from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN
+from vxl_jax.text.template import IGNORE, IMAGE_TOKEN
 
 # Words of the small tokenizer by id; anything else is <unk>, 0.
 WORDS = [

@@ -14,7 +14,7 @@ from train.config import RunSection
 from train.data.dataset import open_dataset
 from train.run.evaluate import answer_questions, eval_ratios
 from vxl_jax.inference.model import Model
-from vxl_jax.text.chat import IMAGE_MARK
+from vxl_jax.text.template import IMAGE_MARK
 
 RUN = RunSection(run_dir="unused", max_new_tokens=3)
 

@@ -12,7 +12,7 @@ from train.data.records.sample import BadSample, Sample, VisualBlock
 from train.data.workers import LoadedSample
 from train.inspect.media import load_each
 from train.inspect.pictures import CONTEXT, LEFT_OUT, LOSS, MEDIA, SheetSample
-from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN
+from vxl_jax.text.template import IGNORE, IMAGE_TOKEN
 
 FRAMES_SHOWN = 6
 """Frames of a sample on the sheet at most."""

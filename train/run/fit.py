@@ -36,7 +36,7 @@ from vxl_jax.progress import progress_bar
 from vxl_jax.stream.batch import StreamShape, batch_streams
 from vxl_jax.stream.plan import Stream, plan_stream
 from vxl_jax.stream.visual import video_shapes
-from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN
+from vxl_jax.text.template import IGNORE, IMAGE_TOKEN
 
 SAMPLE_TEXT, SAMPLE_LABELS = 512, 256
 """Tokens of text in a planned sample, and how many of them carry loss."""

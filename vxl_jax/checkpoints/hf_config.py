@@ -22,7 +22,7 @@ from vxl_jax.config import (
     with_changes,
 )
 from vxl_jax.errors import CheckpointError, ConfigError
-from vxl_jax.text.template import Family
+from vxl_jax.typing import Family
 
 MODEL_TYPES = ("llava_qwen", "qwen2")
 

@@ -40,7 +40,7 @@ TOWER_DEFAULTS = {
 }
 """The same for SigLIP."""
 
-T = TypeVar("T")
+Held = TypeVar("Held")
 
 
 def published_fields(values: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +110,7 @@ NAMES = (
 """Beginnings of transformers' names, of version 4 and 5, and the published ones."""
 
 
-def published_names(tensors: Mapping[str, T]) -> dict[str, T]:
+def published_names(tensors: Mapping[str, Held]) -> dict[str, Held]:
     """Give tensors their published names; those of other layouts keep theirs."""
     if not _is_of_transformers(tensors):
         return dict(tensors)

@@ -22,7 +22,7 @@ from vxl_jax.media.preprocessing import (
     parse_grids,
 )
 from vxl_jax.media.tiles import Size
-from vxl_jax.text.template import Family
+from vxl_jax.typing import Family
 
 OWN = "vxl_preprocessing"
 """Field of config.json with what the published code has no field for."""
@@ -63,6 +63,11 @@ def read_preprocessing(values: Fields, tower: VisionConfig, family: Family) -> P
             llava_preprocessing(tower.kind == "siglip", tower.image_mean),
             frame_sampling="forced" if values.get("force_sample", False) else "strided",
         )
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in own.values.items()
+        if name in OWN_FIELDS
+    }
     try:
         return replace(
             default,
@@ -70,11 +75,7 @@ def read_preprocessing(values: Fields, tower: VisionConfig, family: Family) -> P
             grids=_read_grids(values, tower.image_size, default),
             time_prompt=bool(values.get("add_time_instruction", False)),
             options=MediaOptions(**options.values),
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in own.values.items()
-                if name in OWN_FIELDS
-            },
+            **given,
         )
     except (VxlError, TypeError) as error:
         if str(values.path) in str(error):

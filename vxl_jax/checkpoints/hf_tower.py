@@ -41,8 +41,8 @@ NORM_EPS = {"clip": 1e-5, "siglip": 1e-6}
 """What transformers takes where `layer_norm_eps` is not given."""
 
 SIGLIP_FEATURES = -2
-"""SigLIP's features in LLaVA: before its last layer, and without its last norm, whatever
-`mm_vision_select_layer` says."""
+"""SigLIP's features in LLaVA: before its last layer, without its last norm. Published code does
+not read `mm_vision_select_layer` for it."""
 
 
 REQUIRED_PIXELS: Required = {

@@ -17,7 +17,8 @@ from vxl_jax.interrupts import held_interrupts
 from vxl_jax.media.open import Film, FrameLimit, MediaLike
 from vxl_jax.media.sampling import FrameTimes
 from vxl_jax.planning.inference_bytes import OWN_SLOTS
-from vxl_jax.text.chat import IMAGE_MARK, IMAGE_TOKEN, encode_follow_up, with_marks
+from vxl_jax.text.chat import encode_follow_up, with_marks
+from vxl_jax.text.template import IMAGE_MARK, IMAGE_TOKEN
 from vxl_jax.text.time_prompt import with_time_prompt
 
 NEW_TOKENS = 256

@@ -25,7 +25,7 @@ from vxl_jax.media import MediaOptions
 from vxl_jax.media.layout import VisualLayout
 from vxl_jax.media.open import Film, FrameLimit, MediaLike
 from vxl_jax.media.sampling import FrameTimes
-from vxl_jax.text.chat import IMAGE_TOKEN
+from vxl_jax.text.template import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ class Model(Runtime):
             start: second of each video file where frames begin; its beginning if None.
             end: second where they end; the file's end if None.
             slow_every: every such frame of a video is slow, and the others are fast, which have
-                fewer tokens (SlowFast); by default as the model was trained. For models with a
-                layout of their own, such as LLaVA-Video.
+                fewer tokens (SlowFast); by default as the model was trained. Video-XL has no fast
+                frames.
             options: how the pixels of files are decoded; None: as in training.
             system: the system turn of conversations about the memory.
             progress: show bars.

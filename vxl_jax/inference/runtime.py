@@ -22,13 +22,8 @@ from vxl_jax.media.open import Film, MediaLike, as_media, open_together
 from vxl_jax.media.sampling import FrameTimes
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.planning.inference_bytes import STEP_TOKENS
-from vxl_jax.text.chat import (
-    DEFAULT_SYSTEM,
-    IMAGE_MARK,
-    IMAGE_TOKEN,
-    encode_prompt,
-    with_marks,
-)
+from vxl_jax.text.chat import DEFAULT_SYSTEM, encode_prompt, with_marks
+from vxl_jax.text.template import IMAGE_MARK, IMAGE_TOKEN
 from vxl_jax.text.time_prompt import with_time_prompt
 
 CPU_STEP_TOKENS = 2048

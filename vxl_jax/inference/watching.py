@@ -22,7 +22,7 @@ from vxl_jax.progress import progress_bar
 from vxl_jax.stream.batch import round_up
 from vxl_jax.stream.plan import plan_stream, ratio_within
 from vxl_jax.stream.visual import Pixels, batch_visual
-from vxl_jax.text.chat import IMAGE_TOKEN
+from vxl_jax.text.template import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)

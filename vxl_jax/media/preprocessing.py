@@ -95,7 +95,7 @@ class Preprocessing:
     pad_several: bool = False
     """Whether each of several images that come together is one tile, as in mode `pad`."""
     background: tuple[int, int, int] = (127, 127, 127)
-    """RGB beside an image in mode `pad`; by custom the tower's mean."""
+    """RGB around an image in mode `pad`; by custom the tower's mean."""
     options: MediaOptions = DEFAULT_OPTIONS
     """How the pixels of files are decoded."""
 

@@ -11,7 +11,7 @@ from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.nn.sharding import by_sample, sample_shards
 from vxl_jax.stream.batch import StreamBatch
 from vxl_jax.stream.visual import Pixels
-from vxl_jax.text.chat import IGNORE
+from vxl_jax.text.template import IGNORE
 from vxl_jax.typing import AnyArray
 
 

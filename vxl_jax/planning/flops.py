@@ -18,7 +18,7 @@ import numpy as np
 from vxl_jax.config import VideoXLConfig
 from vxl_jax.stream.batch import StreamBatch, StreamShape
 from vxl_jax.stream.plan import BEACON, PAD, Stream, plan_stream
-from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN
+from vxl_jax.text.template import IGNORE, IMAGE_TOKEN
 
 PARTS = ("vision", "projector", "language", "beacon", "lora")
 """Parts of the model that are trained or frozen; `lora` are adapters of the language layers."""

@@ -25,7 +25,7 @@ from vxl_jax.planning.cards import Card
 from vxl_jax.stream.batch import StreamShape, batch_streams, round_up
 from vxl_jax.stream.plan import plan_stream
 from vxl_jax.stream.visual import video_shapes
-from vxl_jax.text.chat import IMAGE_TOKEN
+from vxl_jax.text.template import IMAGE_TOKEN
 
 USABLE = 0.92
 """Share of a card's memory that a program gets: programs here ask for 0.95 of what the driver

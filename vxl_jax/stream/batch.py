@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from vxl_jax.stream.plan import BEACON, NO_SLOT, PAD, Stream
-from vxl_jax.text.chat import IGNORE
+from vxl_jax.text.template import IGNORE
 from vxl_jax.typing import AnyArray
 
 

@@ -22,30 +22,13 @@ from vxl_jax.text.template import (
     IMAGE_MARK,
     IMAGE_TOKEN,
     TEMPLATES,
-    Family,
-    Piece,
+    LabelledIds,
     Template,
     Tokenizer,
     join_pieces,
     make_writer,
 )
-
-__all__ = [
-    "DEFAULT_SYSTEM",
-    "IGNORE",
-    "IMAGE_MARK",
-    "IMAGE_TOKEN",
-    "EncodedText",
-    "Family",
-    "Tokenizer",
-    "Turn",
-    "count_marks",
-    "encode_caption",
-    "encode_conversation",
-    "encode_follow_up",
-    "encode_prompt",
-    "with_marks",
-]
+from vxl_jax.typing import Family
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
@@ -265,7 +248,7 @@ def _check_place(i: int, turn: Turn, expected: str) -> None:
         raise ConversationError(f"turn {i}: an answer cannot hold {IMAGE_MARK}")
 
 
-def _encode_turns(turns: Sequence[Turn], template: Template, system: str) -> Piece:
+def _encode_turns(turns: Sequence[Turn], template: Template, system: str) -> LabelledIds:
     if not isinstance(system, str):
         raise ConversationError(f"the system text must be text, got {type(system).__name__}")
     _check_unicode("the system text", system)
@@ -274,6 +257,6 @@ def _encode_turns(turns: Sequence[Turn], template: Template, system: str) -> Pie
     return join_pieces(pieces)
 
 
-def _encoded(piece: Piece) -> EncodedText:
+def _encoded(piece: LabelledIds) -> EncodedText:
     ids, labels = piece
     return EncodedText(np.array(ids, np.int32), np.array(labels, np.int32))

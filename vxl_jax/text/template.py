@@ -1,21 +1,19 @@
 """The text around the turns of a conversation as token ids with labels, by family.
 
 A turn is `<|im_start|>role`, newline, text, `<|im_end|>`, newline. Families differ in how its text
-is cut into pieces before it is tokenised, in what is added beside marks, and in what is learned.
+is cut into pieces before it is tokenised, in what is added next to marks, and in what is learned.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from vxl_jax.errors import ConversationError
+from vxl_jax.typing import Family
 
 IMAGE_MARK = "<image>"
 IMAGE_TOKEN = -200
 IGNORE = -100
-
-Family = Literal["video_xl", "llava_video"]
-"""Whose conversations a model was trained on."""
 
 _LEADING_MARKS = re.compile(f"(?:{IMAGE_MARK})+")
 
@@ -28,7 +26,7 @@ class Tokenizer(Protocol):
     def convert_ids_to_tokens(self, ids: int) -> Any: ...
 
 
-Piece = tuple[list[int], list[int]]
+LabelledIds = tuple[list[int], list[int]]
 """Ids with their labels, of equal length."""
 
 
@@ -47,17 +45,17 @@ class Template:
         self._end = self._special("<|im_end|>")
         self._newline = self.encode("\n")
 
-    def head(self, role: str) -> Piece:
+    def head(self, role: str) -> LabelledIds:
         """`<|im_start|>role` and newline; the first token is labelled."""
         rest = self.encode(role) + self._newline
         return [self._start, *rest], [self._start] + [IGNORE] * len(rest)
 
-    def tail(self) -> Piece:
+    def tail(self) -> LabelledIds:
         """`<|im_end|>` and newline, both labelled."""
         ids = [self._end, *self._newline]
         return ids, ids
 
-    def turn(self, role: str, text: str) -> Piece:
+    def turn(self, role: str, text: str) -> LabelledIds:
         """A whole turn; role: system, user or assistant."""
         if role == "user":
             middle = self._question(text)
@@ -66,7 +64,7 @@ class Template:
             middle = ids, ids if role == "assistant" else [IGNORE] * len(ids)
         return join_pieces([self.head(role), middle, self.tail()])
 
-    def _question(self, text: str) -> Piece:
+    def _question(self, text: str) -> LabelledIds:
         """Text and marks of a human turn, without labels."""
         text = with_mark_first(text)
         ids: list[int] = []
@@ -99,7 +97,7 @@ class LlavaTemplate(Template):
     `<|im_start|>`, `<|im_end|>` and every token that is a newline alone.
     """
 
-    def turn(self, role: str, text: str) -> Piece:
+    def turn(self, role: str, text: str) -> LabelledIds:
         """A whole turn; role: system, user or assistant."""
         if role == "user":
             text = with_mark_first(text.replace(_LEFT_OUT, ""))
@@ -127,7 +125,7 @@ def with_mark_first(text: str) -> str:
     return f"{IMAGE_MARK}\n{rest}".strip()
 
 
-def join_pieces(pieces: Sequence[Piece]) -> Piece:
+def join_pieces(pieces: Sequence[LabelledIds]) -> LabelledIds:
     """Put pieces one after another."""
     ids = [token for ids, _ in pieces for token in ids]
     return ids, [label for _, labels in pieces for label in labels]

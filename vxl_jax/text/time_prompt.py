@@ -1,7 +1,8 @@
 """Tell a model when the frames of a video are shown, in the words of LLaVA-Video."""
 
 from vxl_jax.media.sampling import FrameTimes
-from vxl_jax.text.template import IMAGE_MARK, Family
+from vxl_jax.text.template import IMAGE_MARK
+from vxl_jax.typing import Family
 
 
 def time_prompt(times: FrameTimes, family: Family = "video_xl") -> str:

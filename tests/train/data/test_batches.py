@@ -16,7 +16,7 @@ from train.data.records.sample import Sample
 from train.data.workers import RecordWork
 from vxl_jax.presets import tiny
 from vxl_jax.stream.plan import BEACON, PAD, TEXT, VISUAL
-from vxl_jax.text.chat import IGNORE
+from vxl_jax.text.template import IGNORE
 
 RATIOS = (2, 4, 8)
 TILE = 56 * 56 * 3

@@ -28,7 +28,7 @@ from train.data.records.sample import Sample
 from train.data.workers import RecordWork, lowest
 from train.errors import DataError
 from vxl_jax.presets import tiny
-from vxl_jax.text.chat import IGNORE
+from vxl_jax.text.template import IGNORE
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from vxl_jax.config import VideoXLConfig
 from vxl_jax.presets import tiny
 from vxl_jax.stream.batch import StreamShape, batch_streams, round_up
 from vxl_jax.stream.plan import draw_ratio
-from vxl_jax.text.chat import IGNORE
+from vxl_jax.text.template import IGNORE
 
 # Padded sizes.
 

@@ -12,7 +12,7 @@ from vxl_jax.errors import ConfigError
 from vxl_jax.nn.sharding import make_mesh
 from vxl_jax.stream.batch import StreamShape, batch_streams
 from vxl_jax.stream.plan import plan_stream
-from vxl_jax.text.chat import IMAGE_TOKEN
+from vxl_jax.text.template import IMAGE_TOKEN
 
 
 def test_shards_have_equally_many_places():

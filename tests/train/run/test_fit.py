@@ -25,7 +25,7 @@ from train.run.step import split_parts
 from vxl_jax.nn.attention.tiled import made_for, tile_bytes
 from vxl_jax.nn.sharding import make_mesh
 from vxl_jax.planning.flops import PassSize, step_flops
-from vxl_jax.text.chat import IGNORE
+from vxl_jax.text.template import IGNORE
 
 
 def demo(*options: str) -> TrainConfig:

@@ -28,7 +28,7 @@ from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.presets import tiny
 from vxl_jax.stream.batch import StreamShape, batch_streams
 from vxl_jax.stream.plan import Stream, plan_stream
-from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN
+from vxl_jax.text.template import IGNORE, IMAGE_TOKEN
 
 PARTS: tuple[Part, ...] = ("vision", "projector", "language", "beacon")
 FRAMES = 2

@@ -26,17 +26,10 @@ from train.data.records.shapes import read_record
 from train.data.sources import Source
 from train.errors import DataError
 from vxl_jax.media import resolve_media
-from vxl_jax.text.chat import (
-    DEFAULT_SYSTEM,
-    IGNORE,
-    IMAGE_MARK,
-    Family,
-    Tokenizer,
-    encode_caption,
-    encode_conversation,
-    encode_prompt,
-)
+from vxl_jax.text.chat import DEFAULT_SYSTEM, encode_caption, encode_conversation, encode_prompt
+from vxl_jax.text.template import IGNORE, IMAGE_MARK, Tokenizer
 from vxl_jax.text.time_prompt import with_time_prompt
+from vxl_jax.typing import Family
 
 
 class Reader:

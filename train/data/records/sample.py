@@ -11,7 +11,7 @@ from vxl_jax.errors import ConversationError, MediaError
 from vxl_jax.media.layout import ImageLayout, VisualLayout, VisualTokens, join_tokens
 from vxl_jax.media.preprocessing import ImageTiles
 from vxl_jax.stream.plan import Ratio, Stream, plan_stream
-from vxl_jax.text.chat import IGNORE
+from vxl_jax.text.template import IGNORE
 
 BAD = (ConversationError, MediaError, DataError)
 """What a record that cannot be used raises."""

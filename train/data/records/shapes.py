@@ -20,7 +20,8 @@ from train.data.records.sample import Clip
 from train.data.records.turns import TurnMedium, check_roles, read_turns, role_of
 from train.errors import DataError
 from vxl_jax.errors import ConversationError
-from vxl_jax.text.chat import IMAGE_MARK, count_marks
+from vxl_jax.text.chat import count_marks
+from vxl_jax.text.template import IMAGE_MARK
 
 _MARK_LIKE = re.compile(
     r"<\|?(?:image|video|audio)s?(?:[ _-]?(?:pad|placeholder|here|token|\d+))?\|?>",

@@ -12,7 +12,7 @@ from train.data.records.fields import (
 )
 from train.data.records.other_fields import looks_like_media
 from vxl_jax.errors import ConversationError
-from vxl_jax.text.chat import IMAGE_MARK
+from vxl_jax.text.template import IMAGE_MARK
 
 TurnMedium = tuple[str, str | None]
 """Kind of a medium inside a turn, `image` or `video`, and its path if the turn names it."""

@@ -26,7 +26,7 @@ from train.data.tokenizer import FastTokenizer
 from train.data.workers import Measured
 from train.errors import DataError
 from vxl_jax.text import chat
-from vxl_jax.text.chat import IGNORE, IMAGE_TOKEN
+from vxl_jax.text.template import IGNORE, IMAGE_TOKEN
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from tests.support.data import (
 from train.data.records.sample import BadSample, Sample
 from train.data.workers import LoadedSample, Measured, RecordWork
 from vxl_jax.text import chat
-from vxl_jax.text.chat import IMAGE_MARK
+from vxl_jax.text.template import IMAGE_MARK
 
 
 @pytest.fixture(scope="module")

@@ -111,8 +111,7 @@ class Animation:
     ) -> np.ndarray:
         """Decode frames, each through `fit_square`.
 
-        Frames are decoded in order, from the last one that was read unless an earlier one is
-        wanted.
+        Decodes in order, from the last frame that was read unless an earlier one is wanted.
 
         Args:
           indices: frame numbers in any order, repeated ones too.

@@ -7,9 +7,10 @@ _MODULES = {
     "convert_from_hf": "convert.from_hf",
     "convert_to_hf": "convert.to_hf",
     "init_checkpoint": "convert.init",
+    "compress_checkpoint": "convert.init",
 }
 
-__all__ = ["convert_from_hf", "convert_to_hf", "init_checkpoint"]
+__all__ = ["compress_checkpoint", "convert_from_hf", "convert_to_hf", "init_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from functools import wraps
+from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
 import tyro
@@ -45,12 +46,16 @@ def parse_call(
 
 
 def run_command(
-    convert: Callable[..., None], module: str, about: str | None, arguments: list[str] | None
+    convert: Callable[..., None],
+    module: str,
+    about: str | None,
+    arguments: list[str] | None,
+    destination: Callable[[dict[str, Any]], Any] = itemgetter("destination"),
 ) -> int:
     """Call `convert` as `parse_call` does, and say what was written.
 
-    convert: has a parameter `destination`. Returns the exit status: 2 after an error, 130 after
-    Ctrl-C.
+    destination: finds it among the arguments of `convert`. Returns the exit status: 2 after an
+    error, 130 after Ctrl-C.
     """
 
     @wraps(convert)
@@ -66,7 +71,7 @@ def run_command(
         except KeyboardInterrupt:
             print("interrupted: nothing was written", file=sys.stderr)
             return 130
-        print(f"wrote {options['destination']}")
+        print(f"wrote {destination(options)}")
         return 0
 
     return parse_call(command, module, about, arguments)

@@ -249,7 +249,7 @@ def published_config(config: VideoXLConfig) -> dict[str, Any]:
     if config.vision is not None:
         values |= _vision_fields(config, config.vision)
     if config.compression is not None:
-        values |= _beacon_fields(config.compression)
+        values |= beacon_fields(config.compression)
     return values
 
 
@@ -314,7 +314,8 @@ def _layout_fields(config: VideoXLConfig) -> dict[str, Any]:
     }
 
 
-def _beacon_fields(compression: Compression) -> dict[str, Any]:
+def beacon_fields(compression: Compression) -> dict[str, Any]:
+    """Fields of config.json of a model with beacons."""
     return {
         **_allowed(REQUIRED_BEACONS),
         "beacon_window": compression.window,

@@ -1,5 +1,6 @@
 """Named model configurations."""
 
+from dataclasses import replace
 from typing import Any
 
 from vxl_jax.config import (
@@ -7,13 +8,32 @@ from vxl_jax.config import (
     LanguageConfig,
     VideoXLConfig,
     VisionConfig,
+    siglip_so400m,
     with_changes,
 )
+from vxl_jax.media.preprocessing import llava_preprocessing
 
 
 def video_xl_7b(**changes: Any) -> VideoXLConfig:
     """The published Video-XL-7B: CLIP ViT-L/14-336 and Qwen2-7B, windows of 10 frames."""
     return with_changes(VideoXLConfig(), **changes)
+
+
+def llava_video_7b(**changes: Any) -> VideoXLConfig:
+    """The published LLaVA-Video-7B: SigLIP so400m/14-384 and Qwen2-7B, newline grids, no
+    beacons.
+    """
+    base = VideoXLConfig(
+        family="llava_video",
+        vision=siglip_so400m(),
+        compression=None,
+        pool_mode="bilinear",
+        newline="grid",
+        image_tokens="unpad",
+        max_image_tiles=9,
+        preprocessing=llava_preprocessing(),
+    )
+    return with_changes(base, **changes)
 
 
 def tiny(**changes: Any) -> VideoXLConfig:
@@ -44,4 +64,35 @@ def demo(**changes: Any) -> VideoXLConfig:
     return with_changes(base, **changes)
 
 
-PRESETS = {"video_xl_7b": video_xl_7b, "tiny": tiny, "demo": demo}
+def tiny_llava(**changes: Any) -> VideoXLConfig:
+    """`tiny` as a LLaVA-Video: 70 px frames of 5 x 5 patches, 12 tokens a slow frame."""
+    base = replace(
+        llava_video_7b(),
+        vision=replace(siglip_so400m(), image_size=70, width=16, layers=3, heads=2, mlp_width=32),
+        language=tiny().language,
+        max_image_tiles=2,
+        preprocessing=llava_preprocessing(max_frames=8),
+    )
+    return with_changes(base, **changes)
+
+
+def demo_llava(**changes: Any) -> VideoXLConfig:
+    """The LLaVA-Video of the embedded demo: every second frame of a video is fast."""
+    base = replace(
+        llava_video_7b(),
+        vision=replace(siglip_so400m(), image_size=70, width=64, layers=3, heads=4, mlp_width=256),
+        language=demo().language,
+        max_image_tiles=3,
+        slow_every=2,
+    )
+    return with_changes(base, **changes)
+
+
+PRESETS = {
+    "video_xl_7b": video_xl_7b,
+    "llava_video_7b": llava_video_7b,
+    "tiny": tiny,
+    "tiny_llava": tiny_llava,
+    "demo": demo,
+    "demo_llava": demo_llava,
+}

@@ -1,12 +1,14 @@
 """Converted checkpoints."""
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import convert_from_hf, convert_to_hf
-from tests.support.checkpoints import MICRO
+from tests.support.checkpoints import MICRO, save_published
+from vxl_jax.presets import tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -14,6 +16,12 @@ def converted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("converted") / "model"
     convert_from_hf(MICRO, directory)
     return directory
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA-Video with random weights, in the published layout."""
+    return save_published(tiny_llava(), tmp_path_factory.mktemp("llava") / "hf")
 
 
 @pytest.fixture

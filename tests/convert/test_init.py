@@ -1,7 +1,11 @@
 """A new model from Qwen2 and CLIP."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -9,9 +13,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import vxl_jax
-from convert import convert_to_hf, init_checkpoint
+from convert import convert_to_hf, init, init_checkpoint
 from tests.support.checkpoints import GOLDEN, MICRO, tensors_in
+from vxl_jax.config import Compression
 from vxl_jax.errors import CheckpointError
+from vxl_jax.media.preprocessing import llava_preprocessing
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +112,54 @@ def test_parts_that_do_not_fit_are_refused(parts, tmp_path):
     path.write_text(json.dumps({**values, "eos_token_id": 9999}))
     with pytest.raises(CheckpointError, match="eos_token_id 9999 is not a token"):
         init_checkpoint(tmp_path / "qwen", clip, tmp_path / "x")
+
+
+def test_a_new_llava_video_from_qwen_and_siglip(
+    parts: tuple[Path, Path], llava: Path, tmp_path: Path
+):
+    tower = tmp_path / "siglip"
+    shutil.copytree(llava / "vision_tower", tower)
+    prefix = "model.vision_tower.vision_tower."
+    vision = {
+        name.removeprefix(prefix): value
+        for name, value in tensors_in(llava).items()
+        if name.startswith(prefix)
+    }
+    vision |= {"logit_scale": np.zeros(1, np.float32), "logit_bias": np.zeros(1, np.float32)}
+    save_file(vision, tower / "model.safetensors")
+    init_checkpoint(parts[0], tower, tmp_path / "new", seed=3)
+    model = vxl_jax.load_network(tmp_path / "new")
+    config = model.config
+    assert (config.family, config.compression) == ("llava_video", None)
+    assert (config.newline, config.image_tokens, config.max_image_tiles) == ("grid", "unpad", 9)
+    assert config.preprocessing == llava_preprocessing()
+    newline = np.asarray(model.projector.newline[...], np.float32)
+    assert 0.5 < float(np.std(newline)) * config.language.width**0.5 < 1.5
+
+
+def test_a_llava_video_is_given_beacons(llava: Path, tmp_path: Path):
+    assert init.main([str(llava), str(tmp_path / "new"), "--ratios", "2", "4"]) == 0
+    before, now = (vxl_jax.load_network(path) for path in (llava, tmp_path / "new"))
+    assert now.config.compression == Compression(8 * 12, (2, 4))
+    assert replace(now.config, compression=None) == before.config
+    attention = now.language.layers.attention
+    np.testing.assert_array_equal(attention.beacon_k.kernel[...], attention.k.kernel[...])
+    convert_to_hf(tmp_path / "new", tmp_path / "hf")
+    held = tensors_in(llava)
+    for name, tensor in tensors_in(tmp_path / "hf").items():
+        if "beacon" not in name:
+            np.testing.assert_array_equal(tensor, held[name])
+
+
+def test_what_cannot_be_given_beacons_is_refused(llava: Path, tmp_path: Path, capsys: Any):
+    new = tmp_path / "new"
+    for arguments, message in (
+        ([MICRO, new], "has beacons already"),
+        ([llava, new, "--seed", 1], "--projector and --seed"),
+        ([llava], "give QWEN_DIR TOWER_DIR DST"),
+        ([llava, llava, new, "--window", 8], "give QWEN_DIR TOWER_DIR DST"),
+        ([llava, new, "--window", 1], "ratios .* must be between 1 and the window 1"),
+    ):
+        assert init.main([str(argument) for argument in arguments]) == 2
+        assert re.search(message, capsys.readouterr().err)
+        assert not new.exists()

@@ -2,22 +2,44 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+from convert.writing import published_config, write_tower
 from train.config import DataSection, OptimSection, RunSection, TrainConfig
 from train.config.resume import save_config
+from vxl_jax.checkpoints.json_files import write_json
+from vxl_jax.checkpoints.names import to_published
 from vxl_jax.checkpoints.safetensors_read import INDEX_FILE
+from vxl_jax.config import VideoXLConfig
+from vxl_jax.models.video_xl import VideoXL
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "micro"
 
 
 MICRO = GOLDEN / "hf"
+
+
+def save_published(
+    config: VideoXLConfig, directory: Path, tokenizer: Any = None, seed: int = 0
+) -> Path:
+    """Write random weights in the published layout, with a tokenizer if there is one."""
+    directory.mkdir(parents=True)
+    model = VideoXL(config, rngs=nnx.Rngs(seed))
+    tensors = to_published(nnx.to_pure_dict(nnx.state(model)), config)
+    save_file(tensors, directory / "model.safetensors")
+    fields = published_config(config) | {"eos_token_id": 3, "max_position_embeddings": 32768}
+    write_json(directory / "config.json", fields)
+    write_tower(config.tower, directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    return directory
 
 
 def tensors_in(directory):

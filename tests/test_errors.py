@@ -48,6 +48,7 @@ PLAIN_VALUE_ERRORS = {
     "vxl_jax/models/functions.py": "a capacity that the caller computes",
     "vxl_jax/nn/attention/__init__.py": "shapes that the caller makes",
     "vxl_jax/nn/sharding.py": "a parameter without a row in the table",
+    "vxl_jax/stream/visual.py": "tokens that the caller has counted",
     "vxl_jax/stream/batch.py": "arguments that the caller computes",
     "vxl_jax/stream/plan.py": "arguments that the caller computes and checks",
     "vxl_jax/checkpoints/safetensors_read.py": "turned into a CheckpointError in the same file",

@@ -11,6 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from convert import parity
+from convert.golden.compare import compare_tensor, compare_thinned
 from vxl_jax.checkpoints.hf_config import read_config
 from vxl_jax.checkpoints.load import load_network
 from vxl_jax.checkpoints.names import name_rows, to_published
@@ -163,7 +164,7 @@ def test_wrong_losses_gradients_and_pictures_fail(made_set, model, tmp_path, cap
     assert parity.main([str(MICRO / "hf"), str(tmp_path)]) == 1
     output = capsys.readouterr().out
     passed = [line for line in output.splitlines() if line.startswith("ok")]
-    # The tower's biases of keys (`parity.ZERO_GRADIENT`), and the last layer's beacon queries.
+    # The tower's biases of keys (`compare.ZERO_GRADIENT`), and the last layer's beacon queries.
     assert len(passed) == 5
     assert all(line.endswith("zero but for rounding") for line in passed)
     meta["frames"]["seed"] = 8
@@ -178,9 +179,9 @@ def table_names(config):
 
 def test_thinned_tensors_are_compared_with_the_step_that_was_used():
     ours = np.random.default_rng(0).normal(size=(2, 9, 4))
-    assert parity.compare_thinned("keys", ours, ours[:, ::7], axis=1).passed
-    assert not parity.compare_thinned("keys", ours, ours[:, 1::7], axis=1).passed
-    assert parity.compare_thinned("keys", ours, ours[:, :0], axis=1).error == np.inf
+    assert compare_thinned("keys", ours, ours[:, ::7], axis=1).passed
+    assert not compare_thinned("keys", ours, ours[:, 1::7], axis=1).passed
+    assert compare_thinned("keys", ours, ours[:, :0], axis=1).error == np.inf
 
 
 @pytest.mark.parametrize("case", ["v23_r2", "v23_r8", "v23_r16", "v23_r8_long"])
@@ -198,7 +199,7 @@ def test_language_model_logits(case, windows_per_group, model, language):
     logits = np.asarray(nnx.jit(_logits)(model, streams, visual[None]))[0]
     golden = tensors[f"{case}/logits"]
     ours = logits[streams.kind[:, 0].reshape(-1) == 0][-len(golden) :]
-    assert parity.compare_tensor(case, ours, golden).passed
+    assert compare_tensor(case, ours, golden).passed
     assert (ours.argmax(-1) == golden.argmax(-1)).all()
     assert ours[-1].argmax() == tensors[f"{case}/generated"][0]
 
@@ -243,9 +244,7 @@ def test_language_model_loss_and_gradients(case, model, language):
     compared = [name for name in tensors if name.startswith(f"{case}/grad/")]
     assert len(compared) == 4
     for name in compared:
-        assert parity.compare_tensor(name, ours[name.split("/grad/")[1]], tensors[name]).passed, (
-            name
-        )
+        assert compare_tensor(name, ours[name.split("/grad/")[1]], tensors[name]).passed, name
     assert len(info["grad_norms"]) == 3 * 18 + 4
     for name, norm in info["grad_norms"].items():
         assert np.linalg.norm(ours[name]) == pytest.approx(norm, rel=1e-4), name

@@ -260,6 +260,12 @@ class ImageLayout(FrameCounts):
             return np.full(frames, self._of_tile.count(1))
         return np.where(first + np.arange(frames) == self.tiles - 1, self.total, 0)
 
+    def frames_of(self, tokens: int, first: int = 0) -> int:
+        """As `FrameCounts.frames_of`; tokens that are made of all tiles begin with all of them."""
+        if self.model.images == "pooled":
+            return super().frames_of(tokens, first)
+        return self.tiles - first if tokens else 0
+
     @property
     def total(self) -> int:
         """Tokens of the whole image."""

@@ -22,9 +22,12 @@ from tyro.conf import arg
 from convert.command import parse_call
 from convert.golden.compare import Comparison, GoldenSet
 from convert.golden.llava import check_llava, check_slowfast
+from convert.golden.media import check_media
 from convert.golden.video_xl import Golden, check
 from vxl_jax.checkpoints.load import load_network
 from vxl_jax.errors import CheckpointError, ConfigError, VxlError
+from vxl_jax.presets import llava_video_7b
+from vxl_jax.text.tokenizer import load_tokenizer
 
 
 def golden_sets(directory: Path) -> list[Path]:
@@ -46,6 +49,12 @@ def check_set(directory: Path, checkpoint: Path | None = None) -> Iterator[Compa
     checkpoint: the model; the one that comes with the set if None.
     """
     golden = GoldenSet(directory)
+    if "sampling" in golden.meta:
+        media = directory.parent.parent / "media"
+        tokenizer = load_tokenizer(
+            directory.parent.parent / "tokenizer" / "qwen2", llava_video_7b().language
+        )
+        return check_media(golden, media, tokenizer)
     if checkpoint is None:
         checkpoint = directory / str(golden.meta.get("hf", "hf"))
     model = load_network(checkpoint, dtype="float32", param_dtype="float32")

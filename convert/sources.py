@@ -20,6 +20,7 @@ from convert.writing import (
 )
 from train.config import DataSection, ModelSection
 from train.config.resume import upgrade
+from train.config.sections import LAYOUT
 from train.run.base import BASE, compare_base, describe_base, read_about
 from vxl_jax.checkpoints.arrays import Index, read_part, unused_tensors, whole
 from vxl_jax.checkpoints.hf_config import PARAMS, UNUSED, read_config, refuse_adapter
@@ -153,7 +154,7 @@ def _run(directory: Path, step: str | None, moved: Path | None, same_base: bool)
                     "name where it is with --base"
                 )
     if base:
-        names = ("pool_stride", "ratios")
+        names = (*LAYOUT, "ratios")
         changes = {k: v for k, v in section.changes().items() if k in names}
         config = with_changes(base.config, **changes)
     else:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from vxl_jax.config import LoRAConfig, Remat
 from vxl_jax.errors import ConfigError
 from vxl_jax.media import MediaOptions
+from vxl_jax.media.layout import Newline, PoolMode
 from vxl_jax.media.preprocessing import ImageMode, Preprocessing, parse_grids, tile_grids
 from vxl_jax.media.sampling import FrameSampling
 from vxl_jax.presets import PRESETS
@@ -43,6 +44,10 @@ def _check_least(section: str, config: Any, least: int, *names: str) -> None:
         _check(value is None or value >= least, f"{section}.{name}", value, f"at least {least}")
 
 
+LAYOUT = ("pool_stride", "pool_mode", "newline", "slow_every")
+"""Fields of the model that decide visual tokens, and that a run may change of its checkpoint."""
+
+
 @dataclass(frozen=True)
 class ModelSection:
     """The network and where its weights and tokenizer come from."""
@@ -57,7 +62,14 @@ class ModelSection:
     """Compression ratios drawn for each window in training; none given after the option: no
     compression; None: the preset's."""
     pool_stride: int | None = None
-    """Patches of a frame are averaged over this many squared; None: the preset's."""
+    """Patches of a frame become fewer by this factor along each side; None: the preset's."""
+    pool_mode: PoolMode | None = None
+    """How they become fewer: average, bilinear or max; None: the preset's."""
+    newline: Newline | None = None
+    """Where a video has newline tokens: none, grid, frame or one_token; None: the preset's."""
+    slow_every: int | None = None
+    """Every such frame of a video is slow and the others are fast (SlowFast); None: the preset's.
+    """
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of frozen parameters; optim.param_dtype is that of trained ones."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -74,19 +86,21 @@ class ModelSection:
             self.tokenizer,
             "a directory when model.checkpoint is not set",
         )
-        _check_least("model", self, 1, "pool_stride")
+        _check_least("model", self, 1, "pool_stride", "slow_every")
         _check(min(self.ratios or (1,)) >= 1, "model.ratios", self.ratios, "at least 1 each")
         if self.checkpoint is not None:
             return
         try:
             PRESETS[self.preset](**self.changes())
         except ConfigError as error:
-            text = str(error).replace("VideoXLConfig.", "model.")
-            raise ConfigError(text.replace("Compression.", "model.")) from None
+            text = str(error)
+            for name in ("VideoXLConfig.", "Compression.", "VisualLayout."):
+                text = text.replace(name, "model.")
+            raise ConfigError(text) from None
 
     def changes(self) -> dict[str, Any]:
         """Fields of `VideoXLConfig` that differ from the preset or the checkpoint, by name."""
-        names = ("ratios", "pool_stride", "param_dtype", "dtype", "remat")
+        names = ("ratios", *LAYOUT, "param_dtype", "dtype", "remat")
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 

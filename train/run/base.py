@@ -48,6 +48,8 @@ def describe_base(checkpoint: Path | None, tokenizer: Path, note: Path | None) -
     config = read_config(checkpoint)
     parts = {"vision": asdict(config.tower), "language": asdict(config.language)}
     sizes = {f"{part}.{name}": value for part in parts for name, value in parts[part].items()}
+    if config.tower.kind == "clip":  # as noted by runs of older versions
+        del sizes["vision.kind"]
     sizes |= {name: getattr(config, name) for name in ("pool_stride", "window", "ratios")}
     found["model"] = json.loads(json.dumps(sizes))
     found["directory"] = str(checkpoint.absolute())

@@ -250,10 +250,13 @@ def test_language_model_loss_and_gradients(case, model, language):
         assert np.linalg.norm(ours[name]) == pytest.approx(norm, rel=1e-4), name
 
 
-@pytest.mark.parametrize("folder", ["micro", "geom336"])
+LLAVA = ("llava_micro", "llava_geom384", "llava_slowfast", "llava_preprocess")
+
+
+@pytest.mark.parametrize("folder", ["micro", "geom336", *LLAVA])
 def test_shared_golden_sets(folder, shared, capsys):
     golden = shared / "golden" / folder
-    assert parity.main([str(golden / "hf"), str(golden)]) == 0, capsys.readouterr().out
+    assert parity.main([str(golden)]) == 0, capsys.readouterr().out
 
 
 def test_the_table_covers_every_parameter_once():

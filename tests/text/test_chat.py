@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -365,3 +366,51 @@ def test_the_prompt_of_the_published_demonstration(qwen2):
     before, after = (qwen2(part).input_ids for part in text.split("<image>"))
     ids = chat.encode_prompt("<image>" + question, qwen2)
     assert ids.tolist() == [*before, IMAGE_TOKEN, *after]
+
+
+# LLaVA-Video: the text of a turn as it stands.
+
+
+def test_turns_of_llava_video_are_tokenised_together(tokenizer: Any):
+    turns_ = conversation("<image>\nwhat", "a cat", "what is", "a dog")
+    encoded = chat.encode_conversation(turns_, tokenizer, "be nice", family="llava_video")
+    ids, labels = encoded.ids.tolist(), encoded.labels.tolist()
+    text = tokenizer.decode([number for number in ids if number != IMAGE_TOKEN])
+    assert text.replace(" ", "") == (
+        "<|im_start|>system\nbenice<|im_end|>\n<|im_start|>user\n\nwhat<|im_end|>\n"
+        "<|im_start|>assistant\nacat<|im_end|>\n<|im_start|>user\nwhatis<|im_end|>\n"
+        "<|im_start|>assistant\nadog<|im_end|>\n"
+    )
+    start, end, newline = (
+        tokenizer.encode(t, add_special_tokens=False)[0]
+        for t in ("<|im_start|>", "<|im_end|>", "\n")
+    )
+    role = tokenizer.encode("assistant", add_special_tokens=False)
+    in_answer = False
+    for i, (number, label) in enumerate(zip(ids, labels, strict=True)):
+        if number == start:
+            in_answer = ids[i + 1 : i + 1 + len(role)] == role
+        learned = in_answer or number in (start, end, newline)
+        assert label == (number if learned else IGNORE)
+    prompt = chat.encode_prompt(turns_[:-1], tokenizer, "be nice", family="llava_video").tolist()
+    assert ids[: len(prompt)] == prompt
+    first = chat.encode_prompt(turns_[:1], tokenizer, family="llava_video").tolist()
+    answer = tokenizer.encode("a cat", add_special_tokens=False)
+    follow_up = chat.encode_follow_up("what is", tokenizer, family="llava_video").tolist()
+    whole = chat.encode_prompt(turns_[:3], tokenizer, family="llava_video").tolist()
+    assert [*first, *answer, *follow_up] == whole
+
+
+def test_marks_of_llava_video(tokenizer: Any):
+    for question, expected in (
+        ("what <image> is", "<image>\nwhat  is"),
+        ("QA_GT_caption_based_noisy<image>\nwhat", "<image>\nwhat"),
+        ("<image>\n<image>\nwhat", "<image>\n<image>\nwhat"),
+    ):
+        ours = chat.encode_prompt(question, tokenizer, family="llava_video").tolist()
+        assert ours == chat.encode_prompt(expected, tokenizer, family="llava_video").tolist()
+        assert ours.count(IMAGE_TOKEN) == expected.count("<image>")
+    assert chat.with_marks(2, "what", "llava_video") == "<image><image>\nwhat"
+    assert chat.with_marks(1, "\nwhat", "llava_video") == "<image>\nwhat"
+    assert chat.with_marks(0, "what", "llava_video") == "what"
+    assert chat.with_marks(1, "what") == "<image>what"

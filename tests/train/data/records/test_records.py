@@ -171,7 +171,9 @@ def test_measures_are_those_of_the_sample(root: Path, demo_tokenizer: Any):
         sample = check(record, root, demo_tokenizer)
         assert isinstance(sample, Sample)
         labels = int((sample.labels != IGNORE).sum())
-        expected = Measured(len(sample.ids) - 2, labels, frames, name == "video")
+        expected = Measured(
+            len(sample.ids) - 2, labels, frames, tuple(4 * n for n in frames), name == "video"
+        )
         assert work_on(record, root, demo_tokenizer).measure(0, [0]) == [expected]
 
 

@@ -32,6 +32,7 @@ SECTIONS = {
     ),
     "Streams and text": (
         *("plan_stream", "Stream", "draw_ratio", "batch_streams", "StreamShape", "StreamBatch"),
+        *("batch_visual", "VisualInput"),
         *("encode_prompt", "encode_conversation", "encode_caption"),
     ),
     "Errors": (

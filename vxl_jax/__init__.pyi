@@ -67,6 +67,10 @@ from .stream.plan import (
     draw_ratio as draw_ratio,
     plan_stream as plan_stream,
 )
+from .stream.visual import (
+    VisualInput as VisualInput,
+    batch_visual as batch_visual,
+)
 from .text.chat import (
     encode_caption as encode_caption,
     encode_conversation as encode_conversation,

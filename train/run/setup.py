@@ -105,6 +105,13 @@ def read_model_config(config: TrainConfig) -> VideoXLConfig:
         return with_changes(model_config, preprocessing=preprocessing)
     directory = Path(config.model.checkpoint)
     model_config = published.read_config(directory, **config.model.changes())
+    expected = PRESETS[config.model.preset]().family
+    if model_config.vision is not None and model_config.family != expected:
+        raise ConfigError(
+            f"model.checkpoint {directory}: is of the family {model_config.family}, and "
+            f"model.preset {config.model.preset} is of {expected}, for which the configuration was "
+            "made; name another checkpoint or preset"
+        )
     if model_config.vision is None:
         raise ConfigError(
             f"model.checkpoint {directory}: has no vision tower; python -m convert.init makes a "

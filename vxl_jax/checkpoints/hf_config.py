@@ -123,15 +123,15 @@ def read_config(
     values.require({"model_type": MODEL_TYPES})
     has_vision = values.get("model_type", MODEL_TYPES[0]) != "qwen2"
     if tensors is None:
-        needed = values.get("tie_word_embeddings", False) or values.get("add_faster_video", False)
-        tensors = _stored_tensors(directory) if needed else {}
+        tensors = _stored_tensors(directory) if values.get("tie_word_embeddings", False) else {}
     config = VideoXLConfig(
         vision=None, language=read_language(values, tensors), compression=_read_compression(values)
     )
     if has_vision:
         family = read_family(values)
         tower = _read_tower(values, directory, vision, family)
-        config = _with_vision(config, values, tower, family, tensors)
+        layout = read_layout(values, family, _has_faster(values, directory, tensors))
+        config = _with_vision(config, values, tower, family, layout)
     if config.compression is None and "compression" not in changes:
         _refuse_beacons(values, tensors)
     return with_changes(config, **changes)
@@ -162,6 +162,11 @@ def read_layout(values: Fields, family: Family, has_faster: bool = False) -> dic
     position = values.get("mm_newline_position", None) or "grid"
     merge = values.get("mm_patch_merge_type", None) or "flat"
     is_slow_fast = values.get("add_faster_video", False)
+    if is_slow_fast and values.integer("faster_token_stride", 10) < 1:
+        raise CheckpointError(
+            f"{values.path}: faster_token_stride is {values['faster_token_stride']}; it must be at "
+            "least 1: every such frame is slow"
+        )
     return {
         "pool_stride": values.integer("mm_spatial_pool_stride", 2),
         "pool_mode": values.get("mm_spatial_pool_mode", None) or "bilinear",
@@ -178,10 +183,9 @@ def _with_vision(
     values: Fields,
     tower: VisionConfig,
     family: Family,
-    tensors: Mapping[str, Tensor],
+    layout: dict[str, Any],
 ) -> VideoXLConfig:
     """Add what depends on the vision tower."""
-    layout = read_layout(values, family, FASTER_NAME in tensors)
     try:
         return dataclasses.replace(
             config,
@@ -270,6 +274,17 @@ def _stored_tensors(directory: Path) -> dict[str, Tensor]:
     if (directory / PARAMS).is_dir() or not any(directory.glob("*.safetensors")):
         return {}
     return find_tensors(directory)[0]
+
+
+def _has_faster(values: Fields, directory: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a checkpoint, of which the tensors may be known, has the token of SlowFast frames."""
+    if not values.get("add_faster_video", False) or FASTER_NAME in tensors:
+        return FASTER_NAME in tensors
+    if (directory / PARAMS).is_dir():
+        from vxl_jax.checkpoints.orbax_tree import stored_shapes
+
+        return ("projector", "faster") in stored_shapes(directory / PARAMS)
+    return FASTER_NAME in _stored_tensors(directory)
 
 
 def ties_embeddings(values: "Fields", tensors: Mapping[str, Tensor]) -> bool:

@@ -21,7 +21,15 @@ from convert.writing import byte_bar, new_directory, run_fields
 from train.config import part_of
 from vxl_jax.checkpoints.arrays import Index, whole
 from vxl_jax.checkpoints.json_files import Fields, Required, read_json, write_json
-from vxl_jax.checkpoints.names import EMBEDDING_NAME, LINEAR, NameRow, is_unused, name_rows
+from vxl_jax.checkpoints.names import (
+    EMBEDDING_NAME,
+    FASTER_NAME,
+    LINEAR,
+    NEWLINE_NAME,
+    NameRow,
+    is_unused,
+    name_rows,
+)
 from vxl_jax.checkpoints.safetensors_read import NO_PICKLE, tensors_of
 from vxl_jax.checkpoints.safetensors_write import NewTensor, Piece, write_tensors
 from vxl_jax.checkpoints.tensors import (
@@ -39,7 +47,7 @@ from vxl_jax.models.lora import LORA_NAMES
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_FIELDS = "vxl_model.json"
-"""Fields of config.json that the run has changed: ratios, pooling and preprocessing."""
+"""Fields of config.json that a run may change: ratios, visual tokens and preprocessing."""
 PREFIX = "base_model.model."
 
 # What changes how an adapter is applied. A missing field counts as the first value.
@@ -200,11 +208,12 @@ def write_adapter(source: OpenModel, destination: Path, dtype: str | None, overw
             "cannot hold; write the merged checkpoint, without --adapter"
         )
     planned: list[NewTensor] = []
-    modules, saved = [], set()
+    modules: list[str] = []
+    saved: set[str] = set()
     for row in name_rows(source.config):
         linear, name = row.ours[:-1], row.ours[-1]
         if row.ours in paths:  # with its update, if it has one
-            saved.add(_saved_module(row))
+            saved.update(_saved_module(row))
             planned += _plan_whole(source, row, dtype)
         elif name == "kernel" and (*linear, LORA_NAMES[0]) in run.trained:
             modules.append(row.theirs.removeprefix("model.layers.{i}.").removesuffix(".weight"))
@@ -236,9 +245,13 @@ def write_adapter(source: OpenModel, destination: Path, dtype: str | None, overw
         write_tensors(part / ADAPTER_WEIGHTS, planned, {"format": "pt"}, bar.update)
 
 
-def _saved_module(row: NameRow) -> str:
-    """The name by which peft finds the module of a tensor that was trained whole."""
-    return "mm_projector" if "mm_projector" in row.theirs else row.theirs.split(".")[-2]
+def _saved_module(row: NameRow) -> tuple[str, ...]:
+    """The name by which peft finds the module of a tensor that was trained whole; learned vectors
+    of LLaVA-Video are in no module of theirs.
+    """
+    if row.theirs in (NEWLINE_NAME, FASTER_NAME):
+        return ()
+    return ("mm_projector" if "mm_projector" in row.theirs else row.theirs.split(".")[-2],)
 
 
 def _plan_whole(source: OpenModel, row: NameRow, dtype: str | None) -> Iterator[NewTensor]:

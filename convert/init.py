@@ -56,8 +56,8 @@ PROJECTOR = "model.mm_projector."
 
 
 WINDOW_FRAMES = 8
-"""Frames of a LLaVA-Video in a compression window, unless told: 1680 tokens, which all of `RATIOS`
-divide."""
+"""Frames of a LLaVA-Video in a compression window, unless told: with newline grids 1680 tokens,
+which all of `RATIOS` divide."""
 
 RATIOS = Compression().ratios
 
@@ -159,6 +159,12 @@ def compress_checkpoint(
         has = "beacons already" if config.compression is not None else "no vision tower"
         raise CheckpointError(f"{llava}: has {has}; give a LLaVA-Video or the like")
     compression = Compression(window or config.layout.count(WINDOW_FRAMES), ratios)
+    if uneven := [ratio for ratio in ratios if compression.window % ratio]:
+        print(
+            f"note: a window of {compression.window} visual tokens is not a multiple of the ratios "
+            f"{uneven}, which training draws for such windows only if no other divides them",
+            file=sys.stderr,
+        )
     values = Fields(published_fields(read_json(llava / "config.json")), llava / "config.json")
     tensors |= _beacons(tensors, _end_of_sequence(values))
     with_beacons = replace(config, compression=compression)
@@ -206,10 +212,13 @@ def _beacons(tensors: dict[str, Tensor], end: int) -> dict[str, Tensor]:
 
 
 def _end_of_sequence(values: Fields) -> int:
-    end = values["eos_token_id"]
+    end = values.get("eos_token_id", None)
     end = end[0] if isinstance(end, list) and end else end
     if not isinstance(end, int) or not 0 <= end < values["vocab_size"]:
-        raise CheckpointError(f"{values.path}: eos_token_id {end!r} is not a token")
+        raise CheckpointError(
+            f"{values.path}: eos_token_id is {end!r}, which is not a token; add that of "
+            "<|im_end|>, whose embedding the beacons start with"
+        )
     return end
 
 

@@ -216,6 +216,30 @@ class VideoXLConfig:
             )
         if self.vision is not None:
             _ = self.layout  # checks the other fields
+            self._check_family()
+
+    def _check_family(self) -> None:
+        """Refuse visual tokens that checkpoints of the family cannot say, or that cannot be
+        made.
+        """
+        family, layout = self.family, self.layout
+        if family == "video_xl" and not layout.is_uniform:
+            raise ConfigError(
+                "VideoXLConfig: a Video-XL averages all frames and tiles alike; leave pool_mode, "
+                "newline, slow_every, faster_token and image_tokens as they are, or set family"
+            )
+        if family == "llava_video" and (
+            layout.images == "pooled" or (layout.images == "flat" and layout.newline != "none")
+        ):
+            raise ConfigError(
+                f"VideoXLConfig.image_tokens is {layout.images!r} with newline {layout.newline!r}; "
+                "a LLaVA has 'unpad', or 'flat' without newlines"
+            )
+        rules = self.preprocessing
+        if layout.images == "unpad" and rules.image_mode == "anyres" and not rules.base_tile:
+            raise ConfigError(
+                "VideoXLConfig.image_tokens is 'unpad', so Preprocessing.base_tile must be true"
+            )
 
     @property
     def tower(self) -> VisionConfig:

@@ -105,3 +105,19 @@ def test_a_run_for_another_family_is_refused(llava: Path):
     for checkpoint, preset in ((llava, "tiny"), (MICRO, "tiny_llava")):
         with pytest.raises(ConfigError, match=r"is of the family .*, and model\.preset"):
             read_model_config(run_config(ModelSection(checkpoint=str(checkpoint), preset=preset)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "video_xl"}, "averages all frames and tiles alike"),
+        ({"image_tokens": "pooled"}, "image_tokens is 'pooled'"),
+        ({"image_tokens": "flat"}, "'flat' with newline 'grid'"),
+        ({"preprocessing": tiny().preprocessing}, "base_tile must be true"),
+    ],
+)
+def test_what_a_checkpoint_cannot_say_is_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        tiny_llava(**changes)
+    with pytest.raises(ConfigError, match="averages all frames"):
+        tiny(pool_mode="max")

@@ -162,7 +162,12 @@ LLAVA_CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
     ("largest", {"video": "frames"}, {}, {"pool_mode": "max", "newline": "none"}),
     ("end", {"video": ["frames", "a.mp4"]}, {}, {"newline": "one_token", "slow_every": 1}),
     ("faster", {"video": "frames"}, {}, {"slow_every": 3, "faster_token": True}),
-    ("CLIP", {"image": "a.png"}, {}, {"vision": demo().tower, "image_tokens": "flat"}),
+    (
+        "CLIP",
+        {"image": "a.png"},
+        {},
+        {"vision": demo().tower, "image_tokens": "flat", "newline": "none"},
+    ),
     ("beacons", {"video": "long.mp4"}, {}, {"compression": Compression(32, (2, 4))}),
 ]
 

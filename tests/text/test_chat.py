@@ -410,6 +410,8 @@ def test_marks_of_llava_video(tokenizer: Any):
         ours = chat.encode_prompt(question, tokenizer, family="llava_video").tolist()
         assert ours == chat.encode_prompt(expected, tokenizer, family="llava_video").tolist()
         assert ours.count(IMAGE_TOKEN) == expected.count("<image>")
+    told = chat.encode_prompt("what", tokenizer, "see <image>", family="llava_video")
+    assert IMAGE_TOKEN not in told
     assert chat.with_marks(2, "what", "llava_video") == "<image><image>\nwhat"
     assert chat.with_marks(1, "\nwhat", "llava_video") == "<image>\nwhat"
     assert chat.with_marks(0, "what", "llava_video") == "what"

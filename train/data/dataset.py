@@ -122,9 +122,10 @@ class Dataset:
         self.pool.close()
 
     def is_as_measured(self, index: int, sample: Sample) -> bool:
-        """Whether a sample's text still has the lengths that its batch was planned with."""
-        planned = self.lengths.text[index], self.lengths.labels[index]
-        return (sample.text, sample.labelled) == planned
+        """Whether a sample still has the lengths that its batch was planned with."""
+        columns = self.lengths.text, self.lengths.labels, self.lengths.visual
+        visual = sum(sample.visual_tokens(self.model))
+        return (sample.text, sample.labelled, visual) == tuple(c[index] for c in columns)
 
     def forget(self, index: int) -> None:
         """Let the next start measure a sample again, with those that are cached with it."""

@@ -178,7 +178,7 @@ class Loader:
         dataset = self.dataset
         loaded = self.pool.load(int(dataset.source[index]), int(dataset.record[index]), seed, out)
         if isinstance(loaded, LoadedSample) and not dataset.is_as_measured(index, loaded.sample):
-            reason = "its text is longer or shorter than when the data was measured; start again"
+            reason = "its text or images have another size than when it was measured; start again"
             loaded = BadSample(loaded.sample.name, reason, changed=True)
         if isinstance(loaded, LoadedSample):
             self.cache.put(index, loaded.sample, out)

@@ -51,6 +51,9 @@ def describe_base(checkpoint: Path | None, tokenizer: Path, note: Path | None) -
     if config.tower.kind == "clip":  # as noted by runs of older versions
         del sizes["vision.kind"]
     sizes |= {name: getattr(config, name) for name in ("pool_stride", "window", "ratios")}
+    if config.family != "video_xl":
+        layout = asdict(config.layout)
+        sizes |= {f"layout.{name}": value for name, value in layout.items()}
     found["model"] = json.loads(json.dumps(sizes))
     found["directory"] = str(checkpoint.absolute())
     before = _read_note(note)

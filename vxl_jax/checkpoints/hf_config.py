@@ -278,7 +278,7 @@ def _stored_tensors(directory: Path) -> dict[str, Tensor]:
 
 def _has_faster(values: Fields, directory: Path, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a checkpoint, of which the tensors may be known, has the token of SlowFast frames."""
-    if not values.get("add_faster_video", False) or FASTER_NAME in tensors:
+    if not values.get("add_faster_video", False) or tensors:
         return FASTER_NAME in tensors
     if (directory / PARAMS).is_dir():
         from vxl_jax.checkpoints.orbax_tree import stored_shapes

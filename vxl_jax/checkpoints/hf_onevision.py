@@ -56,16 +56,20 @@ def published_fields(values: dict[str, Any]) -> dict[str, Any]:
         text.setdefault("rope_theta", _object(text, "rope_parameters").get("rope_theta", 1e4))
     tower = TOWER_DEFAULTS | tower
     layers, feature = tower["num_hidden_layers"], values.get("vision_feature_layer", -1)
+    if isinstance(feature, list) and len(feature) == 1:
+        feature = feature[0]
     if isinstance(layers, int) and isinstance(feature, int):
         tower["num_hidden_layers"] = layers + 1 + feature + 1 if feature < 0 else feature + 1
     pinpoints = values.get("image_grid_pinpoints")
     if isinstance(pinpoints, list):  # transformers has (height, width)
         pinpoints = [list(reversed(p)) if isinstance(p, list) else p for p in pinpoints]
-    kept = ("torch_dtype", "dtype", "eos_token_id", "tie_word_embeddings", "transformers_version")
+    kept = ("torch_dtype", "dtype", "eos_token_id", "transformers_version")
+    tied = values.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
     return {
         **TEXT_DEFAULTS,
         **text,
         **{name: values[name] for name in kept if name in values},
+        "tie_word_embeddings": tied,  # a head with other weights counts, see `ties_embeddings`
         "model_type": "llava_qwen",
         "architectures": ["LlavaQwenForCausalLM"],
         "vision_config": tower,
@@ -93,6 +97,9 @@ def _projector(values: dict[str, Any]) -> str:
     activation = values.get("projector_hidden_act", "gelu")
     has_bias = values.get("multimodal_projector_bias", True)
     strategy = values.get("vision_feature_select_strategy", "full")
+    layer = values.get("vision_feature_layer", -1)
+    if isinstance(layer, list) and len(layer) != 1:
+        strategy = f"of layers {layer}"
     if (activation, has_bias, strategy) == ("gelu", True, "full"):
         return "mlp2x_gelu"
     return f"{activation}, bias {has_bias}, features {strategy}"

@@ -157,7 +157,7 @@ def _check_pixels(processor: Fields, size: int, kind: TowerKind) -> None:
             "implemented"
         )
     for name in ("crop_size", "size"):
-        value = processor.get(name, size)
+        value = size if processor.get(name, None) is None else processor[name]
         sides = {*value.values()} if isinstance(value, dict) else {value}
         if sides != {size}:
             raise CheckpointError(

@@ -152,7 +152,8 @@ class Watcher:
         else:
             layout = self.layout
             tokens = layout.video_tokens(frames, self._frames, ends=False)
-        return batch_visual(layout, pixels, [tokens], round_up(len(tokens), 8))
+        # Few sizes: the tower is compiled for each.
+        return batch_visual(layout, pixels, [tokens], round_up(len(tokens), 2))
 
     def take(self, visual: Array, seconds: np.ndarray, ratios: Ratios) -> None:
         """As `see`, of frames that are encoded: visual tokens [n, D]."""
@@ -200,7 +201,7 @@ class Watcher:
         total = count + len(end)
         ratios = block.ratios[: -(-count // window)]
         if -(-total // window) > len(ratios):  # a window of the end alone
-            ratios = (*ratios, self._ratio)
+            ratios = (*ratios, ratios[-1] if ratios else self._ratio)
         self._ratio = ratios[-1]
         finest = min((ratio for ratio in ratios if ratio is not None), default=0)
         if total % window:

@@ -102,7 +102,8 @@ class LlavaTemplate(Template):
         if role == "user":
             text = with_mark_first(text.replace(_LEFT_OUT, ""))
         ids = [self._start]
-        for i, part in enumerate(f"{role}\n{text}".split(IMAGE_MARK)):
+        whole = f"{role}\n{text}"
+        for i, part in enumerate(whole.split(IMAGE_MARK) if role == "user" else [whole]):
             ids += [IMAGE_TOKEN] * (i > 0) + self.write(part)
         ids += [self._end, *self._newline]
         if role == "assistant":

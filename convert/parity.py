@@ -22,7 +22,7 @@ from tyro.conf import arg
 from convert.command import parse_call
 from convert.golden.compare import Comparison, GoldenSet
 from convert.golden.llava import check_llava, check_slowfast
-from convert.golden.media import check_media
+from convert.golden.media import check_preprocessing
 from convert.golden.video_xl import Golden, check
 from vxl_jax.checkpoints.load import load_network
 from vxl_jax.errors import CheckpointError, ConfigError, VxlError
@@ -54,7 +54,7 @@ def check_set(directory: Path, checkpoint: Path | None = None) -> Iterator[Compa
         tokenizer = load_tokenizer(
             directory.parent.parent / "tokenizer" / "qwen2", llava_video_7b().language
         )
-        return check_media(golden, media, tokenizer)
+        return check_preprocessing(golden, media, tokenizer)
     if checkpoint is None:
         checkpoint = directory / str(golden.meta.get("hf", "hf"))
     model = load_network(checkpoint, dtype="float32", param_dtype="float32")

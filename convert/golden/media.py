@@ -30,7 +30,7 @@ from vxl_jax.text.time_prompt import time_prompt
 PINPOINTS = "(1x1),...,(6x6)"
 
 
-def check_media(golden: GoldenSet, media: Path, tokenizer: Any) -> Iterator[Comparison]:
+def check_preprocessing(golden: GoldenSet, media: Path, tokenizer: Any) -> Iterator[Comparison]:
     """Compare all parts of the set, a row at a time.
 
     Args:

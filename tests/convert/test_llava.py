@@ -1,7 +1,6 @@
 """LLaVA-Video there and back, and the fields that say which family a checkpoint is of."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,6 @@ def test_the_published_fields_are_read(llava: Path):
     assert (strided.frame_sampling, strided.max_frames) == ("strided", 64)
     assert read(mm_vision_select_layer=-1) == base  # SigLIP's features are always the same
     assert read_config(MICRO).family == "video_xl"
-    assert replace(base, family="video_xl") != base
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,7 @@ ENTRY_ERROR = 1e-5
 VISUAL_TOKENS = 512
 LLAVA_SHAPE = StreamShape(groups=1, tokens=1024, memory=1024, labels=1, beacons=0)
 LLAVA_DATA = {"image_grids": "(1x1),...,(3x3)", "frame_sampling": "forced", "max_frames": 6}
+FLAT = {"image_tokens": "flat", "newline": "none"}
 LLAVA_CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("image", {"image": "a.png"}, {}, {}),
     ("downscaled image", {"image": "line.png"}, {}, {"max_image_tiles": 1}),

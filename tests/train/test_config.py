@@ -248,7 +248,8 @@ def test_an_impossible_value_is_refused_by_name(section: str, name: str, value: 
 
 def test_an_unknown_configuration_is_refused_with_the_list(capsys: pytest.CaptureFixture[str]):
     message = _refusal(capsys, "--config", "dmo")
-    assert "beacon_7b, demo, finetune_image, finetune_video, full_7b, lora_7b, pretrain" in message
+    names = "demo, demo_llava, finetune_image, finetune_video, full_7b, llava_video_7b, "
+    assert f"beacon_7b, {names}llava_video_lora_7b, lora_7b, pretrain" in message
 
 
 def test_a_configuration_can_be_a_file(tmp_path: Path):

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.data import about, as_bytes, load, open_files, write_records
+from tests.support.data import about, as_bytes, load, open_files, section, write_records
 from train.data.dataset import Dataset
+from train.data.epochs import Epochs, Share, make_buckets, padded_share
+from train.data.lengths import Lengths
 from train.data.loader import _OVERHEAD, _Cache, blank
 from train.data.records.sample import Sample
 from train.data.workers import RecordWork
-from vxl_jax.presets import tiny
+from vxl_jax.presets import llava_video_7b, tiny
 from vxl_jax.stream.plan import BEACON, PAD, TEXT, VISUAL
 from vxl_jax.text.template import IGNORE
 
@@ -221,3 +223,32 @@ def test_what_is_given_up_frees_its_bytes():
         sizes = [pixels.nbytes + 80 + _OVERHEAD for _, pixels in cache.held.values()]
         assert cache.used == sum(sizes) <= cache.limit
     assert len(cache.held) > 2
+
+
+def test_a_mixture_like_that_of_llava_video_is_padded_little():
+    rng = np.random.default_rng(0)
+    layout = llava_video_7b().layout
+    rules = llava_video_7b().preprocessing
+
+    def image() -> int:
+        cut = rules.tiles_of((int(rng.integers(200, 2000)), int(rng.integers(200, 2000))), 384)
+        return layout.image(cut.tiles, cut.grid, cut.size).total
+
+    # Shares of the published mixture, roughly: videos, single images, several, and text.
+    visual = np.array(
+        [layout.video_count(64)] * 2000
+        + [image() for _ in range(2000)]
+        + [730 * int(rng.integers(2, 9)) for _ in range(300)]
+        + [0] * 700,
+        np.int32,
+    )
+    text = np.round(rng.lognormal(5.3, 0.8, len(visual))).astype(np.int32).clip(20, 4000)
+    nothing = np.zeros_like(text)
+    frames = -(-visual // 729)
+    lengths = Lengths(text, np.minimum(text, 200), frames, visual, nothing)
+    data = section(".", batch_size=4, max_tokens_per_batch=16384)
+    buckets, bucket_of = make_buckets(lengths, data, data.batch_size)
+    for i, bucket in enumerate(buckets):
+        assert bucket.visual == visual[bucket_of == i].max()
+    some = Epochs(buckets, bucket_of, [Share(range(len(text)), len(text))], seed=0)
+    assert padded_share(lengths, some) < 0.15

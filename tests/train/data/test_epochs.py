@@ -30,7 +30,7 @@ from train.data.sources import Source
 from train.data.workers import lowest
 from train.errors import DataError
 from vxl_jax.config import VideoXLConfig
-from vxl_jax.presets import llava_video_7b, tiny
+from vxl_jax.presets import tiny
 from vxl_jax.stream.batch import StreamShape, batch_streams, round_up
 from vxl_jax.stream.plan import draw_ratio
 from vxl_jax.text.template import IGNORE
@@ -175,35 +175,6 @@ def test_samples_of_one_kind(kind: str):
     assert len(bucket_of) == len(chosen)
     assert {bucket.frames > 0 for bucket in buckets} == {kind != "text"}
     assert len(buckets) == {"one": 1, "text": 5, "media": 5}[kind]
-
-
-def test_a_mixture_like_that_of_llava_video_is_padded_little():
-    rng = np.random.default_rng(0)
-    layout = llava_video_7b().layout
-    rules = llava_video_7b().preprocessing
-
-    def image() -> int:
-        cut = rules.tiles_of((int(rng.integers(200, 2000)), int(rng.integers(200, 2000))), 384)
-        return layout.image(cut.tiles, cut.grid, cut.size).total
-
-    # Shares of the published mixture, roughly: videos, single images, several, and text.
-    visual = np.array(
-        [layout.video_count(64)] * 2000
-        + [image() for _ in range(2000)]
-        + [730 * int(rng.integers(2, 9)) for _ in range(300)]
-        + [0] * 700,
-        np.int32,
-    )
-    text = np.round(rng.lognormal(5.3, 0.8, len(visual))).astype(np.int32).clip(20, 4000)
-    nothing = np.zeros_like(text)
-    frames = -(-visual // 729)
-    lengths = Lengths(text, np.minimum(text, 200), frames, visual, nothing)
-    data = section(".", batch_size=4, max_tokens_per_batch=16384)
-    buckets, bucket_of = make_buckets(lengths, data, data.batch_size)
-    for i, bucket in enumerate(buckets):
-        assert bucket.visual == visual[bucket_of == i].max()
-    some = Epochs(buckets, bucket_of, [Share(range(len(text)), len(text))], seed=0)
-    assert padded_share(lengths, some) < 0.15
 
 
 # Which samples go together.

@@ -275,7 +275,7 @@ def test_a_run_is_written_as_an_adapter_that_peft_can_read(dtype: str, tmp_path:
     for change, message in (
         ({"num_hidden_layers": 1}, "has num_hidden_layers, which a run does not change"),
         ({"beacon_ratio": [1000]}, r"vxl_model.json: Compression.ratios \[1000\]"),
-        ({"image_aspect_ratio": "pad"}, "only 'anyres' or 'square' is implemented"),
+        ({"image_aspect_ratio": "crop"}, "only 'anyres' or 'square' or 'pad' is implemented"),
     ):
         (tmp_path / "adapter/vxl_model.json").write_text(json.dumps(fields | change))
         with pytest.raises(CheckpointError, match=message):

@@ -219,14 +219,12 @@ class VideoXLConfig:
             self._check_family()
 
     def _check_family(self) -> None:
-        """Refuse visual tokens that checkpoints of the family cannot say, or that cannot be
-        made.
-        """
+        """Refuse visual tokens that no checkpoint of the family has, or that cannot be made."""
         family, layout = self.family, self.layout
         if family == "video_xl" and not layout.is_uniform:
             raise ConfigError(
                 "VideoXLConfig: a Video-XL averages all frames and tiles alike; leave pool_mode, "
-                "newline, slow_every, faster_token and image_tokens as they are, or set family"
+                "newline, slow_every, faster_token and image_tokens out, or set family"
             )
         if family == "llava_video" and (
             layout.images == "pooled" or (layout.images == "flat" and layout.newline != "none")

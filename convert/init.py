@@ -109,10 +109,11 @@ def init_checkpoint(
         for name, tensor in of_tower.items()
         if not re.fullmatch(NOT_OF_THE_TOWER, name)
     }
+    tensors |= _new_newline(config, seed)
     if projector is None:
-        tensors |= _new_newline(config, seed) | _new_projector(config, seed)
+        tensors |= _new_projector(config, seed)
     else:
-        tensors |= _new_newline(config, seed) | _read_projector(Path(projector))
+        tensors |= _read_projector(Path(projector))
     _, shapes = abstract_params(config)
     problems += tower_problems + check_tensors(tensors, config, shapes, param_dtype)
     if problems:
@@ -216,7 +217,7 @@ def _end_of_sequence(values: Fields) -> int:
     end = end[0] if isinstance(end, list) and end else end
     if not isinstance(end, int) or not 0 <= end < values["vocab_size"]:
         raise CheckpointError(
-            f"{values.path}: eos_token_id is {end!r}, which is not a token; add that of "
+            f"{values.path}: eos_token_id {end!r} is not a token; add that of "
             "<|im_end|>, whose embedding the beacons start with"
         )
     return end

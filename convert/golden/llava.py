@@ -23,7 +23,7 @@ from vxl_jax.checkpoints.names import to_published
 from vxl_jax.config import VideoXLConfig, with_changes
 from vxl_jax.errors import CheckpointError
 from vxl_jax.inference.decode import generate
-from vxl_jax.media.layout import VisualTokens, join_tokens
+from vxl_jax.media.layout import VisualTokens
 from vxl_jax.models.loss import loss_and_metrics
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.nn.vision import VisionTower
@@ -104,7 +104,7 @@ def draw_blocks(config: VideoXLConfig, visuals: Sequence[dict[str, Any]], seed: 
     Raises: CheckpointError if a block is of no known kind.
     """
     draw, layout, size = np.random.RandomState(seed), config.layout, config.tower.image_size
-    pixels, tokens, patches = [], [], 0
+    pixels, tokens = [], []
     for block in visuals:
         kind = block.get("kind")
         if kind == "video":
@@ -116,12 +116,15 @@ def draw_blocks(config: VideoXLConfig, visuals: Sequence[dict[str, Any]], seed: 
             some = layout.image(frames, grid, tuple(block.get("image_size", ()))).tokens()
         else:
             raise CheckpointError(f"a visual block is {block!r}; its kind must be video or image")
-        tokens.append(some.moved(patches))
-        patches += frames * layout.grid**2
+        tokens.append((some, frames))
         drawn = draw.randint(-128, 128, (frames, 3, size, size)) / 128
         pixels.append(rearrange(drawn.astype(np.float32), "F C h w -> F h w C"))
     empty = np.zeros((0, size, size, 3), np.float32)
-    return Blocks(np.concatenate([empty, *pixels]), join_tokens(tokens), [*map(len, tokens)])
+    return Blocks(
+        np.concatenate([empty, *pixels]),
+        layout.join_blocks(tokens),
+        [len(some) for some, _ in tokens],
+    )
 
 
 def _batch(config: VideoXLConfig, samples: Sequence[Blocks]) -> VisualInput | None:

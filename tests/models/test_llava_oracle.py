@@ -12,7 +12,6 @@ from flax import nnx
 from convert.from_hf import convert_from_hf
 from vxl_jax.checkpoints.load import load_network
 from vxl_jax.inference.decode import generate
-from vxl_jax.media.layout import join_tokens
 from vxl_jax.media.tiles import tile_grid
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.stream.batch import batch_streams
@@ -100,11 +99,8 @@ def answer_of_theirs(oracle: Oracle, ids: list[int], **inputs: Any) -> tuple[np.
 
 def answer_of_ours(model: VideoXL, pixels: np.ndarray, blocks: list[Any]) -> tuple[Any, list[int]]:
     """The same. blocks: visual tokens of each block."""
-    layout, patches, moved = model.config.layout, 0, []
-    for tokens, frames in blocks:
-        moved.append(tokens.moved(patches))
-        patches += frames * layout.grid**2
-    visual = batch_visual(layout, pixels[None], [join_tokens(moved)])
+    layout = model.config.layout
+    visual = batch_visual(layout, pixels[None], [layout.join_blocks(blocks)])
     marks = [IMAGE_TOKEN] * len(blocks)
     counts = [len(tokens) for tokens, _ in blocks]
     ids = [*BEFORE, *marks, *AFTER]

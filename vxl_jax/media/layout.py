@@ -8,6 +8,7 @@ it says.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any, Literal, get_args
@@ -157,11 +158,10 @@ class VisualLayout(FrameCounts):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"VisualLayout.{name} is {value!r}; it must be at least 1")
-        coarsest = self.pool_stride * (1 if self.slow_every == 1 else 2)
-        if self.pool_mode != "bilinear" and coarsest > self.grid:
+        if self.pool_mode != "bilinear" and self._coarsest > self.grid:
             raise ConfigError(
-                f"VisualLayout: frames are pooled by {coarsest}, which is larger than the tower's "
-                f"grid of {self.grid} patches"
+                f"VisualLayout: frames are pooled by {self._coarsest}, which is larger than the "
+                f"tower's grid of {self.grid} patches"
             )
 
     @property
@@ -181,8 +181,7 @@ class VisualLayout(FrameCounts):
     @property
     def taps(self) -> int:
         """Most patches that a token is made of (K of `VisualTokens`)."""
-        coarsest = self.pool_stride * (1 if self.slow_every == 1 else 2)
-        of_frame = 4 if self.pool_mode == "bilinear" else coarsest**2
+        of_frame = 4 if self.pool_mode == "bilinear" else self._coarsest**2
         return max(of_frame, 4 if self.images == "unpad" and self.max_tiles is not None else 1)
 
     @property
@@ -215,6 +214,17 @@ class VisualLayout(FrameCounts):
             parts.append(_learned(NEWLINE))
         return join_tokens(parts)
 
+    def join_blocks(self, blocks: Iterable[tuple[VisualTokens, int]]) -> VisualTokens:
+        """Put the blocks of a sample one after another; patches are counted through all of them.
+
+        blocks: tokens of each, and how many frames or tiles they are made of.
+        """
+        patches, parts = 0, []
+        for tokens, frames in blocks:
+            parts.append(tokens.moved(patches))
+            patches += frames * self.grid**2
+        return join_tokens(parts)
+
     def image(
         self, tiles: int, grid: Size | None = None, size: Size | None = None
     ) -> "ImageLayout":
@@ -238,6 +248,11 @@ class VisualLayout(FrameCounts):
     def _side(self, is_slow: bool) -> int:
         stride = self._stride(is_slow)
         return -(-self.grid // stride) if self.pool_mode == "bilinear" else self.grid // stride
+
+    @property
+    def _coarsest(self) -> int:
+        """Stride of the frames that are pooled most."""
+        return self._stride(is_slow=self.slow_every == 1)
 
     def _stride(self, is_slow: bool) -> int:
         return self.pool_stride if is_slow else 2 * self.pool_stride

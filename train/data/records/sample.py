@@ -8,7 +8,7 @@ import numpy as np
 from train.errors import DataError
 from vxl_jax.config import VideoXLConfig
 from vxl_jax.errors import ConversationError, MediaError
-from vxl_jax.media.layout import ImageLayout, VisualLayout, VisualTokens, join_tokens
+from vxl_jax.media.layout import ImageLayout, VisualLayout, VisualTokens
 from vxl_jax.media.preprocessing import ImageTiles
 from vxl_jax.stream.plan import Ratio, Stream, plan_stream
 from vxl_jax.text.template import IGNORE
@@ -89,11 +89,8 @@ class Sample:
 
     def tokens(self, model: VideoXLConfig) -> VisualTokens:
         """Of which patches each visual token is made, counted through all blocks."""
-        layout, patches, parts = model.layout, 0, []
-        for block in self.blocks:
-            parts.append(block.tokens(layout).moved(patches))
-            patches += block.frames * layout.grid**2
-        return join_tokens(parts)
+        layout = model.layout
+        return layout.join_blocks((block.tokens(layout), block.frames) for block in self.blocks)
 
     def plan(self, model: VideoXLConfig, ratio: Ratio) -> Stream:
         """The sample's stream under a ratio."""

@@ -5,10 +5,10 @@
 
 Every (phase, framework) runs in a separate process, which has its peak memory; the two
 frameworks take turns, and the least seconds of all rounds count. PyTorch's side is transformers'
-CLIP tower and Qwen2 (which knows no compression: prefill, decoding and the gradient of the loss are
-compared on text alone, both without rematerialisation). Growth is how one prefill from visual
-features, and the temporaries of the compiled gradient with rematerialisation, grow with the frames
-of a video; the tower's share is its time for one frame, times their number. Writes
+CLIP and SigLIP towers and Qwen2 (which knows no compression: prefill, decoding and the gradient of
+the loss are compared on text alone, both without rematerialisation). Growth is how one prefill from
+visual features, and the temporaries of the compiled gradient with rematerialisation, grow with the
+frames of a video; the tower's share is its time for one frame, times their number. Writes
 benchmarks/results/core-{size}.json.
 """
 
@@ -29,18 +29,25 @@ from typing import Any
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
-PHASES = ("vision", "prefill", "decode", "gradient")
+PHASES = ("vision", "siglip", "prefill", "decode", "gradient")
+TOWERS = ("vision", "siglip")
 TEXT, NEW_TOKENS, VISION_FRAMES = 2048, 64, 8
 RATIO, TRAIN_RATIO = 16, 8
 
 
-def config_of(size: str) -> Any:
-    """Model sizes: `cpu` has Video-XL's geometry at a width that two cores can run."""
+def config_of(size: str, tower: str = "vision") -> Any:
+    """Model sizes: `cpu` has the geometry of the published models at a width that two cores can
+    run. Towers: `vision` is Video-XL's, `siglip` LLaVA-Video's.
+    """
     from vxl_jax.config import LanguageConfig, VisionConfig
-    from vxl_jax.presets import video_xl_7b
+    from vxl_jax.presets import llava_video_7b, video_xl_7b
 
     if size == "7b":
-        return video_xl_7b(param_dtype="bfloat16", dtype="bfloat16")
+        make = llava_video_7b if tower == "siglip" else video_xl_7b
+        return make(param_dtype="bfloat16", dtype="bfloat16")
+    if tower == "siglip":
+        small = replace(llava_video_7b().tower, width=512, layers=7, heads=8, mlp_width=2048)
+        return llava_video_7b(vision=small)
     return video_xl_7b(
         vision=VisionConfig(width=512, layers=7, heads=8, mlp_width=2048),
         language=LanguageConfig(
@@ -99,12 +106,13 @@ def jax_phase(phase: str, size: str, frames: int) -> Callable[[], Any]:
     from vxl_jax.nn.memory import empty_memory
     from vxl_jax.text.template import IMAGE_TOKEN
 
-    config = replace(config_of(size), remat="none")  # PyTorch's side keeps all activations too
+    # PyTorch's side keeps all activations too.
+    config = replace(config_of(size, phase), remat="none")
     model = nnx.jit(lambda: VideoXL(config, rngs=nnx.Rngs(0)))()
     graph, params = nnx.split(model)
     ids = np.arange(TEXT) % config.language.vocab_size
     text = plan_stream(ids, [], window=config.window, ratio=RATIO, labels=ids)
-    if phase == "vision":
+    if phase in TOWERS:
         side = config.tower.image_size
         pixels = np.zeros((1, VISION_FRAMES, side, side, 3), np.uint8)
         encode = jax.jit(lambda params, pixels: nnx.merge(graph, params).vision(pixels[0]))
@@ -173,19 +181,29 @@ def train_step_bytes(size: str, frames: int) -> int:
 def torch_phase(phase: str, size: str, frames: int) -> Callable[[], Any]:
     """The same phase with transformers' CLIP tower or Qwen2."""
     import torch
-    from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
 
-    config = config_of(size)
-    if phase == "vision":
+    config = config_of(size, phase)
+    if phase in TOWERS:
         v = config.tower
-        tower = CLIPVisionModel(
-            CLIPVisionConfig(
+        siglip = (SiglipVisionModel, SiglipVisionConfig)
+        make, make_config = siglip if phase == "siglip" else (CLIPVisionModel, CLIPVisionConfig)
+        tower = make(
+            make_config(
                 hidden_size=v.width,
                 intermediate_size=v.mlp_width,
                 num_hidden_layers=v.layers_used,  # it would run the layers above too
                 num_attention_heads=v.heads,
                 image_size=v.image_size,
                 patch_size=v.patch_size,
+                vision_use_head=False,  # SigLIP's pooling, which no model here has
             )
         ).eval()
         pixels = torch.zeros(VISION_FRAMES, 3, v.image_size, v.image_size)

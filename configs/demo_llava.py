@@ -21,7 +21,7 @@ CONFIG = TrainConfig(
     ),
     data=DataSection(
         train_json=("{run_dir}/data/frames.json", "{run_dir}/data/train.json"),
-        epochs=(5, 7),
+        epochs=(20, 14),
         sequential=True,
         eval_json=("{run_dir}/data/heldout.json",),
         media_root="{run_dir}/data/media",

@@ -43,10 +43,11 @@ from vxl_jax.checkpoints.load import abstract_params, open_published
 from vxl_jax.checkpoints.names import NEWLINE_NAME, name_rows
 from vxl_jax.checkpoints.safetensors_read import find_tensors, tensors_of
 from vxl_jax.checkpoints.tensors import STORED_NAME, Tensor, raise_problems, tensors_not_finite
-from vxl_jax.config import Compression, VideoXLConfig, VisionConfig
+from vxl_jax.config import Compression, LanguageConfig, VideoXLConfig, VisionConfig
 from vxl_jax.errors import CheckpointError, ConfigError
 from vxl_jax.media.preprocessing import llava_preprocessing
 from vxl_jax.presets import llava_video_7b, video_xl_7b
+from vxl_jax.text.tokenizer import load_tokenizer
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 NOT_OF_THE_TOWER = r"text_model\..*|logit_(scale|bias)|(text|visual)_projection\.weight"
@@ -102,7 +103,7 @@ def init_checkpoint(
     config = _family_of(read_vision(tower))
     config = replace(config, language=read_language(values, tensors), param_dtype=param_dtype)
     if config.compression is not None:
-        tensors |= _beacons(tensors, _end_of_sequence(values))
+        tensors |= _beacons(tensors, _end_of_sequence(values, config.language))
     tensors |= {
         # transformers 5 saves a tower alone without this prefix.
         f"{TOWER_PREFIX}vision_model.{name.removeprefix('vision_model.')}": tensor
@@ -167,7 +168,7 @@ def compress_checkpoint(
             file=sys.stderr,
         )
     values = Fields(published_fields(read_json(llava / "config.json")), llava / "config.json")
-    tensors |= _beacons(tensors, _end_of_sequence(values))
+    tensors |= _beacons(tensors, _end_of_sequence(values, config.language))
     with_beacons = replace(config, compression=compression)
     _, shapes = abstract_params(with_beacons)
     raise_problems(llava, check_tensors(tensors, with_beacons, shapes, dtype))
@@ -212,9 +213,18 @@ def _beacons(tensors: dict[str, Tensor], end: int) -> dict[str, Tensor]:
     return made
 
 
-def _end_of_sequence(values: Fields) -> int:
+def _end_of_sequence(values: Fields, language: LanguageConfig) -> int:
+    """Of config.json, or of the tokenizer next to it where that says nothing."""
     end = values.get("eos_token_id", None)
     end = end[0] if isinstance(end, list) and end else end
+    if end is None:
+        try:
+            end = load_tokenizer(values.path.parent, language).convert_tokens_to_ids("<|im_end|>")
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{values.path}: has no eos_token_id, whose embedding the beacons start with, and "
+                f"{error}"
+            ) from error
     if not isinstance(end, int) or not 0 <= end < values["vocab_size"]:
         raise CheckpointError(
             f"{values.path}: eos_token_id {end!r} is not a token; add that of "

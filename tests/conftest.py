@@ -20,16 +20,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import pytest  # noqa: E402
 
 OPTIMIZED = (
-    *(
-        "tests/nn/",
-        "tests/models/",
-        "tests/train/run/test_step.py",
-        "tests/inference/test_decode.py",
-    ),
-    *("tests/inference/test_as_trained.py", "tests/inference/test_small_windows.py"),
-    *("tests/inference/test_inference.py", "tests/inference/test_chat.py"),
+    "tests/nn/test_attention.py",
+    "tests/models/test_llava_oracle.py",
+    "tests/inference/test_decode.py",
+    "tests/train/run/test_step.py",
 )
-"""Folders and files whose tests run a second time with all of XLA's optimizations."""
+"""Files whose tests run again with all of XLA's optimizations: one for each kind of program."""
 
 SLOW = {
     "tests/checkpoints/test_compression.py",

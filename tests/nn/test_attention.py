@@ -15,7 +15,10 @@ from tests.support.networks import noisy_model, relative_error
 from vxl_jax.models.functions import decode_step, read
 from vxl_jax.nn.attention import tiled, window_attention
 from vxl_jax.nn.attention.dense import attention_weights
+from vxl_jax.nn.attention.fused import fused_attention
+from vxl_jax.nn.attention.fused_kernels import Blocks, Kernels
 from vxl_jax.nn.attention.key_values import KeyValues
+from vxl_jax.nn.backend import made_for
 from vxl_jax.nn.memory import Memory, empty_memory
 from vxl_jax.presets import tiny
 from vxl_jax.stream.batch import StreamBatch, batch_streams
@@ -35,6 +38,24 @@ def split_model():
 
 TILES = [(1, 1), (3, 5), (8, 4), (17, 10), (7, 32), (64, 64)]
 """Some below, at and above the unit of a CPU, 8, and some that divide nothing."""
+
+
+def fused(forward, few, of_queries, of_keys, parts=None):
+    """Blocks of queries and keys of each kernel. With forward blocks of one query there are enough
+    for the kernel of many; with 64, the kernel of few queries takes them.
+    """
+    sizes = (Blocks(*each, 1, 1) for each in (forward, few, of_queries, of_keys))
+    return Kernels(*sizes, parts, interpret=True)
+
+
+FUSED = [
+    fused((1, 4), (4, 4), (4, 4), (4, 4)),
+    fused((1, 16), (4, 4), (4, 8), (2, 4)),
+    fused((64, 4), (4, 4), (16, 8), (8, 16), parts=1),
+    fused((64, 4), (16, 8), (4, 4), (4, 4), parts=3),
+    fused((64, 4), (32, 16), (4, 4), (4, 4), parts=5),
+]
+"""Fused kernels with blocks of other sizes, run as JAX operations."""
 
 
 def exact_attention(q, k, v, keys, values, window_start, window_memory):
@@ -67,10 +88,12 @@ def attend(tile, q, k, v, keys, values, layer, start, seen, bases=()):
     past += [KeyValues(*base, layer, base_seen) for *base, base_seen in bases]
     if tile == "dense":
         return window_attention(q, k, v, start, past, "dense")
+    if isinstance(tile, Kernels):
+        return fused_attention(q, k, v, start, past, tile)
     return tiled.tiled_attention(q, k, v, start, past, tile)
 
 
-@pytest.mark.parametrize("tile", [*TILES, "dense"])
+@pytest.mark.parametrize("tile", [*TILES, *FUSED, "dense"])
 def test_attention_equals_a_softmax_over_whole_rows(tile):
     (q, k, v, keys, values), (layer, start, seen) = attention_case()
     ours = attend(tile, q, k, v, keys, values, layer, start, seen)
@@ -79,8 +102,8 @@ def test_attention_equals_a_softmax_over_whole_rows(tile):
 
 
 @pytest.mark.parametrize("bases", [0, 2])
-@pytest.mark.parametrize("tile", TILES)
-def test_tiled_attention_and_its_gradients_equal_dense(tile, bases):
+@pytest.mark.parametrize("tile", [*TILES, *FUSED])
+def test_attention_and_its_gradients_equal_dense(tile, bases):
     arrays, (layer, start, seen) = attention_case()
     rng = np.random.default_rng(1)
     direction = rng.normal(size=arrays[0].shape).astype(np.float32)
@@ -231,7 +254,7 @@ def test_tiled_attention_refuses_forward_mode():
 def test_tiles_are_whole_units_within_their_budget(backend: str, unit: int):
     counts = [1, 7, 8, 9, 127, 128, 129, 1530, 1549, 28_160, 74_240, 100_003]
     for count, most in itertools.product(counts, [1, 5, 136, 200, 1548, 2047, 50_000]):
-        with tiled.made_for(backend):
+        with made_for(backend):
             size = tiled._tile_size(count, most)
         tiles = -(-count // size)
         assert 1 <= size <= most
@@ -246,7 +269,7 @@ def test_tiles_are_whole_units_within_their_budget(backend: str, unit: int):
 
 def test_padding_of_a_long_group_is_modest():
     """Work of 28,160 tokens on a GPU: 18 windows of 1440 tokens and their beacons, 28 heads."""
-    with tiled.made_for("gpu"):
+    with made_for("gpu"):
         most = math.isqrt(tiled.tile_bytes() // (4 * 28))
         rows = tiled._tile_size(28_160, most)
     assert rows == 1536

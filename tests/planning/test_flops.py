@@ -16,7 +16,7 @@ from vxl_jax.config import Compression, LanguageConfig, VideoXLConfig, VisionCon
 from vxl_jax.models.functions import decode_step, prefill
 from vxl_jax.models.loss import loss_and_metrics
 from vxl_jax.models.video_xl import VideoXL
-from vxl_jax.nn.attention.tiled import tile_unit
+from vxl_jax.nn.backend import row_unit
 from vxl_jax.nn.memory import empty_memory
 from vxl_jax.planning.flops import (
     PARTS,
@@ -157,7 +157,7 @@ def example(ratio, frames, text=6):
 
 def all_pairs(streams):
     """Pairs that the network computes for two samples in one tile: all, tokens in whole units."""
-    unit = tile_unit()
+    unit = row_unit()
     tokens = -(-streams.kind.shape[-1] // unit) * unit
     return 2 * tokens * (tokens + streams.memory)
 

@@ -2,16 +2,16 @@
 
     python -m train.finetune --config finetune_video --plan --card h100
 
-Works without a GPU, also for several: the mesh is made of virtual CPU devices. Parameters,
-gradients and optimizer state are arithmetic, and exact. Activations are what XLA's CPU compiler
-allocates for the same program: about what a GPU needs, as a rule more, since a CPU multiplies
-bfloat16 in float32.
+Works without a GPU, also for several. Parameters, gradients and optimizer state are arithmetic, and
+exact. Activations are what the compiler of the plan allocates for the same program
+(`vxl_jax.planning.compiler`); XLA's CPU compiler, on a mesh of virtual devices, as a rule needs
+more than a GPU, since it multiplies bfloat16 in float32.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,14 @@ from train.run.optimizer import Optimizer
 from train.run.setup import abstract_state, count_flops, init_opt_state, read_model_config
 from train.run.step import lower_add_batch, lower_update
 from vxl_jax.config import VideoXLConfig
-from vxl_jax.nn.attention import tiled as attention
 from vxl_jax.nn.groups import map_by_sample
 from vxl_jax.nn.sharding import make_mesh, param_placement, sample_shards, sample_spec
 from vxl_jax.planning.cards import Card, find_card
-from vxl_jax.planning.inference_bytes import COMPILER_OPTIONS, memory_of
+from vxl_jax.planning.compiler import PlanCompiler, compiler_for
+from vxl_jax.planning.inference_bytes import memory_of
 from vxl_jax.presets import PRESETS
 from vxl_jax.progress import progress_bar
-from vxl_jax.stream.batch import StreamShape, batch_streams
+from vxl_jax.stream.batch import StreamBatch, StreamShape, batch_streams
 from vxl_jax.stream.plan import Stream, plan_stream
 from vxl_jax.stream.visual import video_shapes
 from vxl_jax.text.template import IGNORE, IMAGE_TOKEN
@@ -72,11 +72,28 @@ class StepEstimate:
         return rest + max(self.batch + self.activations, self.update)
 
 
+class PlannedBatch(NamedTuple):
+    """Streams on the host, shapes of the arrays on the devices, samples, and tokens of each."""
+
+    streams: StreamBatch
+    placed: tuple[Any, Any]
+    samples: int
+    tokens: int
+
+
 class StepEstimator:
     """Compiles the steps of a configuration for a mesh, as a GPU would run them."""
 
-    def __init__(self, config: TrainConfig, model_config: VideoXLConfig, mesh: Mesh):
+    def __init__(
+        self,
+        config: TrainConfig,
+        model_config: VideoXLConfig,
+        mesh: Mesh,
+        compiler: PlanCompiler | None = None,
+    ):
+        """compiler: that of a CPU by default; the mesh is of its devices."""
         self.config, self.model, self.mesh = config, model_config, mesh
+        self.compiler = compiler or PlanCompiler()
         placement = param_placement(mesh, model_config)
         self.graph, self.trained, self.frozen = abstract_state(config, model_config, placement)
         self.optimizer = Optimizer(config.optim, steps=1000, seed=0)
@@ -92,11 +109,36 @@ class StepEstimator:
     @cached_property
     def update_bytes(self) -> int:
         """Bytes of the optimizer's temporaries."""
-        return self._compile(lower_update(self.optimizer, self.trained, self.opt_state, self.sums))
+        return self._temporaries(self.lowered_update())
+
+    def lowered_update(self) -> Any:
+        """Lower the optimizer's update."""
+        with self.compiler.tracing():
+            return lower_update(self.optimizer, self.trained, self.opt_state, self.sums)
 
     def step(self, frames: int) -> StepEstimate:
         """A step whose samples have a number of frames each, and `SAMPLE_TEXT` tokens of text."""
         config = self.config
+        planned = self.batch(frames)
+        flops = count_flops(config, self.model, self.trained)(
+            Batch(planned.streams, None, [], frames * planned.samples, 0, 0)
+        )
+        return StepEstimate(
+            frames=frames,
+            tokens=planned.tokens,
+            samples=planned.samples,
+            trained=device_bytes(self.trained),
+            frozen=device_bytes(self.frozen),
+            gradients=device_bytes(self.sums["gradients"]),
+            optimizer=device_bytes(self.opt_state),
+            batch=device_bytes(planned.placed),
+            activations=self._temporaries(self.lowered_batch(planned)),
+            update=self.update_bytes,
+            flops=flops * config.optim.accumulate,
+        )
+
+    def batch(self, frames: int) -> PlannedBatch:
+        """Make the shapes of a batch whose samples have one video of a number of frames."""
         stream = self.stream(frames)
         samples = self.samples(stream)
         shards = sample_shards(self.mesh)
@@ -115,25 +157,13 @@ class StepEstimator:
             visual = jax.ShapeDtypeStruct((places, frames, size, size, 3), np.uint8)
             visual = video_shapes(self.model.layout, visual)
         placed = map_by_sample(struct, batch), jax.tree.map(lambda x: struct(x, 0), visual)
-        sums = self.sums if config.optim.accumulate > 1 else None
-        with jax.set_mesh(self.mesh), attention.made_for("gpu"):
-            lowered = lower_add_batch(self.graph, self.trained, self.frozen, sums, *placed)
-        flops = count_flops(config, self.model, self.trained)(
-            Batch(batch, None, [], frames * samples, 0, 0)
-        )
-        return StepEstimate(
-            frames=frames,
-            tokens=stream.length,
-            samples=samples,
-            trained=device_bytes(self.trained),
-            frozen=device_bytes(self.frozen),
-            gradients=device_bytes(self.sums["gradients"]),
-            optimizer=device_bytes(self.opt_state),
-            batch=device_bytes(placed),
-            activations=self._compile(lowered),
-            update=self.update_bytes,
-            flops=flops * config.optim.accumulate,
-        )
+        return PlannedBatch(batch, placed, samples, stream.length)
+
+    def lowered_batch(self, planned: PlannedBatch) -> Any:
+        """Lower the gradient of one batch."""
+        sums = self.sums if self.config.optim.accumulate > 1 else None
+        with jax.set_mesh(self.mesh), self.compiler.tracing():
+            return lower_add_batch(self.graph, self.trained, self.frozen, sums, *planned.placed)
 
     def stream(self, frames: int) -> Stream:
         """A sample with one video, under the ratio that leaves most beacons."""
@@ -149,10 +179,9 @@ class StepEstimator:
         """How many such samples share a batch, on all devices."""
         return places_of(stream.length, self.config.data, self.config.data.batch_size)
 
-    def _compile(self, lowered: Any) -> int:
-        """Bytes of temporaries on one device."""
-        memory = lowered.compile(compiler_options=COMPILER_OPTIONS).memory_analysis()
-        return int(memory.temp_size_in_bytes)
+    def _temporaries(self, lowered: Any) -> int:
+        """Compile a program; return the bytes of its temporaries on one device."""
+        return int(self.compiler.compile(lowered).memory_analysis().temp_size_in_bytes)
 
 
 def device_bytes(tree: Any) -> int:
@@ -205,19 +234,21 @@ def print_training_plan(config: TrainConfig, card_name: str, memory_gb: float | 
     data, fsdp, tensor = config.mesh.data or 1, config.mesh.fsdp, config.mesh.tensor
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", data * fsdp * tensor)
-    mesh = make_mesh(data, fsdp, tensor)
+    compiler = compiler_for(card)
+    mesh = make_mesh(data, fsdp, tensor, devices=compiler.devices(data * fsdp * tensor))
     check_batch_size(config.data.batch_size, sample_shards(mesh))
     model, sizes = planned_model(config)
     memory = memory_of(card, memory_gb)
     with progress_bar(total=5, desc="compiling", unit="program") as progress:
-        planner = StepEstimator(config, model, mesh)
+        planner = StepEstimator(config, model, mesh, compiler)
         progress.update()
         step = planner.step(config.data.max_frames)
         progress.update()
         most = longest(planner, step, memory)
         progress.update(3)
     print(f"sizes: {sizes}; trains {', '.join(config.optim.train)} with {config.optim.optimizer}")
-    print(f"mesh: data {data} x fsdp {fsdp} x tensor {tensor}, one {card.name} each\n")
+    print(f"mesh: data {data} x fsdp {fsdp} x tensor {tensor}, one {card.name} each")
+    print(f"compiled by {compiler.name}\n")
     print(_table(step, memory))
     print(_longest(most, config, memory))
     print(_speed(step, card, mesh.size))

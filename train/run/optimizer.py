@@ -78,19 +78,26 @@ class Optimizer:
         return jnp.minimum(1.0, self.config.clip_norm / norm)
 
     def apply(
-        self, params: ParamTree, state: Any, gradients: ParamTree, scale: Array | float = 1.0
+        self,
+        params: ParamTree,
+        state: Any,
+        gradients: ParamTree,
+        scale: Array | float = 1.0,
+        taken: Array | None = None,
     ) -> tuple[ParamTree, Any]:
         """One step with `scale` times the gradients (float32 or bfloat16), in place where donated.
 
         bfloat16 parameters are computed in float32 and rounded stochastically, with bits that
         depend on seed, step, name and layer alone.
+
+        taken: bool scalar, whether the step is taken; without it, nothing changes.
         """
         count, again, trees = _unpack(state)
         key = jax.random.fold_in(jax.random.key(self.seed, impl="threefry2x32"), count)
         gradients, *trees = map(flatten_dict, (gradients, *trees))
         new = {}
         for path, value in flatten_dict(params).items():
-            step = partial(self._step, path, count, scale)
+            step = partial(_chosen, taken, partial(self._step, path, count, scale))
             keys = jax.random.fold_in(key, crc32("/".join(path).encode()))
             if is_stacked(path):
                 keys = jax.vmap(partial(jax.random.fold_in, keys))(jnp.arange(value.shape[0]))
@@ -99,7 +106,8 @@ class Optimizer:
                 step = jax.vmap(step) if whole else partial(_each_layer, step)
             new[path] = step(keys, gradients[path], value, *(tree[path] for tree in trees))
         params, *trees = _trees(new)
-        return params, self._pack(optax.safe_increment(count), optax.safe_increment(again), trees)
+        count, again = (_either(taken, optax.safe_increment(x), x) for x in (count, again))
+        return params, self._pack(count, again, trees)
 
     # Orbax saves this tree by the names and numbers of its nodes, and older runs have it: it stays
     # the state of `optax.chain(optax.clip_by_global_norm(...), optax.adamw(..., mask=...))`, with
@@ -163,6 +171,22 @@ def round_stochastic(x: Array, key: Array) -> Array:
     upper = (lax.bitcast_convert_type(x, jnp.uint32) + noise) >> 16
     rounded = lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def _either(taken: Array | None, new: Array, old: Array) -> Array:
+    return new if taken is None else jnp.where(taken, new, old)
+
+
+def _chosen(
+    taken: Array | None,
+    step: Callable[..., tuple[Array, ...]],
+    key: Array,
+    gradient: Array,
+    *old: Array,
+) -> tuple[Array, ...]:
+    """The value and moments after `step`, or the old ones."""
+    new = step(key, gradient, *old)
+    return tuple(_either(taken, *pair) for pair in zip(new, old, strict=True))
 
 
 def _each_layer(

@@ -23,6 +23,7 @@ from train.run.optimizer import Optimizer
 from vxl_jax.config import DTYPES
 from vxl_jax.models.loss import loss_and_metrics
 from vxl_jax.models.video_xl import VideoXL
+from vxl_jax.nn.backend import on_cpu
 from vxl_jax.stream.batch import StreamBatch
 from vxl_jax.typing import ParamTree
 
@@ -215,12 +216,16 @@ def _update(
     loss, norm = sums["loss"] / tokens, jnp.sqrt(sum(squares.values())) / tokens
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     rate = optimizer.rate(opt_state)
-    trained, opt_state = lax.cond(
-        finite & labelled,
-        optimizer.apply,
-        lambda trained, opt_state, *_: (trained, opt_state),
-        *(trained, opt_state, gradients, optimizer.clipping(norm) / tokens),
-    )
+    scale, taken = optimizer.clipping(norm) / tokens, finite & labelled
+    if on_cpu():
+        trained, opt_state = lax.cond(
+            taken,
+            optimizer.apply,
+            lambda trained, opt_state, *_: (trained, opt_state),
+            *(trained, opt_state, gradients, scale),
+        )
+    else:  # a GPU copies what a branch returns, donated or not
+        trained, opt_state = optimizer.apply(trained, opt_state, gradients, scale, taken)
     trained, opt_state = constrain((trained, opt_state), layout)
     parts: dict[str, list[Array]] = {}
     for path, square in squares.items():

@@ -189,6 +189,7 @@ def print_inference_plan(options: GenerateOptions) -> None:
 
     from vxl_jax.checkpoints.hf_config import read_config
     from vxl_jax.inference.ratios import check_ratios
+    from vxl_jax.planning.compiler import compiler_for
     from vxl_jax.planning.inference_bytes import (
         SEARCHED_FRAMES,
         Estimator,
@@ -217,12 +218,14 @@ def print_inference_plan(options: GenerateOptions) -> None:
         ratios = tuple(sorted(config.ratios)) or (None,)
     else:
         check_ratios(media.ratio, config)
-    estimator = Estimator(config, weights)
+    compiler = compiler_for(card)
+    estimator = Estimator(config, weights, compiler)
     estimates = []
     with progress_bar(total=len(ratios), desc="compiling", unit="ratio") as progress:
         for ratio in ratios:
             estimates.append(estimator.estimate(media.frames or 2048, ratio))
             progress.update()
+    print(f"compiled by {compiler.name}")
     print(f"weights {loading.weights or 'bfloat16'}: {estimator.weights / 1e9:.2f} GB")
     print(f"an entry of the memory: {estimator.entry:,} bytes")
     print(f"{estimate_table(estimates)}\n")

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int8
 
 from vxl_jax.config import LoRATarget, VideoXLConfig
 from vxl_jax.models.video_xl import VideoXL
+from vxl_jax.nn.few_rows import LayerKernel, few_rows_product, reads_in_place
 from vxl_jax.typing import ParamPath, Params
 
 INT8_LINEARS = get_args(LoRATarget)
@@ -38,10 +39,17 @@ class Int8Linear(nnx.Module):
 
     def __call__(self, inputs: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         """Multiply with the kernel, and scale."""
-        kernel = self.kernel[...].astype(self.dtype)  # exact
-        last = (((inputs.ndim - 1,), (0,)), ((), ()))
         x = inputs.astype(self.dtype)
-        y = lax.dot_general(x, kernel, last, preferred_element_type=jnp.float32) * self.scale[...]
+        kernel: Array | LayerKernel = self.kernel[...]
+        if not isinstance(kernel, LayerKernel) and reads_in_place(x.reshape(1, -1, x.shape[-1])):
+            kernel = LayerKernel(kernel[None], 0)
+        if isinstance(kernel, LayerKernel):
+            y = few_rows_product(x, kernel)
+        else:
+            last = (((x.ndim - 1,), (0,)), ((), ()))
+            wide = kernel.astype(self.dtype)  # exact
+            y = lax.dot_general(x, wide, last, preferred_element_type=jnp.float32)
+        y = y * self.scale[...]
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(self.out_dtype)

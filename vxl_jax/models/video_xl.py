@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array, lax
 from jaxtyping import Float, Num
 
-from vxl_jax.config import VideoXLConfig
+from vxl_jax.config import DTYPES, VideoXLConfig
 from vxl_jax.errors import ConfigError
 from vxl_jax.nn.attention import AttentionName
 from vxl_jax.nn.collect import Collect, Collected, LayerFn
@@ -20,13 +20,13 @@ from vxl_jax.nn.projector import Projector
 from vxl_jax.nn.qwen2 import LanguageModel
 from vxl_jax.nn.scan import map_in_blocks
 from vxl_jax.nn.sharding import by_sample, sample_shards
-from vxl_jax.nn.vision import VisionTower
+from vxl_jax.nn.vision import VisionTower, bytes_of_frame
 from vxl_jax.stream.batch import StreamBatch
 from vxl_jax.stream.visual import Pixels, VisualInput
 
 FRAME_BLOCK_BYTES = 2**29
-"""Most bytes of the vision tower's attention scores on a device at once; above it, frames are
-encoded in blocks."""
+"""Most bytes of a layer of the vision tower on a device at once (`bytes_of_frame`); above it,
+frames are encoded in blocks."""
 
 
 class VisionEncoder(Protocol):
@@ -95,7 +95,7 @@ class VideoXL(nnx.Module):
                 "the model does not make the same tokens of every frame: give `batch_visual` the "
                 "tokens of each block (`config.layout`), and its result instead of pixels alone"
             )
-        frame_bytes = 4 * tower_config.heads * (tower_config.grid**2 + 1) ** 2
+        frame_bytes = bytes_of_frame(tower_config, DTYPES[self.config.dtype])
         most = FRAME_BLOCK_BYTES // (frame_bytes * -(-batch // sample_shards()))
         graph, params = nnx.split((self.vision, self.projector))
 
@@ -230,6 +230,7 @@ def scan_groups(
             *(carry[0], bases),
             collect=collect,
             layer_fn=layer_fn,
+            for_inference=not keep_hidden,
         )
         return (memory, x), (x if keep_hidden else None, collected)
 

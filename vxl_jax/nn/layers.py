@@ -10,6 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from vxl_jax.config import DTYPES, VideoXLConfig
+from vxl_jax.nn.backend import on_cpu
+from vxl_jax.nn.few_rows import product, promote
 
 ModuleState = nnx.State[Any, Any]
 """Arrays of a module: the second half of `nnx.split(module)`."""
@@ -36,6 +38,7 @@ def make_linear(
 
     options: further arguments of `nnx.Linear`; there is a bias unless `use_bias=False`.
     """
+    options = {"dot_general": product, "promote_dtype": promote, **options}
     dtype, param_dtype = DTYPES[config.dtype], DTYPES[config.param_dtype]
     return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=param_dtype, rngs=rngs, **options)
 
@@ -50,7 +53,14 @@ def product_in_float32(
     """
     if x.dtype == kernel.dtype == jnp.float32:
         return jnp.matmul(x, kernel)
-    return _rounded_gradients(x, kernel)
+    if on_cpu() or x.ndim != 2 or len(x) >= _LEAST_ROWS:
+        return _rounded_gradients(x, kernel)
+    # For one row, XLA makes a float32 copy of the whole kernel on a GPU.
+    padded = jnp.pad(x, ((0, _LEAST_ROWS - len(x)), (0, 0)))
+    return _rounded_gradients(padded, kernel)[: len(x)]
+
+
+_LEAST_ROWS = 8
 
 
 @jax.custom_vjp

@@ -18,7 +18,9 @@ from vxl_jax.config import DTYPES, VideoXLConfig
 from vxl_jax.nn.attention import AttentionName, window_attention
 from vxl_jax.nn.attention.dense import attention_weights
 from vxl_jax.nn.attention.key_values import KeyValues
+from vxl_jax.nn.backend import row_unit
 from vxl_jax.nn.collect import Collect, Collected, LayerFn, collect_layer, nothing_collected
+from vxl_jax.nn.few_rows import layer_in_place, reads_in_place
 from vxl_jax.nn.groups import Group
 from vxl_jax.nn.layers import ModuleState, RMSNorm, dot_in_float32, make_linear, product_in_float32
 from vxl_jax.nn.memory import Memory, write
@@ -138,7 +140,8 @@ class MLP(nnx.Module):
 
         width = self.up.out_features * jnp.dtype(self.up.dtype).itemsize
         most = MLP_BYTES // (width * -(-x.shape[0] // sample_shards()))
-        return map_in_blocks(run, x.swapaxes(0, 1), max(1, most)).swapaxes(0, 1)
+        y = map_in_blocks(run, x.swapaxes(0, 1), max(1, most), unit=row_unit())
+        return y.swapaxes(0, 1)
 
 
 class DecoderLayer(nnx.Module):
@@ -226,6 +229,7 @@ class LanguageModel(nnx.Module):
         *,
         collect: Collect | None = None,
         layer_fn: LayerFn | None = None,
+        for_inference: bool = False,
     ) -> tuple[Float[Array, "B T D"], Memory, Collected | None]:
         """Run all layers over one group, writing its persistent tokens into the memory in place.
 
@@ -237,17 +241,21 @@ class LanguageModel(nnx.Module):
                 in stream order, one after another; they are only read.
             collect: layers whose activations are returned as well.
             layer_fn: hook for the output of every layer.
+            for_inference: nothing is differentiated, so that kernels without gradients may be used.
 
         Returns:
             Hidden states after the last layer, the memory, and what was asked for.
         """
-        graph, params = nnx.split(self.layers)
+        graph, stacked_params = nnx.split(self.layers)
+        in_place = for_inference and reads_in_place(x)
         slots = sum((base.capacity for base in bases), memory.capacity)
         collected = self._nothing_collected(collect, x, slots)
 
-        def body(carry: _Carry, scanned: tuple[ModuleState, Array]) -> tuple[_Carry, None]:
+        def body(carry: _Carry, scanned: tuple[ModuleState | None, Array]) -> tuple[_Carry, None]:
             x, (keys, values), collected = carry
             params, index = scanned
+            if params is None:
+                params = layer_in_place(stacked_params, x.dtype, index)
             layer = nnx.merge(graph, params)
             before = tuple(
                 KeyValues(base.keys, base.values, index, seen)
@@ -264,7 +272,8 @@ class LanguageModel(nnx.Module):
 
         layers = jnp.arange(self.config.language.layers)
         carry: _Carry = x, (memory.keys, memory.values), collected
-        (x, (keys, values), collected), _ = lax.scan(body, carry, (params, layers))
+        scanned = (None if in_place else stacked_params, layers)
+        (x, (keys, values), collected), _ = lax.scan(body, carry, scanned)
         return x, replace(memory, keys=keys, values=values), collected
 
     def run_group_alone(

@@ -38,11 +38,16 @@ def recomputed(body: Callable[_P, _Out], remat: Remat) -> Callable[_P, _Out]:
     return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
-def map_in_blocks(function: Callable[[Array], Array], x: Array, rows: int) -> Array:
-    """Map over the first axis of x, at most `rows` at a time, recomputing for gradients."""
-    if len(x) <= rows:
+def map_in_blocks(function: Callable[[Array], Array], x: Array, most: int, unit: int = 1) -> Array:
+    """Map over the first axis of x in equal blocks, recomputing for gradients.
+
+    most: rows of a block at most. unit: blocks are multiples of it, where `most` leaves room.
+    """
+    if len(x) <= most:
         return function(x)
-    blocks = -(-len(x) // rows)
+    unit = unit if most >= unit else 1
+    blocks = -(-len(x) // (most // unit * unit))
+    rows = -(-len(x) // (blocks * unit)) * unit
     padded = jnp.pad(x, ((0, blocks * rows - len(x)), *((0, 0) for _ in x.shape[1:])))
     out = lax.map(jax.checkpoint(function), padded.reshape(blocks, rows, *x.shape[1:]))
     return out.reshape(blocks * rows, *out.shape[2:])[: len(x)]

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import Array, lax
+from jax.typing import DTypeLike
 from jaxtyping import Float, Num
 
-from vxl_jax.config import DTYPES, TowerKind, VideoXLConfig
+from vxl_jax.config import DTYPES, TowerKind, VideoXLConfig, VisionConfig
+from vxl_jax.nn.backend import gpu_capability
 from vxl_jax.nn.layers import ModuleState, make_linear
 from vxl_jax.nn.scan import recomputed, stacked
 from vxl_jax.nn.sharding import by_sample
@@ -58,13 +60,41 @@ class VisionLayer(nnx.Module):
         self.heads = c.heads
         self.activation = ACTIVATIONS[c.kind]
 
-    def __call__(self, x: Float[Array, "F P D"]) -> Float[Array, "F P D"]:
-        """Run the layer over the patches of each frame."""
+    def __call__(
+        self, x: Float[Array, "F P D"], patches: int | None = None
+    ) -> Float[Array, "F P D"]:
+        """Run the layer over the patches of each frame; those from `patches` on are padding."""
         y = self.attention_norm(x)
         heads = partial(rearrange, pattern="F P (N H) -> F P N H", N=self.heads)
-        y = jax.nn.dot_product_attention(heads(self.q(y)), heads(self.k(y)), heads(self.v(y)))
+        y = _attend(heads(self.q(y)), heads(self.k(y)), heads(self.v(y)), patches)
         x = x + self.o(rearrange(y, "F P N H -> F P (N H)"))
         return x + self.down(self.activation(self.up(self.mlp_norm(x))))
+
+
+def _attend(q: Array, k: Array, v: Array, patches: int | None) -> Float[Array, "F P N H"]:
+    """Attend to the first `patches`: by cuDNN, which stores no scores, where there is a GPU."""
+    lengths = None
+    if patches is not None and patches < k.shape[1]:
+        lengths = jnp.full(k.shape[:1], patches, jnp.int32)
+    return jax.nn.dot_product_attention(
+        *(q, k, v),
+        key_value_seq_lengths=lengths,
+        query_seq_lengths=lengths,
+        implementation="cudnn" if has_fused_attention(q.dtype) else "xla",
+    )
+
+
+def has_fused_attention(dtype: DTypeLike) -> bool:
+    """Whether cuDNN computes the tower's attention: half precision, on a GPU that it supports."""
+    return dtype in (jnp.bfloat16, jnp.float16) and (gpu_capability() or (0, 0)) >= (8, 0)
+
+
+def bytes_of_frame(config: VisionConfig, dtype: DTypeLike) -> int:
+    """Bytes of one frame in a layer: of attention scores, or of hidden values without them."""
+    tokens = config.grid**2 + 1
+    if has_fused_attention(dtype):
+        return tokens * (config.mlp_width + 4 * config.width) * jnp.dtype(dtype).itemsize
+    return 4 * config.heads * tokens**2
 
 
 class VisionTower(nnx.Module):
@@ -92,12 +122,16 @@ class VisionTower(nnx.Module):
         pixels: uint8 RGB, or floats that are already normalised.
         """
         graph, params = nnx.split(self.layers)
+        x = self.embed(pixels)
+        patches = x.shape[1]
+        if has_fused_attention(x.dtype):  # matrix products on a GPU want multiples of 8
+            x = jnp.pad(x, ((0, 0), (0, -patches % 8), (0, 0)))
 
         def body(x: Array, layer_params: ModuleState) -> tuple[Array, None]:
-            return by_sample(nnx.merge(graph, layer_params)(x)), None
+            return by_sample(nnx.merge(graph, layer_params)(x, patches)), None
 
-        x, _ = lax.scan(recomputed(body, self.config.remat), self.embed(pixels), params)
-        return x[:, 1:] if self.config.tower.kind == "clip" else x
+        x, _ = lax.scan(recomputed(body, self.config.remat), x, params)
+        return x[:, self.config.tower.kind == "clip" : patches]
 
     def embed(self, pixels: Num[Array, "F S S 3"]) -> Float[Array, "F tokens D"]:
         """Compute what the first layer takes: embeddings of all tokens with their positions.

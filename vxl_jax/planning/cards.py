@@ -1,8 +1,8 @@
-"""Peak FLOP/s, memory bandwidth and memory size of accelerators.
+"""Peak FLOP/s, memory bandwidth, memory size and make of accelerators.
 
-Figures are the vendors': NVIDIA's data sheets and architecture papers (GA102, Ada), and
-cloud.google.com/tpu/docs. Dense products of bfloat16 with sums in float32; NVIDIA often prints
-twice that, "with sparsity".
+Figures are the vendors': NVIDIA's data sheets, architecture papers (GA102, Ada) and the table of
+compute capabilities in the CUDA C++ Programming Guide, and cloud.google.com/tpu/docs. Dense
+products of bfloat16 with sums in float32; NVIDIA often prints twice that, "with sparsity".
 """
 
 import os
@@ -21,13 +21,27 @@ SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What NVIDIA's compiler has to know of a GPU.
+
+    capability: compute capability, major and minor. processors: streaming multiprocessors.
+    l2: bytes of its second cache. clock: boost clock, in GHz.
+    """
+
+    capability: tuple[int, int]
+    processors: int
+    l2: int
+    clock: float
+
+
+@dataclass(frozen=True)
 class Card:
     """Peak figures of one device.
 
     name: what to call it on a command line. kinds: its `jax.Device.device_kind`, with or without
     "NVIDIA " in front. flops: of dense bfloat16 products, a second. bandwidth: bytes a second to
     and from its memory. memory: bytes as sold, less ECC; the driver and JAX
-    leave some per cent less.
+    leave some per cent less. gpu: None of a TPU.
     """
 
     name: str
@@ -35,33 +49,41 @@ class Card:
     flops: float
     bandwidth: float
     memory: int
+    gpu: Gpu | None
 
 
-def _card(name: str, tflops: float, gb_per_second: float, gib: float, *kinds: str) -> Card:
-    return Card(name, kinds, tflops * 1e12, gb_per_second * 1e9, int(gib * 2**30))
+def _card(
+    name: str, tflops: float, gb_per_second: float, gib: float, gpu: Gpu | None, *kinds: str
+) -> Card:
+    return Card(name, kinds, tflops * 1e12, gb_per_second * 1e9, int(gib * 2**30), gpu)
+
+
+def _gpu(capability: float, processors: int, l2_mib: float, clock: float) -> Gpu:
+    major, tenth = divmod(round(10 * capability), 10)
+    return Gpu((major, tenth), processors, int(l2_mib * 2**20), clock)
 
 
 CARDS = (
-    _card("b200", 2250, 8000, 180, "B200"),
-    _card("h200", 989.5, 4800, 141, "H200"),
-    _card("h200-nvl", 835.5, 4800, 141, "H200 NVL"),
-    _card("h100", 989.5, 3350, 80, "H100 80GB HBM3"),  # SXM5
-    _card("h100-nvl", 835.5, 3900, 94, "H100 NVL"),
-    _card("h100-pcie", 756.5, 2000, 80, "H100 PCIe"),
-    _card("a100", 312, 2039, 80, "A100-SXM4-80GB"),
-    _card("a100-40gb", 312, 1555, 40, "A100-SXM4-40GB"),
-    _card("a100-pcie", 312, 1935, 80, "A100 80GB PCIe"),
-    _card("a100-pcie-40gb", 312, 1555, 40, "A100-PCIE-40GB"),
-    _card("l40s", 362.05, 864, 45, "L40S"),
-    _card("l4", 121, 300, 22.5, "L4"),
-    _card("a10g", 70, 600, 22.5, "A10G"),
-    _card("6000-ada", 364.2, 960, 48, "RTX 6000 Ada Generation"),
-    _card("4090", 165.2, 1008, 24, "GeForce RTX 4090"),
-    _card("3090", 71, 936, 24, "GeForce RTX 3090"),
-    _card("tpu-v4", 275, 1200, 32, "TPU v4"),
-    _card("tpu-v5e", 197, 819, 16, "TPU v5 lite", "TPU v5e"),
-    _card("tpu-v5p", 459, 2765, 95, "TPU v5", "TPU v5p"),
-    _card("tpu-v6e", 918, 1638, 32, "TPU v6 lite", "TPU v6e"),
+    _card("b200", 2250, 8000, 180, _gpu(10.0, 148, 126, 1.965), "B200"),
+    _card("h200", 989.5, 4800, 141, _gpu(9.0, 132, 50, 1.98), "H200"),
+    _card("h200-nvl", 835.5, 4800, 141, _gpu(9.0, 132, 50, 1.785), "H200 NVL"),
+    _card("h100", 989.5, 3350, 80, _gpu(9.0, 132, 50, 1.98), "H100 80GB HBM3"),  # SXM5
+    _card("h100-nvl", 835.5, 3900, 94, _gpu(9.0, 132, 50, 1.785), "H100 NVL"),
+    _card("h100-pcie", 756.5, 2000, 80, _gpu(9.0, 114, 50, 1.755), "H100 PCIe"),
+    _card("a100", 312, 2039, 80, _gpu(8.0, 108, 40, 1.41), "A100-SXM4-80GB"),
+    _card("a100-40gb", 312, 1555, 40, _gpu(8.0, 108, 40, 1.41), "A100-SXM4-40GB"),
+    _card("a100-pcie", 312, 1935, 80, _gpu(8.0, 108, 40, 1.41), "A100 80GB PCIe"),
+    _card("a100-pcie-40gb", 312, 1555, 40, _gpu(8.0, 108, 40, 1.41), "A100-PCIE-40GB"),
+    _card("l40s", 362.05, 864, 45, _gpu(8.9, 142, 96, 2.52), "L40S"),
+    _card("l4", 121, 300, 22.5, _gpu(8.9, 58, 48, 2.04), "L4"),
+    _card("a10g", 70, 600, 22.5, _gpu(8.6, 80, 6, 1.71), "A10G"),
+    _card("6000-ada", 364.2, 960, 48, _gpu(8.9, 142, 96, 2.505), "RTX 6000 Ada Generation"),
+    _card("4090", 165.2, 1008, 24, _gpu(8.9, 128, 72, 2.52), "GeForce RTX 4090"),
+    _card("3090", 71, 936, 24, _gpu(8.6, 82, 6, 1.695), "GeForce RTX 3090"),
+    _card("tpu-v4", 275, 1200, 32, None, "TPU v4"),
+    _card("tpu-v5e", 197, 819, 16, None, "TPU v5 lite", "TPU v5e"),
+    _card("tpu-v5p", 459, 2765, 95, None, "TPU v5", "TPU v5p"),
+    _card("tpu-v6e", 918, 1638, 32, None, "TPU v6 lite", "TPU v6e"),
 )
 
 

@@ -1,8 +1,7 @@
 """Will it fit? Bytes of watching and answering, compiled for the model's shapes; nothing allocated.
 
-Weights and memory entries are arithmetic, and exact. Activations are what XLA's CPU compiler
-allocates for the same programs in float32: more than bfloat16 needs. (In bfloat16, a CPU would make
-float32 copies of the whole memory, which no accelerator does.)
+Weights and memory entries are arithmetic, and exact. Activations are what the compiler of the plan
+allocates for the same programs (`vxl_jax.planning.compiler`).
 """
 
 import math
@@ -14,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from vxl_jax.config import DTYPES, VideoXLConfig
 from vxl_jax.errors import ConfigError
 from vxl_jax.models.functions import decode_step, encode, read
 from vxl_jax.models.int8 import new_network
-from vxl_jax.nn.attention import tiled as attention
 from vxl_jax.nn.memory import Memory
 from vxl_jax.planning.cards import Card
+from vxl_jax.planning.compiler import PlanCompiler
 from vxl_jax.stream.batch import StreamShape, batch_streams, round_up
 from vxl_jax.stream.plan import plan_stream
 from vxl_jax.stream.visual import video_shapes
@@ -30,10 +30,6 @@ from vxl_jax.text.template import IMAGE_TOKEN
 USABLE = 0.92
 """Share of a card's memory that a program gets: programs here ask for 0.95 of what the driver
 leaves."""
-
-# A CPU multiplies bfloat16 matrices in float32. Moved out of the loop over layers, that would be a
-# float32 copy of all layers, which no accelerator makes.
-COMPILER_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 TEXT_ROOM = 512
 """Tokens of the text before a film, and room for a question and its answer."""
@@ -83,15 +79,36 @@ class Estimate:
         return self.weights + self.memory + self.activations
 
 
+@dataclass(frozen=True)
+class Programs:
+    """Lowered programs by name; `read` and `encode` are of one step of a film.
+
+    waiting: bytes of what stands besides arguments and temporaries. frames, tokens: of a step.
+    """
+
+    lowered: dict[str, Any]
+    waiting: int
+    frames: int
+    tokens: int
+
+
 class Estimator:
     """Compiles the programs of inference for a configuration, as a GPU would run them."""
 
-    def __init__(self, config: VideoXLConfig, weights: str | None = None):
-        """weights: as for `load_network`."""
-        self.config = config
+    def __init__(
+        self,
+        config: VideoXLConfig,
+        weights: str | None = None,
+        compiler: PlanCompiler | None = None,
+    ):
+        """weights: as for `load_network`. compiler: that of a CPU by default."""
+        self.config, self.compiler = config, compiler or PlanCompiler()
         self.weights = tree_bytes(nnx.state(nnx.eval_shape(lambda: new_network(config, weights))))
-        self.wide = replace(config, dtype="float32", param_dtype="float32")
-        self.graph, self.params = nnx.split(nnx.eval_shape(lambda: new_network(self.wide, weights)))
+        wide = replace(config, dtype="float32", param_dtype="float32")
+        self.compiled_as = config if self.compiler.is_exact else wide
+        self.graph, self.params = nnx.split(
+            nnx.eval_shape(lambda: new_network(self.compiled_as, weights))
+        )
         self.entry = entry_bytes(config)
         self.windows = max(1, STEP_TOKENS // config.window)
 
@@ -123,7 +140,14 @@ class Estimator:
 
     def activations(self, capacity: int, ratio: int | None) -> int:
         """Find the most bytes that any program needs with weights and a memory of some capacity."""
-        c = self.wide
+        programs = self.programs(capacity, ratio)
+        return programs.waiting + max(
+            _extra_bytes(self.compiler.compile(lowered)) for lowered in programs.lowered.values()
+        )
+
+    def programs(self, capacity: int, ratio: int | None) -> Programs:
+        """Lower the programs of watching and answering for a memory of some capacity."""
+        c = self.compiled_as
         tokens = self.windows * c.window
         frames = c.layout.frames_of(tokens)
         size = c.tower.image_size
@@ -134,28 +158,36 @@ class Estimator:
         batch = batch_streams([stream], StreamShape.of(stream).padded(8))
         film, step, own = map(self._memory, (capacity, max(1, stream.persistent), OWN_SLOTS))
         token = jax.ShapeDtypeStruct((1,), np.int32)
-        model = self.graph, self.params
+        sharding = SingleDeviceSharding(self.compiler.devices()[0])
+
+        def placed(*arguments: Any) -> Any:
+            return jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+            )
+
+        with self.compiler.tracing():
+            lowered = {
+                "encode": encode.lower(self.graph, *placed(self.params, pixels)),
+                "read": read.lower(self.graph, *placed(self.params, step, batch, visual, (film,))),
+                "decode_step": decode_step.lower(
+                    self.graph, *placed(self.params, own, token, (film,))
+                ),
+            }
         # Pixels and features of the next step stand while this one runs, and what the step makes.
         waiting = 2 * tree_bytes((pixels, visual)) + tree_bytes(step)
-        with attention.made_for("gpu"):
-            lowered = (
-                encode.lower(*model, pixels),
-                read.lower(*model, step, batch, visual, (film,)),
-                decode_step.lower(*model, own, token, (film,)),
-            )
-        return waiting + max(_extra_bytes(program) for program in lowered)
+        return Programs(lowered, waiting, frames, tokens)
 
     def _memory(self, capacity: int) -> Memory:
         language = self.config.language
         shape = (language.layers, 1, language.kv_heads, capacity, language.head_size)
-        part: Any = jax.ShapeDtypeStruct(shape, DTYPES[self.wide.dtype])
+        part: Any = jax.ShapeDtypeStruct(shape, DTYPES[self.compiled_as.dtype])
         length: Any = jax.ShapeDtypeStruct((1,), jnp.int32)
         return Memory(part, part, length)
 
 
-def _extra_bytes(lowered: Any) -> int:
+def _extra_bytes(compiled: Any) -> int:
     """Count a program's temporaries, and outputs that do not alias its arguments."""
-    memory = lowered.compile(compiler_options=COMPILER_OPTIONS).memory_analysis()
+    memory = compiled.memory_analysis()
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return int(memory.temp_size_in_bytes + made)
 

@@ -22,7 +22,8 @@ from train.run.fit import (
 from train.run.optimizer import Optimizer
 from train.run.setup import make_model
 from train.run.step import split_parts
-from vxl_jax.nn.attention.tiled import made_for, tile_bytes
+from vxl_jax.nn.attention.tiled import tile_bytes
+from vxl_jax.nn.backend import made_for
 from vxl_jax.nn.sharding import make_mesh
 from vxl_jax.planning.flops import PassSize, step_flops
 from vxl_jax.text.template import IGNORE

@@ -1,24 +1,28 @@
 """Attention over the memory and the own window, by one of several implementations.
 
-In import order: `key_values`, `dense` (the definition), `tiled`.
+In import order: `key_values`, `dense` (the definition), `tiled`, `fused_kernels`, `fused`.
 """
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal
 
 from jax import Array
 from jaxtyping import Float, Int
 
 from vxl_jax.nn.attention.dense import dense_attention
+from vxl_jax.nn.attention.fused import fused_attention, why_not_fused
 from vxl_jax.nn.attention.key_values import KeyValues
 from vxl_jax.nn.attention.tiled import tiled_attention
+from vxl_jax.nn.backend import gpu_capability
 
-AttentionName = Literal["dense", "tiled"]
+AttentionName = Literal["dense", "tiled", "fused"]
 """Implementations. dense: a softmax over whole rows, differentiable in every mode; its memory grows
 with the square of the tokens. tiled: a running softmax over tiles, differentiable once in reverse
-mode; on any backend."""
+mode; on any backend. fused: the same in kernels for NVIDIA GPUs, in half precision."""
 
-_IMPLEMENTATIONS = {"dense": dense_attention, "tiled": tiled_attention}
+_IMPLEMENTATIONS = {"dense": dense_attention, "tiled": tiled_attention, "fused": fused_attention}
 
 
 def window_attention(
@@ -37,20 +41,46 @@ def window_attention(
         v: their values.
         window_start: index of the first token of each token's window, at most its own.
         past: memory and bases; see `KeyValues`.
-        implementation: one of `AttentionName`; None takes the fastest on this backend, at present
-            "tiled" on all of them.
+        implementation: one of `AttentionName`; None takes "fused" on a GPU where it can take the
+            shapes, and "tiled" otherwise.
 
     Returns:
         [B, T, N, H] in the dtype of q. The softmax is computed in float32.
 
     Raises:
-        ValueError: an unknown implementation, or shapes that do not belong together.
+        ValueError: an unknown implementation, one that cannot take these shapes, or shapes that do
+            not belong together.
     """
-    name = implementation or "tiled"
+    name = implementation or _fastest(q, past)
     if name not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation: {name!r}; use one of {', '.join(_IMPLEMENTATIONS)}")
     _check_shapes(q, k, v, window_start, past)
+    if name == "fused":
+        capability = gpu_capability()
+        reason = why_not_fused(q, past, capability) if capability else "this backend (a GPU)"
+        if reason:
+            raise ValueError(f"implementation: 'fused' cannot take {reason}; use 'tiled'")
     return _IMPLEMENTATIONS[name](q, k, v, window_start, past)
+
+
+def _fastest(q: Array, past: Sequence[KeyValues]) -> AttentionName:
+    capability = gpu_capability()
+    if capability is None:
+        return "tiled"
+    if reason := why_not_fused(q, past, capability):
+        _warn_not_fused(reason)
+        return "tiled"
+    return "fused"
+
+
+@cache
+def _warn_not_fused(reason: str) -> None:
+    """Once for each reason."""
+    warnings.warn(
+        f"fused attention cannot take {reason}; attention by tiles is slower and takes its place",
+        RuntimeWarning,
+        stacklevel=5,
+    )
 
 
 def _check_shapes(

@@ -8,9 +8,7 @@ its bases.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -21,37 +19,17 @@ from einops import rearrange
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from vxl_jax.nn.attention.key_values import KeyValues
+from vxl_jax.nn.attention.key_values import KeyValues, gradient_of_stack
+from vxl_jax.nn.backend import on_cpu, row_unit
 from vxl_jax.nn.sharding import sample_shards
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Score of a masked key: finite, so that the difference of two is not NaN."""
 
-_backend: ContextVar[str | None] = ContextVar("backend", default=None)
-
-
-@contextmanager
-def made_for(backend: str) -> Iterator[None]:
-    """Trace programs with the tile sizes of another backend, to plan for a GPU without one."""
-    token = _backend.set(backend)
-    try:
-        yield
-    finally:
-        _backend.reset(token)
-
-
-def _on_cpu() -> bool:
-    return (_backend.get() or jax.default_backend()) == "cpu"
-
 
 def tile_bytes() -> int:
     """Bytes of float32 scores in one tile: within a CPU's cache, or enough to fill a GPU."""
-    return 2**21 if _on_cpu() else 2**28
-
-
-def tile_unit() -> int:
-    """Tile sizes above this are multiples of it: a CPU's vector width, or a GPU's matrix tiles."""
-    return 8 if _on_cpu() else 128
+    return 2**21 if on_cpu() else 2**28
 
 
 KEY_BYTES = 2**28
@@ -83,8 +61,8 @@ def tiled_attention(
     tokens, kv_heads = k.shape[1:3]
     rows, columns = tile or _default_tile(q, k)
     q = rearrange(q, "B T (K G) H -> B K G T H", K=kv_heads)
-    if tokens > tile_unit():  # pad own keys to whole units; the padding is masked
-        padding = ((0, 0), (0, -tokens % tile_unit()), (0, 0), (0, 0))
+    if tokens > row_unit():  # pad own keys to whole units; the padding is masked
+        padding = ((0, 0), (0, -tokens % row_unit()), (0, 0), (0, 0))
         k, v = jnp.pad(k, padding), jnp.pad(v, padding)
     own = KeyValues(
         rearrange(k, "B T K H -> 1 B K T H"),
@@ -213,8 +191,8 @@ def _backward(
     )
     stacked = tuple(
         KeyValues(
-            _in_stack(keys.astype(source.keys.dtype), layers, source.layer),
-            _in_stack(values.astype(source.values.dtype), layers, source.layer),
+            gradient_of_stack(keys.astype(source.keys.dtype), layers, source.layer),
+            gradient_of_stack(values.astype(source.values.dtype), layers, source.layer),
             None,  # type: ignore[arg-type]  # integers have no gradient
             None,  # type: ignore[arg-type]
         )
@@ -303,10 +281,10 @@ def _over_tiles(
 def _tile_size(count: int, most: int) -> int:
     """Size of equal tiles that cover `count` rows or keys: the fewest tiles of at most `most`.
 
-    A multiple of `tile_unit()` unless `count` or `most` is smaller. The last tile may overhang.
+    A multiple of `row_unit()` unless `count` or `most` is smaller. The last tile may overhang.
     """
     most = max(1, most)
-    unit = tile_unit() if min(count, most) >= tile_unit() else 1
+    unit = row_unit() if min(count, most) >= row_unit() else 1
     tiles = -(-count // (most // unit * unit))
     return -(-count // (tiles * unit)) * unit
 
@@ -344,20 +322,35 @@ def _join_blocks(blocks: Array, tokens: int) -> Array:
 # Products. Keys and values of a source that all samples share are read from memory once.
 
 
-def _scores(q: Array, k: Array) -> Array:
+# Heads of a group are merged with the rows: with two axes, XLA gives the keys of the whole memory
+# another layout on a GPU, and copies them at every step.
+
+
+def _scores(q: Float[Array, "B K G R H"], k: Float[Array, "#B K S H"]) -> Array:
+    rows = _merged(q)
     if k.shape[0] < q.shape[0]:
-        return jnp.einsum("BKGRH,KSH->BKGRS", q, k[0], preferred_element_type=jnp.float32)
-    return jnp.einsum("BKGRH,BKSH->BKGRS", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("BKRH,KSH->BKRS", rows, k[0], preferred_element_type=jnp.float32)
+    else:
+        scores = jnp.einsum("BKRH,BKSH->BKRS", rows, k, preferred_element_type=jnp.float32)
+    return scores.reshape(*q.shape[:4], -1)
 
 
-def _mix(weights: Array, v: Array) -> Array:
+def _mix(weights: Float[Array, "B K G R S"], v: Float[Array, "#B K S H"]) -> Array:
+    rows = _merged(weights)
     if v.shape[0] < weights.shape[0]:
-        return jnp.einsum("BKGRS,KSH->BKGRH", weights, v[0], preferred_element_type=jnp.float32)
-    return jnp.einsum("BKGRS,BKSH->BKGRH", weights, v, preferred_element_type=jnp.float32)
+        mixed = jnp.einsum("BKRS,KSH->BKRH", rows, v[0], preferred_element_type=jnp.float32)
+    else:
+        mixed = jnp.einsum("BKRS,BKSH->BKRH", rows, v, preferred_element_type=jnp.float32)
+    return mixed.reshape(*weights.shape[:4], -1)
 
 
-def _mix_back(weights: Array, x: Array) -> Array:
-    return jnp.einsum("BKGRS,BKGRH->BKSH", weights, x, preferred_element_type=jnp.float32)
+def _mix_back(weights: Float[Array, "B K G R S"], x: Float[Array, "B K G R H"]) -> Array:
+    weights, x = _merged(weights), _merged(x)
+    return jnp.einsum("BKRS,BKRH->BKSH", weights, x, preferred_element_type=jnp.float32)
+
+
+def _merged(x: Float[Array, "B K G R X"]) -> Float[Array, "B K G*R X"]:
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def _zeros_like_layer(stacked: Float[Array, "1 #B K S H"]) -> Float[Array, "#B K S H"]:
@@ -370,9 +363,3 @@ def _add_at(total: Array, start: Array, part: Array) -> Array:
         part = part.sum(0, keepdims=True)
     old = lax.dynamic_slice_in_dim(total, start, part.shape[2], axis=2)
     return lax.dynamic_update_slice_in_dim(total, old + part, start, axis=2)
-
-
-def _in_stack(gradient: Array, layers: int, layer: Array | int) -> Array:
-    """[B, K, S, H] -> [L, B, K, S, H], zero in all layers but one."""
-    zeros = jnp.zeros((layers, *gradient.shape), gradient.dtype)
-    return lax.dynamic_update_index_in_dim(zeros, gradient, layer, 0)

@@ -45,15 +45,13 @@ def config_of(size: str, tower: str = "vision") -> Any:
     if size == "7b":
         make = llava_video_7b if tower == "siglip" else video_xl_7b
         return make(param_dtype="bfloat16", dtype="bfloat16")
-    if tower == "siglip":
-        small = replace(llava_video_7b().tower, width=512, layers=7, heads=8, mlp_width=2048)
-        return llava_video_7b(vision=small)
-    return video_xl_7b(
-        vision=VisionConfig(width=512, layers=7, heads=8, mlp_width=2048),
-        language=LanguageConfig(
-            vocab_size=8192, width=512, layers=8, heads=8, kv_heads=2, mlp_width=1408
-        ),
+    language = LanguageConfig(
+        vocab_size=8192, width=512, layers=8, heads=8, kv_heads=2, mlp_width=1408
     )
+    sizes = {"width": 512, "layers": 7, "heads": 8, "mlp_width": 2048}
+    if tower == "siglip":
+        return llava_video_7b(vision=replace(llava_video_7b().tower, **sizes), language=language)
+    return video_xl_7b(vision=VisionConfig(**sizes), language=language)
 
 
 # One phase in this process.

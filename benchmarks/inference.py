@@ -323,13 +323,16 @@ def a_film() -> Iterator[str]:
 
 
 def plan() -> None:
-    """Bytes at 7B by frames and ratio, compiled."""
+    """Bytes at 7B by frames and ratio, compiled for an H100."""
     from vxl_jax.planning.cards import find_card
+    from vxl_jax.planning.compiler import compiler_for
     from vxl_jax.planning.inference_bytes import USABLE, Estimator, estimate_table
 
-    rows = []
+    rows, compiler = [], compiler_for(find_card("h100"))
+    print(f"compiled by {compiler.name}")
     for weights in ("bfloat16", "int8"):
-        estimator = Estimator(config_of("7b"), None if weights == "bfloat16" else weights)
+        given = None if weights == "bfloat16" else weights
+        estimator = Estimator(config_of("7b"), given, compiler)
         estimates = [estimator.estimate(frames, ratio) for frames, ratio in PLAN]
         print(f"{weights}: {estimator.weights / 1e9:.2f} GB of weights")
         print(estimate_table(estimates), flush=True)
@@ -345,7 +348,8 @@ def plan() -> None:
                 "films": [{**vars(e), "peak": e.peak} for e in estimates],
             }
         )
-    write_results("inference-plan", {"usable_share_of_a_card": USABLE, "plans": rows})
+    figures = {"compiler": compiler.name, "usable_share_of_a_card": USABLE, "plans": rows}
+    write_results("inference-plan", figures)
 
 
 def run(size: str, torch: bool) -> None:

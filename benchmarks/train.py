@@ -152,11 +152,18 @@ def grow(recipe: str, frames: list[int]) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")
     from train.run.fit import StepEstimator
     from vxl_jax.nn.sharding import make_mesh
+    from vxl_jax.planning.cards import find_card
+    from vxl_jax.planning.compiler import compiler_for
 
     config, model_config = recipe_config(recipe)
-    planner = StepEstimator(config, model_config, make_mesh(1, devices=jax.devices()[:1]))
+    compiler = compiler_for(find_card("h100"))
+    mesh = make_mesh(1, devices=compiler.devices())
+    planner = StepEstimator(config, model_config, mesh, compiler)
     steps = [planner.step(count) for count in frames]
-    return {"steps": [asdict(step) | {"peak": step.peak} for step in steps]}
+    return {
+        "compiler": compiler.name,
+        "steps": [asdict(step) | {"peak": step.peak} for step in steps],
+    }
 
 
 # The whole.

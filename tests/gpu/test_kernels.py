@@ -44,7 +44,8 @@ def registers(
     found: dict[str, int] = {}
     for path in tmp_path.glob("*.ptx"):
         target = re.search(r"\.target (\w+)", path.read_text())
-        assert target is not None
+        if target is None:  # a module without kernels, of constants
+            continue
         command = [ptxas(), "-v", f"-arch={target[1]}", str(path), "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         kernel = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"

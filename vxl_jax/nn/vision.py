@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Num
 
 from vxl_jax.config import DTYPES, TowerKind, VideoXLConfig, VisionConfig
-from vxl_jax.nn.backend import gpu_capability
+from vxl_jax.nn.backend import gpu_capability, on_cpu
 from vxl_jax.nn.layers import ModuleState, make_linear
 from vxl_jax.nn.scan import recomputed, stacked
 from vxl_jax.nn.sharding import by_sample
@@ -60,9 +60,7 @@ class VisionLayer(nnx.Module):
         self.heads = c.heads
         self.activation = ACTIVATIONS[c.kind]
 
-    def __call__(
-        self, x: Float[Array, "F P D"], patches: int | None = None
-    ) -> Float[Array, "F P D"]:
+    def __call__(self, x: Float[Array, "F P D"], patches: int) -> Float[Array, "F P D"]:
         """Run the layer over the patches of each frame; those from `patches` on are padding."""
         y = self.attention_norm(x)
         heads = partial(rearrange, pattern="F P (N H) -> F P N H", N=self.heads)
@@ -71,17 +69,42 @@ class VisionLayer(nnx.Module):
         return x + self.down(self.activation(self.up(self.mlp_norm(x))))
 
 
-def _attend(q: Array, k: Array, v: Array, patches: int | None) -> Float[Array, "F P N H"]:
-    """Attend to the first `patches`: by cuDNN, which stores no scores, where there is a GPU."""
-    lengths = None
-    if patches is not None and patches < k.shape[1]:
+def _attend(
+    q: Float[Array, "F P N H"], k: Float[Array, "F P N H"], v: Float[Array, "F P N H"], patches: int
+) -> Float[Array, "F P N H"]:
+    """Attend to the first `patches`, with the softmax in float32.
+
+    On a GPU cuDNN does it and stores no scores. On a CPU it goes head by head, see `goes_by_frame`.
+    """
+    if has_fused_attention(q.dtype):
         lengths = jnp.full(k.shape[:1], patches, jnp.int32)
-    return jax.nn.dot_product_attention(
-        *(q, k, v),
-        key_value_seq_lengths=lengths,
-        query_seq_lengths=lengths,
-        implementation="cudnn" if has_fused_attention(q.dtype) else "xla",
-    )
+        return jax.nn.dot_product_attention(
+            *(q, k, v),
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
+        )
+
+    def one(head: tuple[Array, Array, Array]) -> Array:
+        q, k, v = head
+        scores = jnp.einsum("PH,QH->PQ", q, k, preferred_element_type=jnp.float32)
+        scores *= q.shape[-1] ** -0.5
+        likely = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
+        total = likely.sum(-1, keepdims=True)
+        mixed = jnp.matmul(likely.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (mixed / total).astype(v.dtype)
+
+    if goes_by_frame():
+        heads = tuple(rearrange(x, "F P N H -> (F N) P H") for x in (q, k, v))
+        return rearrange(lax.map(one, heads), "(F N) P H -> F P N H", F=len(q))
+    return jax.vmap(jax.vmap(one, in_axes=1, out_axes=1))((q, k, v))
+
+
+def goes_by_frame() -> bool:
+    """Whether a layer runs frame by frame, and its attention head by head: on a CPU, what is
+    between two products stays in the caches. On a mesh frames are divided over the devices instead.
+    """
+    return on_cpu() and jax.sharding.get_abstract_mesh().size <= 1
 
 
 def has_fused_attention(dtype: DTypeLike) -> bool:
@@ -128,7 +151,10 @@ class VisionTower(nnx.Module):
             x = jnp.pad(x, ((0, 0), (0, -patches % 8), (0, 0)))
 
         def body(x: Array, layer_params: ModuleState) -> tuple[Array, None]:
-            return by_sample(nnx.merge(graph, layer_params)(x, patches)), None
+            layer = nnx.merge(graph, layer_params)
+            if goes_by_frame():
+                return lax.map(lambda frame: layer(frame[None], patches)[0], x), None
+            return by_sample(layer(x, patches)), None
 
         x, _ = lax.scan(recomputed(body, self.config.remat), x, params)
         return x[:, self.config.tower.kind == "clip" : patches]

@@ -181,7 +181,7 @@ def _check_stages(model: VideoXL, golden: GoldenSet) -> Iterator[Comparison]:
     graph, params = nnx.split(tower.layers)
     for i in range(config.tower.layers_used):
         layer = nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], params))
-        x = layer(x)
+        x = layer(x, x.shape[1])
         stages[f"tower_layer{i}"] = x
     stages["projector"] = model.projector(x)
     for mode in ("bilinear", "average", "max"):

@@ -92,7 +92,12 @@ class PlanCompiler:
             made_for("gpu", _gpu(self.card).capability),
             mock.patch(version, return_value=_CUDNN_VERSION),
         ):
-            yield
+            try:
+                yield
+            finally:
+                # JAX keeps what it has traced by function and shapes alone: without this, the
+                # same call would run the card's kernels on this machine.
+                jax.clear_caches()
 
     def compile(self, lowered: Any) -> Any:
         """Compile a lowered program (`jax.stages.Lowered`) to a `jax.stages.Compiled`."""

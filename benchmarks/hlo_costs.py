@@ -148,7 +148,7 @@ def _cost(
         (target,) = re.findall(r'custom_call_target="([^"]*)"', one.attributes)
         if "cublas" not in target:
             return 0.0, _custom_bytes(one, body), target
-        workspace = sum(map(_bytes_of, re.findall(r"s8\[(\d+)\]\{0\}\)", one.shape)))
+        workspace = sum(map(_count, re.findall(r"s8\[(\d+)\]\{0\}\)", one.shape)))
         return _dot_flops(one, body), given + out - workspace, target
     if one.opcode == "dot":
         return _dot_flops(one, body), given + out, one.opcode
@@ -219,11 +219,11 @@ def _dimensions(shape: str) -> list[int]:
 def _size(shape: str) -> float:
     """Bytes of all arrays of a shape or a tuple of shapes."""
     return sum(
-        _bytes_of(sizes) * _BYTES.get(kind, _width(kind)) for kind, sizes in _SHAPE.findall(shape)
+        _count(sizes) * _BYTES.get(kind, _width(kind)) for kind, sizes in _SHAPE.findall(shape)
     )
 
 
-def _bytes_of(sizes: str) -> int:
+def _count(sizes: str) -> int:
     return math.prod(int(size) for size in sizes.split(",") if size)
 
 

@@ -201,7 +201,8 @@ def train_steps(run: OpenRun, log: RunLog, loss_fn: LossFn, profile: bool) -> in
     with closing(log), closing(batches), closing(trace), stop_request() as stop:
         while state.step < run.last_step and not stopping:
             trace.before(state.step)
-            values = train_step(run, log, batches, loss_fn)
+            with jax.profiler.StepTraceAnnotation("train", step_num=state.step):
+                values = train_step(run, log, batches, loss_fn)
 
             signals, found_bad = gather(stop.signal or 0, run.bad.since_asked()).T
             stopping = int(signals.max())

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ import pytest
 from vxl_jax.nn.attention import window_attention
 from vxl_jax.nn.attention.key_values import KeyValues
 from vxl_jax.nn.few_rows import LayerKernel, few_rows_product
-from vxl_jax.planning.cards import find_card
-from vxl_jax.planning.compiler import PlanCompiler
+from vxl_jax.planning.cards import CARDS, find_card
+from vxl_jax.planning.compiler import PlanCompiler, compiler_for
 
-CARDS = ("h100", "a100")
+MAKES = ("h100", "a100", "4090")
 LAYERS, KV_HEADS, HEADS, HEAD_SIZE = 28, 4, 28, 128
 """Of Qwen2-7B."""
 
@@ -73,14 +72,14 @@ def shapes_of(tokens: int, slots: int, layers: int = LAYERS) -> list[Any]:
 
 @pytest.mark.parametrize("slots", [19_456, 900_512])
 @pytest.mark.parametrize("tokens", [7680, 40, 1])
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("card", MAKES)
 def test_window_attention(card: str, tokens: int, slots: int, tmp_path: Path):
     """Also behind memories of more than 2**31 numbers."""
     found = registers(card, tmp_path, attend, *shapes_of(tokens, slots))
     assert list(found) == ["window_attention" if tokens > 1000 else "window_attention_few"]
 
 
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("card", MAKES)
 def test_gradients_of_window_attention(card: str, tmp_path: Path):
     def gradients(q: Any, k: Any, v: Any, start: Any, keys: Any, values: Any, *rest: Any) -> Any:
         def run(q: Any, k: Any, v: Any, keys: Any, values: Any) -> Any:
@@ -96,8 +95,15 @@ def test_gradients_of_window_attention(card: str, tmp_path: Path):
     }
 
 
+@pytest.mark.parametrize("card", [each.name for each in CARDS if each.gpu is not None])
+def test_every_card_takes_the_kernels(card: str, tmp_path: Path):
+    """Blocks that do not fit the shared memory of a card would be an error here."""
+    assert compiler_for(find_card(card)).is_exact
+    assert registers(card, tmp_path, attend, *shapes_of(1536, 2048, layers=2))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
-@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("card", MAKES)
 def test_product_of_a_row(card: str, dtype: Any, tmp_path: Path):
     def run(x: Any, stack: Any, layer: Any) -> Any:
         return few_rows_product(x, LayerKernel(stack, layer))
@@ -112,7 +118,7 @@ def test_heads_that_the_kernels_cannot_take_fall_back_with_one_warning(recwarn: 
     arrays = [jax.ShapeDtypeStruct(*shape) for shape in (*shapes, ((1, 64), jnp.int32))]
     for _ in range(2):
         with compiler.tracing():
-            jax.jit(partial(window_attention)).lower(*arrays)
+            jax.jit(window_attention).lower(*arrays)
     said = [str(each.message) for each in recwarn if "fused attention" in str(each.message)]
     assert len(said) == 1
     assert "heads of 24" in said[0]

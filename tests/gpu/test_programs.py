@@ -3,8 +3,6 @@
 from functools import cache
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
 
 from benchmarks.gpu_bound import film
@@ -12,8 +10,8 @@ from benchmarks.hlo_costs import Kernel, kernels_of
 from train.config.cli import load_config
 from train.run.fit import StepEstimator, planned_model
 from vxl_jax.nn.sharding import make_mesh
-from vxl_jax.planning.cards import CARDS, find_card
-from vxl_jax.planning.compiler import PlanCompiler, compiler_for
+from vxl_jax.planning.cards import find_card
+from vxl_jax.planning.compiler import PlanCompiler
 from vxl_jax.planning.inference_bytes import TEXT_ROOM, Estimator, Programs, video_entries
 from vxl_jax.presets import PRESETS
 from vxl_jax.stream.batch import round_up
@@ -99,7 +97,7 @@ BOUNDS = {
 def test_bounds_of_a_film(case: Any):
     found = film(H100, *case)
     watch, token = BOUNDS[case]
-    assert found["seconds"] < watch
+    assert found["seconds_of_needed_products"] < found["seconds"] < watch
     assert found["seconds_of_a_token"] < token
     # Products that are made twice are the q, k and v of the other kind of token: 7 %.
     assert 1 < found["language_products_made_to_needed"] < 1.07 + 0.05
@@ -130,14 +128,3 @@ def test_a_gradient_on_eight_cards():
     assert any(k.is_collective for k in found)
     largest = max(k.bytes for k in found if k.is_collective)
     assert largest < 1.5e9  # a kernel of one layer or the head, never the activations of 8 samples
-
-
-@pytest.mark.parametrize("card", [card.name for card in CARDS if card.gpu is not None])
-def test_every_card_has_a_compiler(card: str):
-    compiler = compiler_for(find_card(card))
-    assert compiler.is_exact
-    sharding = jax.sharding.SingleDeviceSharding(compiler.devices()[0])
-    x = jax.ShapeDtypeStruct((256, 256), np.float32, sharding=sharding)
-    with compiler.tracing():
-        lowered = jax.jit(lambda x: x @ x).lower(x)
-    assert "custom-call" in compiler.compile(lowered).as_text()

@@ -2,6 +2,10 @@
 
 import itertools
 import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -41,19 +45,17 @@ TILES = [(1, 1), (3, 5), (8, 4), (17, 10), (7, 32), (64, 64)]
 
 
 def fused(forward, few, of_queries, of_keys, parts=None):
-    """Blocks of queries and keys of each kernel. With forward blocks of one query there are enough
-    for the kernel of many; with 64, the kernel of few queries takes them.
-    """
+    """Blocks of queries and keys of each kernel. parts: see `Kernels`."""
     sizes = (Blocks(*each, 1, 1) for each in (forward, few, of_queries, of_keys))
     return Kernels(*sizes, parts, interpret=True)
 
 
 FUSED = [
-    fused((1, 4), (4, 4), (4, 4), (4, 4)),
-    fused((1, 16), (4, 4), (4, 8), (2, 4)),
-    fused((64, 4), (4, 4), (16, 8), (8, 16), parts=1),
-    fused((64, 4), (16, 8), (4, 4), (4, 4), parts=3),
-    fused((64, 4), (32, 16), (4, 4), (4, 4), parts=5),
+    fused((4, 4), (4, 4), (4, 4), (4, 4), parts=0),
+    fused((8, 16), (4, 4), (4, 8), (2, 4), parts=0),
+    fused((4, 4), (4, 4), (16, 8), (8, 16), parts=1),
+    fused((4, 4), (16, 8), (4, 4), (4, 4), parts=3),
+    fused((4, 4), (32, 16), (4, 4), (4, 4)),
 ]
 """Fused kernels with blocks of other sizes, run as JAX operations."""
 
@@ -123,6 +125,79 @@ def test_attention_and_its_gradients_equal_dense(tile, bases):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=3e-6)
 
 
+@pytest.mark.parametrize("parts", [0, 3, None])
+def test_fused_attention_in_bfloat16_at_the_shapes_of_the_7b_model(parts):
+    """Groups of 7 heads of 128; float32 is the measure, and bfloat16 has 8 bits."""
+    rng = np.random.default_rng(0)
+    tokens, slots = 40, 24
+    q = rng.normal(size=(2, tokens, 14, 128)).astype(np.float32) / np.float32(128**0.5)
+    k, v = rng.normal(size=(2, 2, tokens, 2, 128)).astype(np.float32)
+    keys, values = rng.normal(size=(2, 2, 2, 2, slots, 128)).astype(np.float32)
+    start = np.repeat([[0], [16]], tokens, 1).astype(np.int32) * (np.arange(tokens) >= 16)
+    seen = np.stack([np.full(tokens, 24), np.where(np.arange(tokens) < 16, 0, 19)]).astype(np.int32)
+    arrays = q, k, v, keys, values
+    weight = rng.normal(size=q.shape).astype(np.float32)
+    kernels = fused((16, 16), (16, 16), (16, 16), (16, 16), parts)
+
+    def both(tile, dtype):
+        def run(arrays):
+            out = attend(tile, *arrays, 1, start, seen)
+            return (out.astype(jnp.float32) * weight).sum(), out
+
+        cast = tuple(jnp.asarray(x, dtype) for x in arrays)
+        (_, out), gradients = jax.jit(jax.value_and_grad(run, has_aux=True))(cast)
+        return [out, *gradients]
+
+    found = both(kernels, jnp.bfloat16)
+    for ours, expected in zip(found, both("dense", jnp.float32), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert relative_error(ours, expected) < 0.01
+
+
+def test_fused_attention_on_a_mesh():
+    """Samples and heads on 8 devices, with a base that all samples share: as on one."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from tests.nn.test_attention import FUSED, attend, attention_case
+from vxl_jax.nn.sharding import make_mesh
+arrays, (layer, start, seen) = attention_case()
+base = np.random.default_rng(1).normal(size=(2, 3, 1, 2, 9, 8)).astype(np.float32)
+def run(tile):
+    def loss(*arrays):
+        out = attend(tile, *arrays, layer, start, seen, [(*base, jnp.minimum(start, 7))])
+        return (out ** 2).sum(), out
+    return jax.jit(jax.value_and_grad(loss, range(5), has_aux=True))(*arrays)
+expected = jax.tree.leaves(run("dense"))
+for shape in ((2, 1, 2), (1, 2, 1), (4, 1, 2), (1, 1, 4)):
+    with jax.set_mesh(make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])):
+        for tile in (FUSED[0], FUSED[3]):
+            for ours, one in zip(jax.tree.leaves(run(tile)), expected, strict=True):
+                np.testing.assert_allclose(ours, one, rtol=1e-4, atol=1e-5)
+"""
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_programs_for_two_backends_are_not_mixed_up():
+    """JAX keeps what it traced by function and shapes alone; `made_for` forgets it."""
+    arrays = [jax.ShapeDtypeStruct((1, 4096, heads, 16), jnp.bfloat16) for heads in (4, 2, 2)]
+    start = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+    traced = jax.jit(window_attention)
+
+    def program(*target) -> str:
+        with made_for(*target):
+            return str(traced.trace(*arrays, start).jaxpr)
+
+    warps = [re.findall(r"num_warps=(\d)", program("gpu", (n, 0))) for n in (9, 8)]
+    assert warps == [["8"], ["4"]]
+    assert "pallas_call" in program("gpu", (9, 0))
+    assert "pallas_call" not in program("gpu")
+    assert "pallas_call" not in str(traced.trace(*arrays, start).jaxpr)
+
+
 def test_every_mode_of_differentiation_applies_to_dense_attention():
     arrays, (layer, start, seen) = attention_case(tokens=30)
     rng = np.random.default_rng(1)
@@ -179,6 +254,7 @@ def test_shapes_that_do_not_belong_together_are_refused():
         "keys .* and values": (q, k, v, start, [replace(past[0], keys=keys[:, :, :1])]),
         "seen: shape": (q, k, v, start, [replace(past[0], seen=seen[:, :-1])]),
         "implementation: 'flash'": (q, k, v, start, past, "flash"),
+        "implementation: 'fused' needs an NVIDIA GPU": (q, k, v, start, past, "fused"),
     }.items():
         with pytest.raises(ValueError, match=message):
             window_attention(*arguments)

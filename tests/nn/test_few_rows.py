@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 
 from tests.support.networks import relative_error
-from vxl_jax.config import LanguageConfig
+from vxl_jax.config import LanguageConfig, LoRAConfig
 from vxl_jax.models.functions import decode_step, prefill
 from vxl_jax.models.int8 import quantize
+from vxl_jax.models.lora import add_lora
 from vxl_jax.models.video_xl import VideoXL
 from vxl_jax.nn import few_rows, qwen2
-from vxl_jax.nn.few_rows import LayerKernel, few_rows_product, layer_in_place
+from vxl_jax.nn.few_rows import LayerKernel, few_rows_product, fits, layer_in_place
 from vxl_jax.presets import tiny
 from vxl_jax.stream.batch import batch_streams
 from vxl_jax.stream.plan import plan_stream
@@ -35,22 +36,58 @@ def test_a_layer_is_multiplied(rows: tuple[int, int], dtype: Any):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-3)
 
 
+def test_gradients_are_those_of_a_product():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, IN)), jnp.bfloat16)
+    stack = jnp.asarray(rng.normal(size=(2, IN, OUT)), jnp.bfloat16)
+
+    def ours(x: Any, stack: Any) -> Any:
+        return (few_rows_product(x, LayerKernel(stack, 1), interpret=True) ** 2).sum()
+
+    def plain(x: Any, stack: Any) -> Any:
+        return (jnp.matmul(x, stack[1], preferred_element_type=jnp.float32) ** 2).sum()
+
+    for found, expected in zip(
+        jax.grad(ours, (0, 1))(x, stack), jax.grad(plain, (0, 1))(x, stack), strict=True
+    ):
+        assert found.dtype == expected.dtype
+        assert relative_error(found, expected) < 0.01
+    whole = jnp.ones((2, IN, OUT), jnp.int8)
+    assert jax.grad(ours)(x, whole).shape == x.shape
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(17, 64, 64), (1, 96, 64), (1, 64, 96)])
+def test_what_does_not_fit_is_refused(rows: int, inputs: int, outputs: int):
+    stack = jnp.zeros((1, inputs, outputs), jnp.int8)
+    with pytest.raises(ValueError, match="at most 16 rows and kernels that fit"):
+        few_rows_product(jnp.zeros((rows, inputs), jnp.bfloat16), LayerKernel(stack, 0))
+
+
+def test_stacks_whose_offsets_would_overflow_do_not_fit():
+    stack = jax.ShapeDtypeStruct((48, 5120, 13_824), jnp.int8)  # of a 14B model
+    assert not fits(stack, jnp.bfloat16)  # type: ignore[arg-type]
+
+
 def test_only_kernels_that_fit_stay_in_place():
-    params = {
-        "kernel": jnp.zeros((2, 64, 128), jnp.bfloat16),
-        "int8": jnp.zeros((2, 64, 128), jnp.int8),
-        "float32": jnp.zeros((2, 64, 128)),
-        "narrow": jnp.zeros((2, 64, 96), jnp.bfloat16),
-        "scale": jnp.zeros((2, 128), jnp.bfloat16),
+    shapes = {
+        ("kernel", "wide"): ((2, 64, 128), jnp.bfloat16),
+        ("kernel", "int8"): ((2, 64, 128), jnp.int8),
+        ("kernel", "float32"): ((2, 64, 128), jnp.float32),
+        ("kernel", "narrow"): ((2, 64, 96), jnp.bfloat16),
+        ("lora_a", "wide"): ((2, 128, 64), jnp.bfloat16),
+        ("scale", "wide"): ((2, 128), jnp.bfloat16),
     }
+    params: dict[str, dict[str, Any]] = {}
+    for (kind, name), shape in shapes.items():
+        params.setdefault(kind, {})[name] = jnp.zeros(*shape)
     found = layer_in_place(params, jnp.bfloat16, jnp.asarray(1))
-    in_place = {name for name, x in found.items() if isinstance(x, LayerKernel)}
-    assert in_place == {"kernel", "int8"}
-    assert found["float32"].shape == (64, 128)
-    assert found["scale"].shape == (128,)
+    in_place = {(kind, name) for kind, name in shapes if isinstance(found[kind][name], LayerKernel)}
+    assert in_place == {("kernel", "wide"), ("kernel", "int8")}
+    assert found["kernel"]["float32"].shape == (64, 128)
+    assert found["scale"]["wide"].shape == (128,)
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "lora"])
 def test_decoding_in_place_equals_decoding(weights: str, monkeypatch: pytest.MonkeyPatch):
     """As on a GPU, with the kernels run as JAX operations."""
     sizes = LanguageConfig(
@@ -61,6 +98,10 @@ def test_decoding_in_place_equals_decoding(weights: str, monkeypatch: pytest.Mon
     )
     if weights == "int8":
         quantize(model)
+    if weights == "lora":  # of a rank that would fit
+        add_lora(model, LoRAConfig(rank=64, alpha=64), seed=0)
+        lora = nnx.state(model, nnx.LoRAParam)
+        nnx.update(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora))
     graph, params = nnx.split(model)
     streams = batch_streams([plan_stream(np.arange(9), [], window=16, ratio=4)])
     _, memory = prefill(graph, params, streams, None, 16)

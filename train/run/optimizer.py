@@ -77,6 +77,7 @@ class Optimizer:
         """Factor that brings gradients of this global norm to `optim.clip_norm` at most."""
         return jnp.minimum(1.0, self.config.clip_norm / norm)
 
+    @jax.named_scope("optimizer")
     def apply(
         self,
         params: ParamTree,

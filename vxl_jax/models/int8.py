@@ -16,7 +16,7 @@ from jaxtyping import Float, Int8
 
 from vxl_jax.config import LoRATarget, VideoXLConfig
 from vxl_jax.models.video_xl import VideoXL
-from vxl_jax.nn.few_rows import LayerKernel, few_rows_product, reads_in_place
+from vxl_jax.nn.few_rows import LayerKernel, few_rows_product, fits, reads_in_place
 from vxl_jax.typing import ParamPath, Params
 
 INT8_LINEARS = get_args(LoRATarget)
@@ -41,7 +41,11 @@ class Int8Linear(nnx.Module):
         """Multiply with the kernel, and scale."""
         x = inputs.astype(self.dtype)
         kernel: Array | LayerKernel = self.kernel[...]
-        if not isinstance(kernel, LayerKernel) and reads_in_place(x.reshape(1, -1, x.shape[-1])):
+        if (
+            not isinstance(kernel, LayerKernel)
+            and reads_in_place(x)
+            and fits(kernel[None], x.dtype)
+        ):
             kernel = LayerKernel(kernel[None], 0)
         if isinstance(kernel, LayerKernel):
             y = few_rows_product(x, kernel)

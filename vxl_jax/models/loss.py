@@ -43,6 +43,7 @@ LOGITS_BYTES = 2**28
 """Most bytes of logits on a device at once in `cross_entropy`."""
 
 
+@jax.named_scope("loss")
 def cross_entropy(
     model: VideoXL, hidden: Float[Array, "B labels D"], label: Int[AnyArray, "B labels"]
 ) -> tuple[Float[Array, ""], dict[str, Array]]:

@@ -230,7 +230,6 @@ def scan_groups(
             *(carry[0], bases),
             collect=collect,
             layer_fn=layer_fn,
-            for_inference=not keep_hidden,
         )
         return (memory, x), (x if keep_hidden else None, collected)
 

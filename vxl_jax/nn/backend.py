@@ -14,6 +14,10 @@ Capability = tuple[int, int]
 """Compute capability of an NVIDIA GPU, major and minor."""
 
 
+PROGRAMS = 264
+"""Programs of a kernel that keep a GPU's memory busy: two for each multiprocessor of an H100."""
+
+
 class _Target(NamedTuple):
     backend: str
     capability: Capability | None
@@ -26,14 +30,23 @@ _target: ContextVar[_Target | None] = ContextVar("target", default=None)
 def made_for(backend: Backend, capability: Capability | None = None) -> Iterator[None]:
     """Trace programs for another backend than that of this process.
 
+    JAX keeps what it has traced by function and shapes alone, so that all of it is forgotten where
+    the target changes.
+
     capability: of the GPU that the program will be compiled for, so that kernels for it are used.
         None: the program has the sizes of the backend and runs anywhere.
     """
-    token = _target.set(_Target(backend, capability))
+    target = _Target(backend, capability)
+    changes = target != _target.get()
+    token = _target.set(target)
     try:
+        if changes:
+            jax.clear_caches()
         yield
     finally:
         _target.reset(token)
+        if changes:
+            jax.clear_caches()
 
 
 def on_cpu() -> bool:
@@ -43,7 +56,10 @@ def on_cpu() -> bool:
 
 
 def gpu_capability() -> Capability | None:
-    """Compute capability of the NVIDIA GPU whose kernels may be used; None if there is none."""
+    """Compute capability of the NVIDIA GPU whose kernels may be used; None if there is none.
+
+    It is that of the first device, on which programs are taken to run.
+    """
     if target := _target.get():
         return target.capability
     if jax.default_backend() != "gpu":
@@ -53,5 +69,5 @@ def gpu_capability() -> Capability | None:
 
 
 def row_unit() -> int:
-    """Rows of a matrix product go in multiples of this: a CPU's vector, or a GPU's matrix tile."""
+    """Rows of a matrix product go in multiples of this: a CPU's vector, an accelerator's tile."""
     return 8 if on_cpu() else 128

@@ -7,6 +7,7 @@ Pallas kernel, compiled by Triton, reads the layer in place. Kernels of int8 are
 kernel, one tile at a time.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,17 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Float, Int
 
-from vxl_jax.nn.backend import gpu_capability
+from vxl_jax.nn.backend import PROGRAMS, gpu_capability
 
 MOST_ROWS = 16
 """Rows of a tile of the GPU's matrix unit: fewer cost as much."""
 
 COLUMNS, DEPTH = 64, 64
 """Columns of a program, and rows of the kernel that it loads at once."""
-
-PROGRAMS = 264
-"""Programs that keep a GPU's memory busy: two for each multiprocessor of an H100. Where the columns
-make fewer, the sum over rows of the kernel is divided over several."""
 
 
 @jax.tree_util.register_dataclass
@@ -40,44 +37,65 @@ class LayerKernel:
     stack: Float[Array, " L in out"]
     layer: Int[Array, ""] | int
 
-    def __getitem__(self, _: Any) -> "LayerKernel":
-        return self  # `nnx.Param` reads its value with [...]
+    def __getitem__(self, index: Any) -> "LayerKernel":
+        """Return itself for [...], by which `nnx.Param` reads its value."""
+        if index is not Ellipsis:
+            raise TypeError(f"a LayerKernel cannot be indexed with {index!r}")
+        return self
 
 
-def reads_in_place(x: Float[Array, "B T D"]) -> bool:
+def reads_in_place(x: Float[Array, "*batch D"]) -> bool:
     """Whether layers get their kernels as `LayerKernel`s for an input of this shape."""
-    rows = x.shape[0] * x.shape[1]
     return (
         (gpu_capability() or (0, 0)) >= (8, 0)
-        and rows <= MOST_ROWS
+        and math.prod(x.shape[:-1]) <= MOST_ROWS
         and x.dtype in (jnp.bfloat16, jnp.float16)
         and jax.sharding.get_abstract_mesh().size <= 1
     )
 
 
+def fits(stack: Array, dtype: Any) -> bool:
+    """Whether a stack of kernels can be read in place, for inputs of a dtype."""
+    if stack.ndim != 3 or stack.shape[1] % DEPTH or stack.shape[2] % COLUMNS:
+        return False
+    # Triton counts elements in 32 bits where an array has less than 2**32 bytes.
+    return stack.dtype == dtype or (stack.dtype == jnp.int8 and stack.size < 2**31)
+
+
 def layer_in_place(params: Any, dtype: Any, layer: Int[Array, ""]) -> Any:
-    """Take the parameters of one layer from a tree of stacked ones; large kernels stay where they
-    are, if they are of `dtype` or int8.
+    """Take the parameters of one layer from a tree of stacked ones; kernels stay where they are, if
+    they fit.
     """
 
-    def take(x: Array) -> Any:
-        fits = x.ndim == 3 and x.shape[1] % DEPTH == x.shape[2] % COLUMNS == 0
-        if fits and x.dtype in (dtype, jnp.int8):
+    def take(path: tuple[Any, ...], x: Array) -> Any:
+        is_kernel = any(getattr(key, "key", None) == "kernel" for key in path)
+        if is_kernel and fits(x, dtype):
             return LayerKernel(x, layer)
         return lax.dynamic_index_in_dim(x, layer, keepdims=False)
 
-    return jax.tree.map(take, params)
+    return jax.tree_util.tree_map_with_path(take, params)
 
 
 def few_rows_product(
     x: Float[Array, "*batch in"], kernel: LayerKernel, *, interpret: bool = False
 ) -> Float[Array, "*batch out"]:
-    """Multiply at most `MOST_ROWS` rows with a kernel in the dtype of x, or int8.
+    """Multiply with a kernel that `fits`. Returns the float32 sums; differentiable in reverse mode.
 
-    Returns the float32 sums. It has no gradient.
+    Raises: ValueError if x has more than `MOST_ROWS` rows in all, or the kernel does not fit.
     """
-    inputs, outputs = kernel.stack.shape[1:]
-    rows = x.reshape(-1, inputs)
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > MOST_ROWS or not fits(kernel.stack, x.dtype):
+        raise ValueError(
+            f"few_rows_product: {x.dtype} {x.shape} with {kernel.stack.dtype} "
+            f"{kernel.stack.shape}; at most {MOST_ROWS} rows and kernels that fit"
+        )
+    layer = jnp.asarray(kernel.layer, jnp.int32).reshape(1)
+    return _multiply(interpret, rows, kernel.stack, layer).reshape(*x.shape[:-1], -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(interpret: bool, rows: Array, stack: Array, layer: Array) -> Array:
+    layers, inputs, outputs = stack.shape
     padded = jnp.pad(rows, ((0, MOST_ROWS - len(rows)), (0, 0)))
     parts = _parts(inputs // DEPTH, outputs // COLUMNS)
     sums = pl.pallas_call(
@@ -86,19 +104,45 @@ def few_rows_product(
         in_specs=[
             pl.BlockSpec((1,), lambda j, part: (0,)),
             pl.BlockSpec((MOST_ROWS, inputs), lambda j, part: (0, 0)),
-            pl.BlockSpec((len(kernel.stack), inputs, COLUMNS), lambda j, part: (0, 0, j)),
+            pl.BlockSpec((layers, inputs, COLUMNS), lambda j, part: (0, 0, j)),
         ],
         out_specs=pl.BlockSpec((None, MOST_ROWS, COLUMNS), lambda j, part: (part, 0, j)),
         out_shape=jax.ShapeDtypeStruct((parts, MOST_ROWS, outputs), jnp.float32),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
         name="few_rows_product",
-    )(jnp.asarray(kernel.layer, jnp.int32).reshape(1), padded, kernel.stack)
-    return sums.sum(0)[: len(rows)].reshape(*x.shape[:-1], outputs)
+    )(layer, padded, stack)
+    return sums.sum(0)[: len(rows)]
+
+
+def _multiply_forward(
+    interpret: bool, rows: Array, stack: Array, layer: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _multiply(interpret, rows, stack, layer), (rows, stack, layer)
+
+
+def _multiply_backward(
+    interpret: bool, residuals: tuple[Array, Array, Array], gradient: Array
+) -> tuple[Array, Array | None, None]:
+    rows, stack, layer = residuals
+    gradient = gradient.astype(rows.dtype)
+    kernel = lax.dynamic_index_in_dim(stack, layer[0], keepdims=False)
+    of_rows = jnp.matmul(gradient, kernel.astype(rows.dtype).T)
+    if stack.dtype == jnp.int8:
+        return of_rows, None, None
+    of_kernel = jnp.matmul(rows.T, gradient, preferred_element_type=jnp.float32)
+    zeros = jnp.zeros_like(stack)
+    placed = lax.dynamic_update_index_in_dim(zeros, of_kernel.astype(stack.dtype), layer[0], 0)
+    return of_rows, placed, None
+
+
+_multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 def _parts(depths: int, columns: int) -> int:
-    """Parts that the sum is divided into: a divisor of its tiles, for `PROGRAMS` programs."""
+    """Parts that the sum over rows of the kernel is divided into, so that there are `PROGRAMS`: a
+    divisor of its tiles.
+    """
     enough = (d for d in range(1, depths + 1) if depths % d == 0 and columns * d >= PROGRAMS)
     return next(enough, depths)
 

@@ -45,6 +45,7 @@ class Projector(nnx.Module):
         if config.layout.faster_token:
             self.faster = nnx.Param(vector(rngs.params(), (width,), param_dtype))
 
+    @jax.named_scope("projector")
     def __call__(self, features: Float[Array, "F P features"]) -> Float[Array, "F tokens D"]:
         """Project the features of all patches.
 
@@ -61,6 +62,7 @@ class Projector(nnx.Module):
         x = rearrange(x, "F (h w) D -> F h w D", h=grid)[:, :side, :side]
         return reduce(x, "F (h p) (w q) D -> F (h w) D", "mean", p=stride, q=stride)
 
+    @jax.named_scope("merge")
     def merge(
         self, patches: Float[Array, "B patches D"], tokens: VisualInput
     ) -> Float[Array, "B V D"]:

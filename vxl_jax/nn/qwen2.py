@@ -77,6 +77,7 @@ class Attention(nnx.Module):
 
         return heads("q"), heads("k"), heads("v")
 
+    @jax.named_scope("attention")
     def __call__(
         self, x: Float[Array, "B T D"], group: Group, past: Past
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
@@ -130,6 +131,7 @@ class MLP(nnx.Module):
         self.up = linear(c.width, c.mlp_width)
         self.down = linear(c.mlp_width, c.width)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Transform each token; tokens are split into blocks of at most `MLP_BYTES`."""
         graph, params = nnx.split((self.gate, self.up, self.down))
@@ -204,6 +206,7 @@ class LanguageModel(nnx.Module):
                 dot_general=dot_in_float32,
             )
 
+    @jax.named_scope("embed")
     def embed_group(
         self, streams: StreamBatch, visual: Float[Array, "B V D"] | None
     ) -> Float[Array, "B T D"]:
@@ -229,7 +232,6 @@ class LanguageModel(nnx.Module):
         *,
         collect: Collect | None = None,
         layer_fn: LayerFn | None = None,
-        for_inference: bool = False,
     ) -> tuple[Float[Array, "B T D"], Memory, Collected | None]:
         """Run all layers over one group, writing its persistent tokens into the memory in place.
 
@@ -241,13 +243,12 @@ class LanguageModel(nnx.Module):
                 in stream order, one after another; they are only read.
             collect: layers whose activations are returned as well.
             layer_fn: hook for the output of every layer.
-            for_inference: nothing is differentiated, so that kernels without gradients may be used.
 
         Returns:
             Hidden states after the last layer, the memory, and what was asked for.
         """
         graph, stacked_params = nnx.split(self.layers)
-        in_place = for_inference and reads_in_place(x)
+        in_place = reads_in_place(x)
         slots = sum((base.capacity for base in bases), memory.capacity)
         collected = self._nothing_collected(collect, x, slots)
 
@@ -328,6 +329,7 @@ class LanguageModel(nnx.Module):
         collect.check(self.config.language.layers)
         return nothing_collected(collect, x, self.config.language.heads, slots)
 
+    @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Read float32 logits from hidden states after the last layer.
 

@@ -74,7 +74,8 @@ def _attend(
 ) -> Float[Array, "F P N H"]:
     """Attend to the first `patches`, with the softmax in float32.
 
-    On a GPU cuDNN does it and stores no scores. On a CPU it goes head by head, see `goes_by_frame`.
+    On a GPU, in half precision, cuDNN does it and stores no scores. On a CPU it goes head by head:
+    the scores of one stay in the caches.
     """
     if has_fused_attention(q.dtype):
         lengths = jnp.full(k.shape[:1], patches, jnp.int32)
@@ -94,16 +95,14 @@ def _attend(
         mixed = jnp.matmul(likely.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return (mixed / total).astype(v.dtype)
 
-    if goes_by_frame():
+    if is_one_cpu():
         heads = tuple(rearrange(x, "F P N H -> (F N) P H") for x in (q, k, v))
         return rearrange(lax.map(one, heads), "(F N) P H -> F P N H", F=len(q))
     return jax.vmap(jax.vmap(one, in_axes=1, out_axes=1))((q, k, v))
 
 
-def goes_by_frame() -> bool:
-    """Whether a layer runs frame by frame, and its attention head by head: on a CPU, what is
-    between two products stays in the caches. On a mesh frames are divided over the devices instead.
-    """
+def is_one_cpu() -> bool:
+    """Whether programs are for a CPU alone, not for a mesh of which each device has some frames."""
     return on_cpu() and jax.sharding.get_abstract_mesh().size <= 1
 
 
@@ -139,6 +138,7 @@ class VisionTower(nnx.Module):
         self.position_embed = nnx.Param(init(rngs.params(), (tokens, c.width), param_dtype))
         self.layers = stacked(partial(VisionLayer, config), c.layers_used, rngs)
 
+    @jax.named_scope("tower")
     def __call__(self, pixels: Num[Array, "F S S 3"]) -> Float[Array, "F P D"]:
         """Compute the features of all patches of frames, without the class token.
 
@@ -152,7 +152,9 @@ class VisionTower(nnx.Module):
 
         def body(x: Array, layer_params: ModuleState) -> tuple[Array, None]:
             layer = nnx.merge(graph, layer_params)
-            if goes_by_frame():
+            # What is between two products stays in the caches of a CPU. Gradients of parameters are
+            # summed frame by frame in their dtype: in bfloat16 that would lose most of them.
+            if is_one_cpu() and self.config.param_dtype == "float32":
                 return lax.map(lambda frame: layer(frame[None], patches)[0], x), None
             return by_sample(layer(x, patches)), None
 

@@ -6,8 +6,9 @@ run, and kernels are chosen without timing them. Without the plugin, and for TPU
 compiler takes its place: its products are in float32, so its programs are float32 too.
 """
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -87,17 +88,8 @@ class PlanCompiler:
             with made_for("gpu"):
                 yield
             return
-        version = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
-        with (
-            made_for("gpu", _gpu(self.card).capability),
-            mock.patch(version, return_value=_CUDNN_VERSION),
-        ):
-            try:
-                yield
-            finally:
-                # JAX keeps what it has traced by function and shapes alone: without this, the
-                # same call would run the card's kernels on this machine.
-                jax.clear_caches()
+        with made_for("gpu", _gpu(self.card).capability), _without_cudnn():
+            yield
 
     def compile(self, lowered: Any) -> Any:
         """Compile a lowered program (`jax.stages.Lowered`) to a `jax.stages.Compiled`."""
@@ -105,9 +97,34 @@ class PlanCompiler:
 
 
 def compiler_for(card: Card) -> PlanCompiler:
-    """Choose the compiler of a card, or the CPU's where JAX's CUDA plugin is not installed."""
-    has_plugin = any(map(find_spec, _PLUGINS))
-    return PlanCompiler(card if card.gpu is not None and has_plugin else None)
+    """Choose the compiler of a card, or the CPU's where JAX's CUDA plugin is not installed, or does
+    not work (with a warning).
+    """
+    if card.gpu is None or not any(map(find_spec, _PLUGINS)):
+        return PlanCompiler()
+    compiler = PlanCompiler(card)
+    try:
+        compiler.devices()
+    except Exception as error:  # of many kinds, from the plugin's own loading on
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"JAX's CUDA plugin cannot compile for {card.name} ({reason}); the CPU's compiler "
+            "takes its place",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return PlanCompiler()
+    return compiler
+
+
+def _without_cudnn() -> AbstractContextManager[Any]:
+    """Let JAX trace cuDNN's attention where cuDNN is not installed: compiling does not need it."""
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as module
+
+        return mock.patch.object(module, "check_cudnn_version", return_value=_CUDNN_VERSION)
+    except (ImportError, AttributeError):  # another version of JAX
+        return nullcontext()
 
 
 def _gpu(card: Card) -> Gpu:

@@ -57,8 +57,9 @@ def window_attention(
     _check_shapes(q, k, v, window_start, past)
     if name == "fused":
         capability = gpu_capability()
-        reason = why_not_fused(q, past, capability) if capability else "this backend (a GPU)"
-        if reason:
+        if capability is None:
+            raise ValueError("implementation: 'fused' needs an NVIDIA GPU; use 'tiled'")
+        if reason := why_not_fused(q, past, capability):
             raise ValueError(f"implementation: 'fused' cannot take {reason}; use 'tiled'")
     return _IMPLEMENTATIONS[name](q, k, v, window_start, past)
 

@@ -1,8 +1,8 @@
 """Attention in fused kernels for NVIDIA GPUs: no scores in the card's memory.
 
-The memory and its bases are read where they lie, with the layer as an index. Axis letters as in
-`tiled`. A source is the own windows, the memory or a base; query t sees its keys
-first[t] <= i < end[t].
+The memory and its bases are read where they lie, with the layer as an index; those of fewer slots
+than a tile are padded to one. Axis letters as in `tiled`. A source is the own windows, the memory
+or a base; query t sees its keys first[t] <= i < end[t].
 """
 
 from collections.abc import Sequence
@@ -27,25 +27,22 @@ from vxl_jax.nn.attention.fused_kernels import (
     run_of_queries,
 )
 from vxl_jax.nn.attention.key_values import KeyValues, gradient_of_stack
-from vxl_jax.nn.backend import Capability, gpu_capability
+from vxl_jax.nn.backend import PROGRAMS, Capability, gpu_capability
 from vxl_jax.nn.sharding import SAMPLES, sample_shards
 
 HEAD_SIZES = (16, 32, 64, 128)
 """Sizes of a head that the kernels are compiled for: Triton's tiles are powers of two."""
 
-FEW_BLOCKS = 64
-"""Blocks of queries that keep a GPU busy; fewer have their keys divided."""
-
 _FEW = Blocks(16, 64, 4, 3)
 HOPPER = Kernels(Blocks(128, 64, 8, 3), _FEW, Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
 AMPERE = Kernels(Blocks(64, 64, 4, 3), _FEW, Blocks(64, 32, 4, 2), Blocks(64, 64, 8, 2))
-"""Of compute capability 9.0 and up, and of 8.0 and up: the largest that were found to compile
-without spilled registers. Not yet timed on a card."""
+"""For compute capability 9 and 10, and for 8 and 12, which have less shared memory: the largest
+that were found to compile without spilled registers. Not yet timed on a card."""
 
 
 def kernels_for(capability: Capability) -> Kernels:
     """Choose the blocks for a GPU."""
-    return HOPPER if capability >= (9, 0) else AMPERE
+    return HOPPER if (9, 0) <= capability < (12, 0) else AMPERE
 
 
 def why_not_fused(
@@ -73,8 +70,8 @@ def fused_attention(
 ) -> Float[Array, "B T N H"]:
     """Attend in fused kernels; see `window_attention`. Differentiable once, in reverse mode.
 
-    On a mesh every device has its samples and heads, and nothing is sent. kernels: chosen for the
-    GPU by default.
+    On a mesh every device has its samples and heads, as far as they divide, and nothing is sent.
+    kernels: chosen for the GPU by default.
     """
     if kernels is None:
         kernels = kernels_for(gpu_capability() or (9, 0))
@@ -110,13 +107,16 @@ def _attend_to_sources(
     blocks = kernels.forward, kernels.few, kernels.of_queries, kernels.of_keys
     least = max(each.keys for each in blocks)
 
-    def stored(x: Array) -> Array:
-        return jnp.pad(x, [(0, max(0, least - x.shape[3]) if i == 3 else 0) for i in range(5)])
-
     def source(keys: Array, values: Array, layer: Array | int, first: Array, end: Array) -> Source:
+        if (missing := least - keys.shape[3]) > 0:
+            room = ((0, 0),) * 3 + ((0, missing), (0, 0))
+            keys, values = (
+                jnp.pad(lax.dynamic_index_in_dim(x, layer), room) for x in (keys, values)
+            )
+            layer = 0
         layer = jnp.asarray(layer, jnp.int32).reshape(1)
         first, end = (x.astype(jnp.int32) for x in (first, end))
-        return Source(stored(keys), stored(values), layer, first, end)
+        return Source(keys, values, layer, first, end)
 
     own_end = jnp.broadcast_to(jnp.arange(1, q.shape[1] + 1), window_start.shape)
     own_keys, own_values = (rearrange(x, "B T K H -> 1 B K T H") for x in (k, v))
@@ -137,8 +137,9 @@ _Residuals = tuple[Array, tuple[Source, ...], tuple[Array, ...], Array, Array]
 
 
 def _forward(kernels: Kernels, q: Array, sources: tuple[Source, ...]) -> tuple[Array, _Residuals]:
-    batch, tokens, heads, _ = q.shape
-    few = batch * heads * -(-tokens // kernels.forward.queries) < FEW_BLOCKS
+    rows = q.shape[1] * q.shape[2] // sources[0].keys.shape[2]
+    blocks = q.shape[0] * sources[0].keys.shape[2] * -(-rows // kernels.few.queries)
+    few = blocks < PROGRAMS if kernels.parts is None else kernels.parts > 0
     out, normaliser = (run_few if few else run_forward)(kernels, q, sources)
     # The backward pass needs one layer of each source only.
     read = tuple(

@@ -19,13 +19,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Float, Int
 
+from vxl_jax.nn.backend import PROGRAMS
+
 MASKED = -1e30
 """Score of a masked key: finite, so that the difference of two is not NaN."""
 
 LOG2E = math.log2(math.e)
-
-PROGRAMS = 264
-"""Programs that keep a GPU's memory busy: two for each multiprocessor of an H100."""
 
 
 class Blocks(NamedTuple):
@@ -40,8 +39,8 @@ class Blocks(NamedTuple):
 class Kernels(NamedTuple):
     """Blocks of the kernels: the pass, that of few queries, the gradients of queries and of keys.
 
-    parts: over which the keys of few queries are divided, chosen by `PROGRAMS` if None. interpret:
-    run the kernels as JAX operations, on any backend.
+    parts: over which the keys of few queries are divided; 0: there are never few; None: chosen by
+    `PROGRAMS`. interpret: run the kernels as JAX operations, on any backend.
     """
 
     forward: Blocks

@@ -47,6 +47,7 @@ PLAIN_VALUE_ERRORS = {
     "vxl_jax/media/tiles.py": "numbers that are checked where a user gives them",
     "vxl_jax/models/functions.py": "a capacity that the caller computes",
     "vxl_jax/nn/attention/__init__.py": "shapes that the caller makes",
+    "vxl_jax/nn/few_rows.py": "shapes that the caller makes",
     "vxl_jax/nn/sharding.py": "a parameter without a row in the table",
     "vxl_jax/stream/visual.py": "tokens that the caller has counted",
     "vxl_jax/stream/batch.py": "arguments that the caller computes",

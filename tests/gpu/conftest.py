@@ -1,4 +1,4 @@
-"""These need JAX's CUDA plugin, which has an environment of its own (`make test-gpu-compile`):
+"""These need JAX's CUDA plugin, which has a separate environment (`make test-gpu-compile`):
 next to it, JAX looks for a GPU in every other test. Without the plugin they are not collected.
 """
 

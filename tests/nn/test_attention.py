@@ -20,7 +20,7 @@ from vxl_jax.models.functions import decode_step, read
 from vxl_jax.nn.attention import tiled, window_attention
 from vxl_jax.nn.attention.dense import attention_weights
 from vxl_jax.nn.attention.fused import fused_attention
-from vxl_jax.nn.attention.fused_kernels import Blocks, Kernels
+from vxl_jax.nn.attention.fused_kernels import BlockSizes, Kernels
 from vxl_jax.nn.attention.key_values import KeyValues
 from vxl_jax.nn.backend import made_for
 from vxl_jax.nn.memory import Memory, empty_memory
@@ -45,8 +45,8 @@ TILES = [(1, 1), (3, 5), (8, 4), (17, 10), (7, 32), (64, 64)]
 
 
 def fused(forward, few, of_queries, of_keys, parts=None):
-    """Blocks of queries and keys of each kernel. parts: see `Kernels`."""
-    sizes = (Blocks(*each, 1, 1) for each in (forward, few, of_queries, of_keys))
+    """Sizes of the blocks of each kernel: queries and keys. parts: see `Kernels`."""
+    sizes = (BlockSizes(*each, 1, 1) for each in (forward, few, of_queries, of_keys))
     return Kernels(*sizes, parts, interpret=True)
 
 

@@ -56,7 +56,7 @@ def on_cpu() -> bool:
 
 
 def gpu_capability() -> Capability | None:
-    """Compute capability of the NVIDIA GPU whose kernels may be used; None if there is none.
+    """Compute capability of the NVIDIA GPU whose kernels may be used, or None.
 
     It is that of the first device, on which programs are taken to run.
     """

@@ -25,7 +25,7 @@ from vxl_jax.nn.backend import PROGRAMS, gpu_capability
 MOST_ROWS = 16
 """Rows of a tile of the GPU's matrix unit: fewer cost as much."""
 
-COLUMNS, DEPTH = 64, 64
+TILE_COLUMNS, TILE_ROWS = 64, 64
 """Columns of a program, and rows of the kernel that it loads at once."""
 
 
@@ -56,7 +56,7 @@ def reads_in_place(x: Float[Array, "*batch D"]) -> bool:
 
 def fits(stack: Array, dtype: Any) -> bool:
     """Whether a stack of kernels can be read in place, for inputs of a dtype."""
-    if stack.ndim != 3 or stack.shape[1] % DEPTH or stack.shape[2] % COLUMNS:
+    if stack.ndim != 3 or stack.shape[1] % TILE_ROWS or stack.shape[2] % TILE_COLUMNS:
         return False
     # Triton counts elements in 32 bits where an array has less than 2**32 bytes.
     return stack.dtype == dtype or (stack.dtype == jnp.int8 and stack.size < 2**31)
@@ -97,16 +97,16 @@ def few_rows_product(
 def _multiply(interpret: bool, rows: Array, stack: Array, layer: Array) -> Array:
     layers, inputs, outputs = stack.shape
     padded = jnp.pad(rows, ((0, MOST_ROWS - len(rows)), (0, 0)))
-    parts = _parts(inputs // DEPTH, outputs // COLUMNS)
+    parts = _parts(inputs // TILE_ROWS, outputs // TILE_COLUMNS)
     sums = pl.pallas_call(
         partial(_kernel, inputs // parts),
-        grid=(outputs // COLUMNS, parts),
+        grid=(outputs // TILE_COLUMNS, parts),
         in_specs=[
             pl.BlockSpec((1,), lambda j, part: (0,)),
             pl.BlockSpec((MOST_ROWS, inputs), lambda j, part: (0, 0)),
-            pl.BlockSpec((layers, inputs, COLUMNS), lambda j, part: (0, 0, j)),
+            pl.BlockSpec((layers, inputs, TILE_COLUMNS), lambda j, part: (0, 0, j)),
         ],
-        out_specs=pl.BlockSpec((None, MOST_ROWS, COLUMNS), lambda j, part: (part, 0, j)),
+        out_specs=pl.BlockSpec((None, MOST_ROWS, TILE_COLUMNS), lambda j, part: (part, 0, j)),
         out_shape=jax.ShapeDtypeStruct((parts, MOST_ROWS, outputs), jnp.float32),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
@@ -140,8 +140,8 @@ _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 def _parts(depths: int, columns: int) -> int:
-    """Parts that the sum over rows of the kernel is divided into, so that there are `PROGRAMS`: a
-    divisor of its tiles.
+    """Parts that the sum over rows of the kernel is divided into, for `PROGRAMS` in all: a divisor
+    of its tiles.
     """
     enough = (d for d in range(1, depths + 1) if depths % d == 0 and columns * d >= PROGRAMS)
     return next(enough, depths)
@@ -151,12 +151,12 @@ def _kernel(span: int, layer_ref: Any, x_ref: Any, kernel_ref: Any, out_ref: Any
     first, layer = pl.program_id(1) * span, layer_ref[0]
 
     def add_tile(index: Array, total: Array) -> Array:
-        at = pl.ds(first + index * DEPTH, DEPTH)
+        at = pl.ds(first + index * TILE_ROWS, TILE_ROWS)
         x = x_ref[:, at]
         return total + triton.dot(x, kernel_ref[layer, at, :].astype(x.dtype), allow_tf32=False)
 
     zero = jnp.zeros(out_ref.shape, jnp.float32)
-    out_ref[...] = lax.fori_loop(0, span // DEPTH, add_tile, zero)
+    out_ref[...] = lax.fori_loop(0, span // TILE_ROWS, add_tile, zero)
 
 
 def promote(arrays: tuple[Any, ...], *, dtype: Any) -> tuple[Any, ...]:

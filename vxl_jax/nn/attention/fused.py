@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from vxl_jax.nn.attention.fused_kernels import (
-    Blocks,
+    BlockSizes,
     Kernels,
-    Source,
+    KeySource,
     run_few,
     run_forward,
     run_of_keys,
@@ -33,9 +33,11 @@ from vxl_jax.nn.sharding import SAMPLES, sample_shards
 HEAD_SIZES = (16, 32, 64, 128)
 """Sizes of a head that the kernels are compiled for: Triton's tiles are powers of two."""
 
-_FEW = Blocks(16, 64, 4, 3)
-HOPPER = Kernels(Blocks(128, 64, 8, 3), _FEW, Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
-AMPERE = Kernels(Blocks(64, 64, 4, 3), _FEW, Blocks(64, 32, 4, 2), Blocks(64, 64, 8, 2))
+_FEW = BlockSizes(16, 64, 4, 3)
+HOPPER = Kernels(
+    BlockSizes(128, 64, 8, 3), _FEW, BlockSizes(64, 64, 4, 2), BlockSizes(64, 64, 4, 2)
+)
+AMPERE = Kernels(BlockSizes(64, 64, 4, 3), _FEW, BlockSizes(64, 32, 4, 2), BlockSizes(64, 64, 8, 2))
 """For compute capability 9 and 10, and for 8 and 12, which have less shared memory: the largest
 that were found to compile without spilled registers. Not yet timed on a card."""
 
@@ -107,7 +109,9 @@ def _attend_to_sources(
     blocks = kernels.forward, kernels.few, kernels.of_queries, kernels.of_keys
     least = max(each.keys for each in blocks)
 
-    def source(keys: Array, values: Array, layer: Array | int, first: Array, end: Array) -> Source:
+    def source(
+        keys: Array, values: Array, layer: Array | int, first: Array, end: Array
+    ) -> KeySource:
         if (missing := least - keys.shape[3]) > 0:
             room = ((0, 0),) * 3 + ((0, missing), (0, 0))
             keys, values = (
@@ -116,7 +120,7 @@ def _attend_to_sources(
             layer = 0
         layer = jnp.asarray(layer, jnp.int32).reshape(1)
         first, end = (x.astype(jnp.int32) for x in (first, end))
-        return Source(keys, values, layer, first, end)
+        return KeySource(keys, values, layer, first, end)
 
     own_end = jnp.broadcast_to(jnp.arange(1, q.shape[1] + 1), window_start.shape)
     own_keys, own_values = (rearrange(x, "B T K H -> 1 B K T H") for x in (k, v))
@@ -129,14 +133,16 @@ def _attend_to_sources(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(kernels: Kernels, q: Array, sources: tuple[Source, ...]) -> Array:
+def _attend(kernels: Kernels, q: Array, sources: tuple[KeySource, ...]) -> Array:
     return _forward(kernels, q, sources)[0]
 
 
-_Residuals = tuple[Array, tuple[Source, ...], tuple[Array, ...], Array, Array]
+_Residuals = tuple[Array, tuple[KeySource, ...], tuple[Array, ...], Array, Array]
 
 
-def _forward(kernels: Kernels, q: Array, sources: tuple[Source, ...]) -> tuple[Array, _Residuals]:
+def _forward(
+    kernels: Kernels, q: Array, sources: tuple[KeySource, ...]
+) -> tuple[Array, _Residuals]:
     rows = q.shape[1] * q.shape[2] // sources[0].keys.shape[2]
     blocks = q.shape[0] * sources[0].keys.shape[2] * -(-rows // kernels.few.queries)
     few = blocks < PROGRAMS if kernels.parts is None else kernels.parts > 0
@@ -156,7 +162,7 @@ def _forward(kernels: Kernels, q: Array, sources: tuple[Source, ...]) -> tuple[A
 
 def _backward(
     kernels: Kernels, residuals: _Residuals, gradient: Array
-) -> tuple[Array, tuple[Source, ...]]:
+) -> tuple[Array, tuple[KeySource, ...]]:
     q, sources, stacks, out, normaliser = residuals
     mean = jnp.einsum("BTNH,BTNH->BNT", gradient, out, preferred_element_type=jnp.float32)
     rows = q, gradient, normaliser, mean
@@ -166,7 +172,7 @@ def _backward(
     for source, one, stack in zip(sources, one_layer, stacks, strict=True):
         place = partial(gradient_of_stack, layers=stack.shape[0], layer=source.layer[0])
         of_keys, of_values = run_of_keys(kernels, rows, one)
-        of_sources.append(Source(place(of_keys), place(of_values), None, None, None))  # type: ignore[arg-type]
+        of_sources.append(KeySource(place(of_keys), place(of_values), None, None, None))  # type: ignore[arg-type]
     return of_q, tuple(of_sources)
 
 

@@ -21,13 +21,13 @@ from jaxtyping import Float, Int
 
 from vxl_jax.nn.backend import PROGRAMS
 
-MASKED = -1e30
+_MASKED = -1e30
 """Score of a masked key: finite, so that the difference of two is not NaN."""
 
-LOG2E = math.log2(math.e)
+_LOG2E = math.log2(math.e)
 
 
-class Blocks(NamedTuple):
+class BlockSizes(NamedTuple):
     """Sizes of a program: queries, keys, warps, and tiles that are loaded ahead."""
 
     queries: int
@@ -43,15 +43,15 @@ class Kernels(NamedTuple):
     `PROGRAMS`. interpret: run the kernels as JAX operations, on any backend.
     """
 
-    forward: Blocks
-    few: Blocks
-    of_queries: Blocks
-    of_keys: Blocks
+    forward: BlockSizes
+    few: BlockSizes
+    of_queries: BlockSizes
+    of_keys: BlockSizes
     parts: int | None = None
     interpret: bool = False
 
 
-class Source(NamedTuple):
+class KeySource(NamedTuple):
     """One source of keys; which layer of it is read, and which keys each query sees."""
 
     keys: Float[Array, " L #B K S H"]
@@ -72,7 +72,7 @@ _State = TypeVar("_State")
 
 
 class _Refs(NamedTuple):
-    """References of a kernel to a source: as `Source`, the ranges of the queries of its block."""
+    """References of a kernel to a source; the ranges are of the queries of its block."""
 
     keys: Any
     values: Any
@@ -132,14 +132,14 @@ _Softmax = tuple[Array, Array, Array]
 
 def _no_keys(q: Array) -> _Softmax:
     zero = jnp.zeros(q.shape, jnp.float32)
-    return zero, jnp.full(q.shape[:1], MASKED, jnp.float32), jnp.zeros(q.shape[:1], jnp.float32)
+    return zero, jnp.full(q.shape[:1], _MASKED, jnp.float32), jnp.zeros(q.shape[:1], jnp.float32)
 
 
 def _add_tile(q: Array, state: _Softmax, k: Array, v: Array, seen: Array | None) -> _Softmax:
     out, highest, total = state
-    scores = _dot(q, k.T) * LOG2E
+    scores = _dot(q, k.T) * _LOG2E
     if seen is not None:
-        scores = jnp.where(seen, scores, MASKED)
+        scores = jnp.where(seen, scores, _MASKED)
     higher = jnp.maximum(highest, scores.max(-1))
     shrink = jnp.exp2(highest - higher)
     likely = jnp.exp2(scores - higher[:, None])
@@ -147,7 +147,7 @@ def _add_tile(q: Array, state: _Softmax, k: Array, v: Array, seen: Array | None)
     return out * shrink[:, None] + _dot(likely.astype(v.dtype), v), higher, total
 
 
-def _forward_kernel(sizes: Blocks, q_ref: Any, *refs: Any) -> None:
+def _forward_kernel(sizes: BlockSizes, q_ref: Any, *refs: Any) -> None:
     *of_sources, out_ref, normaliser_ref = refs
     q = q_ref[...]
     state = _no_keys(q)
@@ -158,7 +158,7 @@ def _forward_kernel(sizes: Blocks, q_ref: Any, *refs: Any) -> None:
     normaliser_ref[...] = highest + jnp.log2(total)
 
 
-def _few_kernel(sizes: Blocks, parts: int, q_ref: Any, *refs: Any) -> None:
+def _few_kernel(sizes: BlockSizes, parts: int, q_ref: Any, *refs: Any) -> None:
     """As `_forward_kernel` over one part of the tiles, without the division."""
     *of_sources, out_ref, highest_ref, total_ref = refs
     q = q_ref[...]
@@ -173,13 +173,13 @@ def _few_kernel(sizes: Blocks, parts: int, q_ref: Any, *refs: Any) -> None:
 def _slope(rows: Rows, k: Array, v: Array, seen: Array | None) -> tuple[Array, Array]:
     """Weights of a tile, and the gradient of its scores, [queries, keys] float32."""
     q, gradient, normaliser, mean = rows
-    likely = jnp.exp2(_dot(q, k.T) * LOG2E - normaliser[:, None])
+    likely = jnp.exp2(_dot(q, k.T) * _LOG2E - normaliser[:, None])
     if seen is not None:
         likely = jnp.where(seen, likely, 0.0)
     return likely, likely * (_dot(gradient, v.T) - mean[:, None])
 
 
-def _of_queries_kernel(sizes: Blocks, *refs: Any) -> None:
+def _of_queries_kernel(sizes: BlockSizes, *refs: Any) -> None:
     q_ref, gradient_ref, normaliser_ref, mean_ref, *of_sources, out_ref = refs
     rows = q_ref[...], gradient_ref[...], normaliser_ref[...], mean_ref[...]
 
@@ -193,7 +193,7 @@ def _of_queries_kernel(sizes: Blocks, *refs: Any) -> None:
     out_ref[...] = total.astype(out_ref.dtype)
 
 
-def _of_keys_kernel(sizes: Blocks, group: int, *refs: Any) -> None:
+def _of_keys_kernel(sizes: BlockSizes, group: int, *refs: Any) -> None:
     """Gradient of one tile of keys and values: over the queries that see it, of all heads."""
     *rows, keys_ref, values_ref, first_ref, end_ref, bounds_ref, of_keys_ref, of_values_ref = refs
     tile = pl.program_id(2)
@@ -233,7 +233,7 @@ def _by_source(refs: Sequence[Any]) -> list[_Refs]:
 
 
 def _over_queries(
-    q: Array, sources: tuple[Source, ...], sizes: Blocks
+    q: Array, sources: tuple[KeySource, ...], sizes: BlockSizes
 ) -> tuple[tuple[int, ...], Any, Any, list[Any]]:
     """Grid of a kernel of one block of queries, and specifications of what it gets."""
     batch, tokens, heads, head_size = q.shape
@@ -255,7 +255,7 @@ def _over_queries(
     return grid, head, row, specs
 
 
-def _options(kernels: Kernels, sizes: Blocks, name: str) -> dict[str, Any]:
+def _options(kernels: Kernels, sizes: BlockSizes, name: str) -> dict[str, Any]:
     return {
         "compiler_params": triton.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages),
         "interpret": kernels.interpret,
@@ -264,7 +264,7 @@ def _options(kernels: Kernels, sizes: Blocks, name: str) -> dict[str, Any]:
 
 
 def run_forward(
-    kernels: Kernels, q: Array, sources: tuple[Source, ...]
+    kernels: Kernels, q: Array, sources: tuple[KeySource, ...]
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Output, and the base-2 logarithm of each softmax's denominator."""
     sizes, tokens = kernels.forward, q.shape[1]
@@ -286,7 +286,7 @@ def run_forward(
 
 
 def run_few(
-    kernels: Kernels, q: Array, sources: tuple[Source, ...]
+    kernels: Kernels, q: Array, sources: tuple[KeySource, ...]
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """As `run_forward` for few queries: a row is a query of one of the G heads of a KV head."""
     sizes, (batch, tokens, _, head_size) = kernels.few, q.shape
@@ -339,7 +339,7 @@ def _pad_axis(x: Array, axis: int, unit: int, mode: str = "constant") -> Array:
     return jnp.pad(x, [(0, -n % unit if i == axis else 0) for i, n in enumerate(x.shape)], mode)
 
 
-def _pad_ranges(sources: tuple[Source, ...], unit: int) -> tuple[Source, ...]:
+def _pad_ranges(sources: tuple[KeySource, ...], unit: int) -> tuple[KeySource, ...]:
     """Pad the queries' ranges: a padded query sees what the last one sees."""
     pad = partial(_pad_axis, axis=1, unit=unit, mode="edge")
     return tuple(
@@ -347,7 +347,7 @@ def _pad_ranges(sources: tuple[Source, ...], unit: int) -> tuple[Source, ...]:
     )
 
 
-def run_of_queries(kernels: Kernels, rows: Rows, sources: tuple[Source, ...]) -> Array:
+def run_of_queries(kernels: Kernels, rows: Rows, sources: tuple[KeySource, ...]) -> Array:
     sizes, tokens = kernels.of_queries, rows[0].shape[1]
     rows, sources = _pad_rows(rows, sizes.queries), _pad_ranges(sources, sizes.queries)
     q = rows[0]
@@ -373,7 +373,7 @@ def _pad_rows(rows: Rows, unit: int) -> Rows:
     return q, gradient, infinite, _pad_axis(mean, 2, unit)
 
 
-def run_of_keys(kernels: Kernels, rows: Rows, source: Source) -> tuple[Array, Array]:
+def run_of_keys(kernels: Kernels, rows: Rows, source: KeySource) -> tuple[Array, Array]:
     """Gradients of the keys and values of a source of one layer, [#B, K, S, H] in its dtype."""
     sizes = kernels.of_keys
     rows, (source,) = _pad_rows(rows, sizes.queries), _pad_ranges((source,), sizes.queries)
@@ -410,7 +410,7 @@ def run_of_keys(kernels: Kernels, rows: Rows, source: Source) -> tuple[Array, Ar
     return of_keys, of_values
 
 
-def _bounds(source: Source, sizes: Blocks) -> Int[Array, "B 2 tiles"]:
+def _bounds(source: KeySource, sizes: BlockSizes) -> Int[Array, "B 2 tiles"]:
     """The blocks of queries, from the first to behind the last, that see each tile of keys."""
     tiles = -(-source.keys.shape[3] // sizes.keys)
     first, end = (

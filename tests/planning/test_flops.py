@@ -16,6 +16,7 @@ from vxl_jax.config import Compression, LanguageConfig, VideoXLConfig, VisionCon
 from vxl_jax.models.functions import decode_step, prefill
 from vxl_jax.models.loss import loss_and_metrics
 from vxl_jax.models.video_xl import VideoXL
+from vxl_jax.nn import vision
 from vxl_jax.nn.backend import row_unit
 from vxl_jax.nn.memory import empty_memory
 from vxl_jax.planning.flops import (
@@ -168,6 +169,13 @@ def split(trained):
     return graph, *map(nnx.to_pure_dict, states)
 
 
+@pytest.fixture
+def no_loop_over_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA counts the body of a loop once: the tower takes all frames at once, as on a mesh."""
+    monkeypatch.setattr(vision, "is_one_cpu", lambda: False)
+
+
+@pytest.mark.usefixtures("no_loop_over_frames")
 def test_forward_pass_against_xla():
     for frames, text in ((8, 6), (0, 200)):
         streams, pixels = example(None, frames, text)
@@ -192,6 +200,7 @@ SETS = [
 ]
 
 
+@pytest.mark.usefixtures("no_loop_over_frames")
 @pytest.mark.parametrize(
     ("trained", "frames"),
     # Beacons alone, in text alone: the network computes a gradient of zero that nobody needs.

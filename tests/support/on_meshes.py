@@ -116,7 +116,7 @@ def plan(shape: list[int], config_arguments: list[str]) -> dict[str, Any]:
     texts: list[str] = []
 
     class Compiler(StepEstimator):
-        def _compile(self, lowered: Any) -> int:
+        def _temporaries(self, lowered: Any) -> int:
             compiled = lowered.compile()
             texts.append(compiled.as_text())
             return int(compiled.memory_analysis().temp_size_in_bytes)

@@ -42,7 +42,7 @@ def planner() -> StepEstimator:
 
 @pytest.fixture(scope="module")
 def steps(planner: StepEstimator) -> dict[int, StepEstimate]:
-    return {frames: planner.step(frames) for frames in (0, 8, 2048, 4096, 8192)}
+    return {frames: planner.step(frames) for frames in (0, 8, 4096, 8192, 16384, 32768)}
 
 
 def test_bytes_at_rest_are_those_of_the_arrays_of_a_run(planner: StepEstimator, steps):
@@ -74,7 +74,7 @@ def test_sums_of_several_batches_are_float32():
 
 def test_activations_grow_in_proportion_to_frames(steps):
     """A line through two sizes tells the third within 10 % (blocks are of whole tokens)."""
-    a, b, c = (steps[frames].activations for frames in (2048, 4096, 8192))
+    a, b, c = (steps[frames].activations for frames in (8192, 16384, 32768))
     assert c == pytest.approx(b + 2 * (b - a), rel=0.1)
 
 

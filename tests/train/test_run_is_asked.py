@@ -58,7 +58,7 @@ def trained(folder_of_kinds: Path, preset: str) -> Run:
         *OPTIONS[preset],
         *("--data.train-json", str(folder / "mixed.json"), "--data.eval-json"),
         *(str(folder / "asked.json"), "--data.max-frames", "4", "--run.max-steps", "12"),
-        *("--data.time-prompt", "True", "--data.max-length", "2048"),
+        *("--data.time-prompt", "True", "--data.max-length", "2048", "--data.shapes", "2"),
     )
     assert done.status == 0, done.err
     return done

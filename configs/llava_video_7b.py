@@ -2,8 +2,8 @@
 
     python -m train.finetune --config llava_video_7b --run-dir runs/llava_video_7b --mesh.fsdp 8
 
-Learning rates and length are those of the published script, whose 256 samples a step are the mesh's
-devices times `optim.accumulate`. On one 80 GB card, train low-rank updates instead:
+Learning rates and length are those of the published script. Its 256 samples a step are one on each of
+8 devices (`data.batch_size`), `optim.accumulate` times. On one 80 GB card, train low-rank updates instead:
 `--config llava_video_lora_7b`. To be put in place:
 
 - `data/checkpoints/llava_onevision_si`: what it starts from (`llava-onevision-qwen2-7b-ov-si`, or a
@@ -28,6 +28,7 @@ CONFIG = TrainConfig(
         frame_sampling="forced",
         max_frames=64,
         time_prompt=True,
+        batch_size=8,
         workers=8,
     ),
     optim=OptimSection(

@@ -320,7 +320,7 @@ def write_results(name: str, figures: dict[str, Any], about: dict[str, Any] | No
     """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}"
+    command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip()
     result = {"command": command, "machine": about or machine(), **figures}
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"\nwrote {path}")

@@ -1,10 +1,11 @@
-"""All that only a GPU can tell, in one command: for one 80 GB card, under 25 minutes, no network.
+"""All that only a GPU can tell, in one command: for one 80 GB card, 25 minutes at most, no network.
 
     python -m benchmarks.gpu
     python -m benchmarks.gpu --size cpu --only parity,attention     # the machinery, on any machine
 
 Weights are random. Each step runs in a separate process with a limit of time; one that fails leaves
-the others' figures. What a plan says is compiled with JAX's CUDA plugin, which such a machine has.
+the others' figures, and what is not begun after `MOST_SECONDS` is left out. What a plan says is
+compiled with JAX's CUDA plugin, which such a machine has.
 Writes benchmarks/results/gpu-{size}.json with card, driver and versions.
 """
 
@@ -16,12 +17,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.core import config_of, write_results
+from benchmarks.core import config_of, machine, write_results
+
+MOST_SECONDS = 22 * 60
+"""After which no step is begun."""
 
 MICRO = Path(__file__).parents[1] / "tests" / "golden" / "micro"
 
@@ -41,7 +46,8 @@ def steps_of(size: str) -> dict[str, Step]:
     inference, train = ("benchmarks.inference", "--worker"), ("benchmarks.train", "--worker")
     recipes = ("lora_7b", "beacon_7b", "full_7b") if size == "7b" else ("small",)
     return {
-        "parity": Step((*ours, "parity"), 180),
+        "parity": Step((*ours, "parity", "vision"), 180),
+        "parity of LLaVA-Video": Step((*ours, "parity", "siglip"), 180),
         "published numbers": Step(("convert.parity", str(MICRO / "hf"), str(MICRO)), 120),
         "attention": Step((*ours, "attention"), 240),
         "peaks": Step((*train, "measure_peak", '["bfloat16"]'), 60),
@@ -62,26 +68,27 @@ def steps_of(size: str) -> dict[str, Step]:
             )
             for recipe in recipes
         },
-        "kill and resume": Step(
-            ("benchmarks.kill_resume", "--kills", "2", "--out", "/tmp/vxl_kill_resume.json"), 300
-        ),
     }
 
 
 # Steps of this file.
 
 
-def parity(size: str) -> dict[str, float]:
-    """bfloat16 against float32 with the same weights: two layers at the real width."""
+def parity(size: str, tower: str) -> dict[str, float]:
+    """bfloat16 against float32 with the same weights: two layers at the real width.
+
+    tower: see `benchmarks.core.config_of`.
+    """
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
     from vxl_jax import VideoXL, batch_streams, plan_stream
     from vxl_jax.models.functions import decode_step, prefill
+    from vxl_jax.stream.visual import batch_visual
     from vxl_jax.text.template import IMAGE_TOKEN
 
-    whole = config_of(size)
+    whole = config_of(size, tower)
     config = replace(
         whole,
         vision=replace(whole.tower, layers=3),
@@ -91,17 +98,18 @@ def parity(size: str) -> dict[str, float]:
     frames, side = 20, config.tower.image_size
     pixels = draw.integers(0, 256, (1, frames, side, side, 3), np.uint8)
     ids = [1, IMAGE_TOKEN, *range(2, 40)]
-    tokens = [config.layout.count(frames)]
-    stream = plan_stream(ids, tokens, window=config.window, ratio=16)
+    tokens, ratio = [config.layout.video_count(frames)], 16 if config.compression else None
+    stream = plan_stream(ids, tokens, window=config.window, ratio=ratio)
     streams = batch_streams([stream], windows_per_group=1)
+    visual = batch_visual(config.layout, pixels, [config.layout.video_tokens(frames)])
 
     def logits(dtype: str) -> np.ndarray:
         made = replace(config, dtype=dtype, param_dtype=dtype)
         model = nnx.jit(lambda: VideoXL(replace(made, param_dtype="float32"), rngs=nnx.Rngs(0)))()
         graph, _ = nnx.split(nnx.eval_shape(lambda: VideoXL(made, rngs=nnx.Rngs(0))))
-        params = jax.tree.map(lambda x: x.astype(dtype), nnx.split(model)[1])
+        params = jax.tree.map(lambda x: x.astype("bfloat16").astype(dtype), nnx.split(model)[1])
         with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-            first, memory = prefill(graph, params, streams, pixels, streams.memory + 16)
+            first, memory = prefill(graph, params, streams, visual, streams.memory + 16)
             second, _ = decode_step(graph, params, memory, jnp.array([5], jnp.int32))
         return np.concatenate([np.asarray(first), np.asarray(second)]).astype(np.float64)
 
@@ -236,11 +244,14 @@ def long_memory(size: str) -> dict[str, Any]:
     film = empty_memory(config, 1, slots)
     last = jnp.asarray(np.random.default_rng(0).standard_normal((64, config.language.head_size)))
 
-    @jax.jit
-    def filled(x: Any) -> Any:  # entries of the end alone, so that a wrong offset reads zeros
-        return x.at[:, :, :, -64:].set(last.astype(x.dtype))
+    @partial(jax.jit, donate_argnums=0)
+    def filled(x: Any, scale: float) -> Any:
+        """Entries of the end alone: a wrong offset reads zeros."""
+        return x.at[:, :, :, -64:].set((scale * last).astype(x.dtype))
 
-    film = Memory(filled(film.keys), filled(film.values), jnp.array([slots], jnp.int32))
+    # All keys have about the same weight: values of the end are as much more as they are fewer.
+    keys, values = filled(film.keys, 1.0), filled(film.values, slots / 64)
+    film = Memory(keys, values, jnp.array([slots], jnp.int32))
     found = {}
     for name in ("tiled", None):
         model.language.layers.attention.implementation = name
@@ -256,12 +267,22 @@ def long_memory(size: str) -> dict[str, Any]:
     }
 
 
+def about(size: str) -> dict[str, Any]:
+    """The machine; asked in a process that ends, since it takes hold of the card."""
+    return machine()
+
+
 WORKERS: dict[str, Callable[..., Any]] = {
-    each.__name__: each for each in (parity, attention, film, plan, long_memory)
+    each.__name__: each for each in (parity, attention, film, plan, long_memory, about)
 }
 
 
 # The run.
+
+
+def run_module(*call: str) -> subprocess.CompletedProcess[str]:
+    """Run a module with arguments in another process."""
+    return subprocess.run([sys.executable, "-m", *call], capture_output=True, text=True)
 
 
 def run_step(step: Step) -> dict[str, Any]:
@@ -269,13 +290,17 @@ def run_step(step: Step) -> dict[str, Any]:
     began = time.perf_counter()
     command = [sys.executable, "-m", *step.call]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=step.limit)
+        # JAX would end its messages with a line about removed frames.
+        environment = {**os.environ, "JAX_TRACEBACK_FILTERING": "off"}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=step.limit, env=environment
+        )
     except subprocess.TimeoutExpired:
         return {"failed": f"took more than {step.limit} s"}
     seconds = time.perf_counter() - began
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        return {"failed": lines[-1][:300] if lines else "no message", "step_seconds": seconds}
+        return {"failed": "\n".join(lines[-12:])[-2000:] or "no message", "step_seconds": seconds}
     return {"figures": _last_json(done.stdout), "step_seconds": seconds}
 
 
@@ -313,10 +338,14 @@ def main() -> None:
     if unknown := [name for name in chosen if name not in steps]:
         raise SystemExit(f"--only {', '.join(unknown)}: choose from {', '.join(steps)}")
     found: dict[str, Any] = {"driver": driver(), "steps": {}}
+    about = _last_json(run_module("benchmarks.gpu", "--worker", "about").stdout)
+    began = time.perf_counter()
     for name in chosen:
-        found["steps"][name] = row = run_step(steps[name])
-        print(f"{name:20} {json.dumps(row)}", flush=True)
-    write_results(f"gpu-{options.size}", found)
+        late = time.perf_counter() - began > MOST_SECONDS
+        row = {"failed": "left out: there was no time"} if late else run_step(steps[name])
+        found["steps"][name] = row
+        print(f"{name:22} {json.dumps(row)}", flush=True)
+        write_results(f"gpu-{options.size}", found, about)
     failed = [name for name, row in found["steps"].items() if "failed" in row]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")

@@ -206,7 +206,9 @@ def main() -> None:
     """Compile all programs, print tables, write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--card", default="h100")
-    parser.add_argument("--films", action="store_true", help="leave training out")
+    parser.add_argument(
+        "--films", action="store_true", help="leave training out, and write nothing"
+    )
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
 

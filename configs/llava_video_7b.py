@@ -2,9 +2,9 @@
 
     python -m train.finetune --config llava_video_7b --run-dir runs/llava_video_7b --mesh.fsdp 8
 
-Learning rates and length are those of the published script. Its 256 samples a step are one on each of
-8 devices (`data.batch_size`), `optim.accumulate` times. On one 80 GB card, train low-rank updates instead:
-`--config llava_video_lora_7b`. To be put in place:
+Learning rates and length are those of the published script. Its 256 samples a step are one on each
+of 8 devices (`data.batch_size`), `optim.accumulate` times. On one 80 GB card, train low-rank
+updates instead: `--config llava_video_lora_7b`. To be put in place:
 
 - `data/checkpoints/llava_onevision_si`: what it starts from (`llava-onevision-qwen2-7b-ov-si`, or a
   LLaVA-Video to go on from), in the published layout or that of transformers, with tokenizer files;

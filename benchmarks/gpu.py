@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --size cpu --only parity,attention     # the machinery, on any machine
 
 Weights are random. Each step runs in a separate process with a limit of time; one that fails leaves
-the others' figures, and after `MOST_SECONDS` no other step begins. What a plan says is compiled with
-JAX's CUDA plugin, which such a machine has.
+the others' figures, and after `MOST_SECONDS` no other step begins. What a plan says is compiled
+with JAX's CUDA plugin, which such a machine has.
 Writes benchmarks/results/gpu-{size}.json with card, driver and versions.
 """
 

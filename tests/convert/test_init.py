@@ -14,10 +14,12 @@ from safetensors.numpy import load_file, save_file
 
 import vxl_jax
 from convert import convert_to_hf, init, init_checkpoint
-from tests.support.checkpoints import GOLDEN, MICRO, tensors_in
+from convert.init import compress_checkpoint
+from tests.support.checkpoints import GOLDEN, MICRO, save_published, tensors_in
 from vxl_jax.config import Compression
 from vxl_jax.errors import CheckpointError
 from vxl_jax.media.preprocessing import llava_preprocessing
+from vxl_jax.presets import tiny_llava
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,29 @@ def test_a_llava_video_is_given_beacons(llava: Path, tmp_path: Path):
     for name, tensor in tensors_in(tmp_path / "hf").items():
         if "beacon" not in name:
             np.testing.assert_array_equal(tensor, held[name])
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_the_tokenizer_names_the_end_of_a_turn_where_config_json_does_not(
+    with_tokenizer: bool, tmp_path: Path, demo_tokenizer: Any
+):
+    """As in the export of a run from random weights."""
+    config = tiny_llava(language=replace(tiny_llava().language, vocab_size=1024))
+    tokenizer = demo_tokenizer if with_tokenizer else None
+    source = save_published(config, tmp_path / "llava", tokenizer)
+    values = json.loads((source / "config.json").read_text())
+    del values["eos_token_id"]
+    (source / "config.json").write_text(json.dumps(values))
+    if not with_tokenizer:
+        message = r"has no eos_token_id.*has neither tokenizer\.json"
+        with pytest.raises(CheckpointError, match=message):
+            compress_checkpoint(source, tmp_path / "new", ratios=(2,))
+        return
+    compress_checkpoint(source, tmp_path / "new", ratios=(2,))
+    language = vxl_jax.load_network(tmp_path / "new").language
+    end = demo_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    expected = language.embed.embedding[...][end]
+    np.testing.assert_array_equal(language.beacon_embed[...][0], expected)
 
 
 def test_what_cannot_be_given_beacons_is_refused(llava: Path, tmp_path: Path, capsys: Any):

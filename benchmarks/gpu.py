@@ -209,10 +209,7 @@ def film(size: str, frames: str) -> dict[str, Any]:
 
     with a_film() as path:
         row = watch(size, path, int(frames))
-    planned = [sys.executable, "-m", "benchmarks.gpu", "--size", size, "--worker", "plan", frames]
-    done = subprocess.run(
-        planned, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
-    )
+    done = run_module("benchmarks.gpu", "--size", size, "--worker", "plan", frames, platform="cpu")
     plan_found = _last_json(done.stdout) if done.returncode == 0 else done.stderr[-300:]
     return {**row, "plan": plan_found}
 
@@ -280,21 +277,28 @@ WORKERS: dict[str, Callable[..., Any]] = {
 # The run.
 
 
-def run_module(*call: str) -> subprocess.CompletedProcess[str]:
-    """Run a module with arguments in another process."""
-    return subprocess.run([sys.executable, "-m", *call], capture_output=True, text=True)
+def run_module(
+    *call: str, limit: int | None = None, platform: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a module with arguments in another process.
+
+    limit: most seconds. platform: of JAX, where it is not the first that it finds.
+
+    Raises: subprocess.TimeoutExpired.
+    """
+    # JAX would end its messages with a line about removed frames.
+    environment = {**os.environ, "JAX_TRACEBACK_FILTERING": "off"}
+    if platform:
+        environment["JAX_PLATFORMS"] = platform
+    command = [sys.executable, "-m", *call]
+    return subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
 
 
 def run_step(step: Step) -> dict[str, Any]:
     """Run a step; its figures, or why there are none."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", *step.call]
     try:
-        # JAX would end its messages with a line about removed frames.
-        environment = {**os.environ, "JAX_TRACEBACK_FILTERING": "off"}
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=step.limit, env=environment
-        )
+        done = run_module(*step.call, limit=step.limit)
     except subprocess.TimeoutExpired:
         return {"failed": f"took more than {step.limit} s"}
     seconds = time.perf_counter() - began
@@ -338,14 +342,14 @@ def main() -> None:
     if unknown := [name for name in chosen if name not in steps]:
         raise SystemExit(f"--only {', '.join(unknown)}: choose from {', '.join(steps)}")
     found: dict[str, Any] = {"driver": driver(), "steps": {}}
-    about = _last_json(run_module("benchmarks.gpu", "--worker", "about").stdout)
+    on = _last_json(run_module("benchmarks.gpu", "--worker", "about").stdout)
     began = time.perf_counter()
     for name in chosen:
         late = time.perf_counter() - began > MOST_SECONDS
         row = {"failed": "left out: there was no time"} if late else run_step(steps[name])
         found["steps"][name] = row
         print(f"{name:22} {json.dumps(row)}", flush=True)
-        write_results(f"gpu-{options.size}", found, about)
+        write_results(f"gpu-{options.size}", found, on)
     failed = [name for name, row in found["steps"].items() if "failed" in row]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")

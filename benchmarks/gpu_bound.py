@@ -79,11 +79,18 @@ def _is_product(kernel: Kernel) -> bool:
     return any(name in kernel.opcode for name in PRODUCTS) or kernel.flops > 0
 
 
+def tower_attention(config: Any, frames: int) -> int:
+    """Operations of the attention of a vision tower in one pass over some frames."""
+    tower = config.tower
+    tokens = tower.grid**2 + (tower.kind == "clip")
+    return int(4 * tower.width * tokens**2 * tower.layers_used * frames)
+
+
 def film(
     compiler: Any, preset: str, frames: int, ratio: int | None, weights: Any
 ) -> dict[str, Any]:
     """Watching a film, and a token decoded behind it."""
-    from vxl_jax.planning.flops import PassSize, frame_flops, stream_flops
+    from vxl_jax.planning.flops import PassSize, forward_flops
     from vxl_jax.planning.inference_bytes import TEXT_ROOM, Estimator, video_entries
     from vxl_jax.presets import PRESETS
     from vxl_jax.stream.batch import round_up
@@ -98,11 +105,9 @@ def film(
     stream = plan_stream([IMAGE_TOKEN], visual, window=config.window, ratio=ratio)
     steps = -(-visual[0] // programs.tokens)
     work = PassSize.of(stream, frames, prefill=True)
-    needed, tower = stream_flops(config, work), config.tower
-    patches = tower.grid**2 + (tower.kind == "clip")
-    scores = 4 * tower.width * patches**2 * tower.layers_used * programs.frames
+    needed = forward_flops(config, work)
     attention = {
-        "encode": scores,
+        "encode": tower_attention(config, programs.frames),
         "read": needed.attention / steps,
         "decode_step": 4 * config.language.width * entries * config.language.layers,
     }
@@ -120,14 +125,7 @@ def film(
         "steps": steps,
         "seconds": seconds,
         "seconds_of_products": steps * (bounds["encode"].products + bounds["read"].products),
-        "seconds_of_needed_products": sum(
-            (
-                needed.total,
-                frames * frame_flops(config).vision,
-                frames * frame_flops(config).projector,
-            )
-        )
-        / compiler.card.flops,
+        "seconds_of_needed_products": needed.total / compiler.card.flops,
         "language_products_made_to_needed": made / (needed.language + needed.head),
         "seconds_of_a_token": bounds["decode_step"].seconds,
         "programs": {name: vars(bound) for name, bound in bounds.items()},
@@ -138,7 +136,7 @@ def training_step(compiler: Any, name: str, frames: int) -> dict[str, Any]:
     """One batch of one sample, and the optimizer's update."""
     from train.run.fit import StepEstimator, planned_model
     from vxl_jax.nn.sharding import make_mesh
-    from vxl_jax.planning.flops import PassSize, frame_flops, stream_flops
+    from vxl_jax.planning.flops import PassSize, stream_flops
 
     config = importlib.import_module(f"configs.{name}").CONFIG
     model, _ = planned_model(config)
@@ -147,11 +145,9 @@ def training_step(compiler: Any, name: str, frames: int) -> dict[str, Any]:
     planned = estimator.batch(frames)
     work = PassSize.of(planned.streams, frames * planned.samples)
     passes = FORWARD * (1 + (config.model.remat != "none")) + BACKWARD
-    tower = model.tower
-    patches = tower.grid**2 + (tower.kind == "clip")
-    scores = 4 * tower.width * patches**2 * tower.layers_used * work.frames
     of_tower = passes - BACKWARD + CUDNN_BACKWARD if "vision" in config.optim.train else FORWARD
-    attention = passes * stream_flops(model, work).attention + of_tower * scores
+    attention = passes * stream_flops(model, work).attention
+    attention += of_tower * tower_attention(model, work.frames)
     bounds = {
         "gradient": bound_of(estimator.lowered_batch(planned), compiler, attention),
         "update": bound_of(estimator.lowered_update(), compiler, 0.0),
@@ -164,7 +160,6 @@ def training_step(compiler: Any, name: str, frames: int) -> dict[str, Any]:
         "samples": planned.samples,
         "seconds": seconds,
         "share_not_of_products": 1 - sum(bound.products for bound in bounds.values()) / seconds,
-        "frame_flops": frame_flops(model).total,
         "programs": {name: vars(bound) for name, bound in bounds.items()},
     }
 

@@ -21,6 +21,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Float, Int
 
 from vxl_jax.nn.backend import PROGRAMS, gpu_capability
+from vxl_jax.nn.scan import gradient_of_stack
 
 MOST_ROWS = 16
 """Rows of a tile of the GPU's matrix unit: fewer cost as much."""
@@ -131,9 +132,8 @@ def _multiply_backward(
     if stack.dtype == jnp.int8:
         return of_rows, None, None
     of_kernel = jnp.matmul(rows.T, gradient, preferred_element_type=jnp.float32)
-    zeros = jnp.zeros_like(stack)
-    placed = lax.dynamic_update_index_in_dim(zeros, of_kernel.astype(stack.dtype), layer[0], 0)
-    return of_rows, placed, None
+    of_stack = gradient_of_stack(of_kernel.astype(stack.dtype), len(stack), layer[0])
+    return of_rows, of_stack, None
 
 
 _multiply.defvjp(_multiply_forward, _multiply_backward)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jaxtyping import Float, Int
 
 from vxl_jax.config import Remat
 
@@ -27,6 +28,14 @@ def stacked(make: Callable[..., _Module], layers: int, rngs: nnx.Rngs) -> _Modul
         return make(rngs=rngs)
 
     return build(rngs)
+
+
+def gradient_of_stack(
+    gradient: Float[Array, "*shape"], layers: int, layer: Int[Array, ""] | int
+) -> Float[Array, " L *shape"]:
+    """Place the gradient of one layer in the stack that it was read from: zero in all others."""
+    zeros = jnp.zeros((layers, *gradient.shape), gradient.dtype)
+    return lax.dynamic_update_index_in_dim(zeros, gradient, layer, 0)
 
 
 def recomputed(body: Callable[_P, _Out], remat: Remat) -> Callable[_P, _Out]:

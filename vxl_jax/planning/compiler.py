@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
@@ -67,19 +67,7 @@ class PlanCompiler:
         """Make devices to put into the shardings and meshes of programs."""
         if self.card is None:
             return jax.devices("cpu")[:count]
-        return self._topology(count) if count > 1 else self._one
-
-    @cached_property
-    def _one(self) -> list[Any]:
-        return self._topology(1)
-
-    def _topology(self, count: int) -> list[Any]:
-        assert self.card is not None
-        jax.devices("cpu")  # the plugin registers itself when a first backend starts
-        topology = topologies.get_topology_desc(
-            platform="cuda", target_config=_description(self.card), topology=f"1x1x{count}"
-        )
-        return list(topology.devices)
+        return _devices(self.card, count)
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -127,6 +115,15 @@ def _without_cudnn() -> AbstractContextManager[Any]:
     if not hasattr(module, name):
         return nullcontext()
     return mock.patch.object(module, name, return_value=_CUDNN_VERSION)
+
+
+@cache
+def _devices(card: Card, count: int) -> list[Any]:
+    jax.devices("cpu")  # the plugin registers itself when a first backend starts
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=_description(card), topology=f"1x1x{count}"
+    )
+    return list(topology.devices)
 
 
 def _gpu(card: Card) -> Gpu:

@@ -26,8 +26,9 @@ from vxl_jax.nn.attention.fused_kernels import (
     run_of_keys,
     run_of_queries,
 )
-from vxl_jax.nn.attention.key_values import KeyValues, gradient_of_stack
+from vxl_jax.nn.attention.key_values import KeyValues
 from vxl_jax.nn.backend import PROGRAMS, Capability, gpu_capability
+from vxl_jax.nn.scan import gradient_of_stack
 from vxl_jax.nn.sharding import SAMPLES, sample_shards
 
 HEAD_SIZES = (16, 32, 64, 128)

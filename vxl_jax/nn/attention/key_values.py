@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float, Int
 
 
@@ -23,11 +22,3 @@ class KeyValues:
     values: Float[Array, " L #B K S H"]
     layer: Int[Array, ""] | int
     seen: Int[Array, "B T"]
-
-
-def gradient_of_stack(
-    gradient: Float[Array, "B K S H"], layers: int, layer: Int[Array, ""] | int
-) -> Float[Array, "L B K S H"]:
-    """Place the gradient of one layer in the stack that it was read from: zero in all others."""
-    zeros = jnp.zeros((layers, *gradient.shape), gradient.dtype)
-    return lax.dynamic_update_index_in_dim(zeros, gradient, layer, 0)

@@ -19,8 +19,9 @@ from einops import rearrange
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from vxl_jax.nn.attention.key_values import KeyValues, gradient_of_stack
+from vxl_jax.nn.attention.key_values import KeyValues
 from vxl_jax.nn.backend import on_cpu, row_unit
+from vxl_jax.nn.scan import gradient_of_stack
 from vxl_jax.nn.sharding import sample_shards
 
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
